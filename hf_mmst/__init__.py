@@ -1,0 +1,42 @@
+"""Train large encoders in a fraction of the memory, stage by stage, with Hugging Face's Trainer."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import MMSTConfig as MMSTConfig
+    from .heads import StageHeads as StageHeads
+    from .partition import Partition as Partition
+    from .partition import find_layers as find_layers
+    from .stages import Stages as Stages
+    from .stages import load_stages as load_stages
+    from .stagewise import Stagewise as Stagewise
+    from .trainer import MMSTTrainer as MMSTTrainer
+
+_MODULE_OF = {
+    "MMSTConfig": "config",
+    "MMSTTrainer": "trainer",
+    "Partition": "partition",
+    "StageHeads": "heads",
+    "Stages": "stages",
+    "Stagewise": "stagewise",
+    "find_layers": "partition",
+    "load_stages": "stages",
+}
+
+__version__ = version("hf-mmst")
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    """Import what a name needs when it is first used, so that `import hf_mmst` stays light."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'hf_mmst' has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

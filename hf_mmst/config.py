@@ -1,0 +1,150 @@
+"""What the user says: TrainingArguments plus the fields of stage-wise training, each checked at once."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from transformers import TrainingArguments
+
+StageOrder = Literal["simultaneous", "sequential", "multi_lap"]
+HeadPooling = Literal["auto", "mean", "cls"]
+TransportNorm = Literal["relative", "mean", "sum"]
+TransportSchedule = Literal["constant", "paper", "multipliers", "adaptive"]
+
+
+@dataclass
+class MMSTConfig(TrainingArguments):
+    r"""
+    [`~transformers.TrainingArguments`] with the settings of stage-wise training by the minimizing movement scheme.
+
+    Some fields of the host differ in effect. `num_train_epochs` is what *every stage* gets (with laps: `N / num_laps`
+    epochs per lap), and `max_steps`, when set, is the total over all stages and laps, shared out evenly, remainder to
+    the last; in the `"simultaneous"` order all stages learn on each batch, so both mean what they mean in `Trainer`.
+    `ddp_find_unused_parameters` is always on, for gradients to be averaged over processes.
+
+    Args:
+        num_stages (`int`, *optional*, defaults to 4):
+            Number of stages K. The layers are cut into K runs of about equal cost; 1 is end-to-end training.
+        stage_boundaries (`list[str]`, *optional*):
+            Qualified names of each stage's last layer, in order, e.g. `["vit.layers.5", "vit.layers.11"]`. Overrides
+            `num_stages`. The model's last layer may be left out.
+        stage_order (`str`, *optional*, defaults to `"simultaneous"`):
+            `"simultaneous"`: every stage learns on each batch. `"sequential"`: stage 1 to its end, then stage 2 on
+            its output, ... `"multi_lap"`: first to last stage in each of `num_laps` laps.
+        num_laps (`int`, *optional*, defaults to 1):
+            Laps R of the `"multi_lap"` order.
+        head_pooling (`str`, *optional*, defaults to `"auto"`):
+            How an auxiliary head pools the tokens: `"mean"` over the tokens (padding left out), `"cls"` the first
+            token, `"auto"` the mean.
+        transport_weight (`float`, *optional*, defaults to 0.3):
+            Weight of the transport term in each stage's loss, 1 / (2 tau) in the paper's notation; 0 is greedy
+            training. With `transport_norm="relative"` it has no unit and travels between models.
+        transport_norm (`str`, *optional*, defaults to `"relative"`):
+            What is measured of a layer's residue r, per sample, averaged over the batch: `"relative"` is
+            ||r||^2 / ||x||^2 with x the layer's input (not differentiated), `"mean"` the mean square over tokens and
+            features (the paper's released code), `"sum"` the squared norm (the paper's equation 5).
+        transport_schedule (`str`, *optional*, defaults to `"constant"`):
+            `"constant"`; `"paper"`: half the weight (doubled tau) in the second half of the stages; `"multipliers"`:
+            the weight is divided by a multiplier that grows with the task loss (Uzawa, appendix D of the paper);
+            `"adaptive"`: per stage, the transport term is held at `transport_weight` times 10 % of the task loss.
+
+    Raises:
+        `ValueError`: for a value that cannot be, saying which field to set to what.
+    """
+
+    num_stages: int = field(
+        default=4, metadata={"help": "Number of stages the encoder is cut into; 1 is end-to-end training."}
+    )
+    stage_boundaries: list[str] | None = field(
+        default=None,
+        metadata={"help": "Qualified names of each stage's last layer, in order; overrides num_stages."},
+    )
+    stage_order: StageOrder = field(
+        default="simultaneous",
+        metadata={
+            "help": "simultaneous: all stages on each batch; sequential: one after the other; multi_lap: first to "
+            "last stage in each of num_laps laps."
+        },
+    )
+    num_laps: int = field(default=1, metadata={"help": "Laps of the multi_lap order."})
+    head_pooling: HeadPooling = field(
+        default="auto", metadata={"help": "Pooling of the auxiliary heads: mean over tokens, first token (cls), auto."}
+    )
+    transport_weight: float = field(
+        default=0.3, metadata={"help": "Weight of the transport term in each stage's loss; 0 is greedy training."}
+    )
+    transport_norm: TransportNorm = field(
+        default="relative",
+        metadata={"help": "relative: squared residue over squared input; mean: mean square; sum: squared norm."},
+    )
+    transport_schedule: TransportSchedule = field(
+        default="constant",
+        metadata={
+            "help": "constant; paper: half the weight in the second half of the stages; multipliers: divided by a "
+            "multiplier that grows with the loss; adaptive: per stage, a fixed share of the task loss."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_stages()
+        # A stage that has learned looks unused to DistributedDataParallel: without this its gradients stay local.
+        self.ddp_find_unused_parameters = True
+
+    def check_stages(self) -> None:
+        """Check the fields of stage-wise training; called again when a hyper-parameter search has set one."""
+        _at_least_one("num_stages", self.num_stages, "1 trains end to end")
+        _at_least_one("num_laps", self.num_laps, "1 is a single lap")
+        for name, choices in _CHOICES.items():
+            _one_of(name, getattr(self, name), choices)
+        weight = self.transport_weight
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+            raise ValueError(
+                f"transport_weight={weight!r} is not a finite number of at least 0. Set transport_weight to 0 for "
+                "greedy training, or leave the default of 0.3."
+            )
+        names = self.stage_boundaries
+        if names is not None and (isinstance(names, str) or not names or not all(isinstance(n, str) for n in names)):
+            raise ValueError(
+                f"stage_boundaries={names!r} is not a list of layer names. Set it to the qualified name of each "
+                'stage\'s last layer, e.g. ["vit.layers.5", "vit.layers.11"], or to None to cut by num_stages.'
+            )
+        if self.num_laps > 1 and self.stage_order != "multi_lap":
+            raise ValueError(
+                f'num_laps={self.num_laps} has no effect with stage_order="{self.stage_order}". Set '
+                'stage_order="multi_lap", or num_laps=1.'
+            )
+        if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "Reentrant checkpointing would silently stop every stage but the first from learning, because a "
+                "stage's input carries no gradient. Set use_reentrant to False in activation_checkpointing_kwargs."
+            )
+        if self.ddp_find_unused_parameters is False or self.ddp_static_graph:
+            raise ValueError(
+                "With several processes the stages' gradients would not be averaged under "
+                "ddp_find_unused_parameters=False or ddp_static_graph=True. Leave both unset."
+            )
+        for name in ("deepspeed", "fsdp", "torch_compile"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not supported: its wrapper around the model would train "
+                    f"the stages wrongly. Leave {name} unset; several GPUs are used through `accelerate launch`."
+                )
+
+
+_CHOICES = {
+    "stage_order": get_args(StageOrder),
+    "head_pooling": get_args(HeadPooling),
+    "transport_norm": get_args(TransportNorm),
+    "transport_schedule": get_args(TransportSchedule),
+}
+
+
+def _at_least_one(name: str, value: object, hint: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} is not a whole number of at least 1. Set {name} to 1 or more ({hint}).")
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known. Set {name} to one of {', '.join(choices)}.")

@@ -1,0 +1,18 @@
+"""A layer's input or output -> its hidden states: the one tensor that the next layer transforms."""
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+
+def hidden_states_of(value: Any) -> torch.Tensor:
+    """The hidden states, `[B, N, D]` or `[B, C, H, W]`, of a layer's positional arguments or of its output."""
+    while isinstance(value, tuple | list):
+        value = value[0]
+    return value
+
+
+def detached(output: Any) -> Any:
+    """A layer's output with every tensor cut off from the graph; shapes and structure are kept."""
+    return tree_map(lambda x: x.detach() if torch.is_tensor(x) else x, output)

@@ -1,0 +1,156 @@
+"""Model -> names of its layers in order -> Partition: which layers form which stage."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+@dataclass(frozen=True)
+class Partition:
+    """
+    The cut of an encoder into stages, as data: it survives saving, wrapping and moving the model.
+
+    Args:
+        stages (`tuple[tuple[str, ...], ...]`):
+            For each of the K stages, the qualified names of its layers in the order in which they run.
+    """
+
+    stages: tuple[tuple[str, ...], ...]
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages K."""
+        return len(self.stages)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Qualified names of all layers, in order."""
+        return tuple(name for stage in self.stages for name in stage)
+
+    @property
+    def boundaries(self) -> tuple[str, ...]:
+        """Qualified name of each stage's last layer (K names)."""
+        return tuple(stage[-1] for stage in self.stages if stage)
+
+    @classmethod
+    def by_cost(cls, layers: Sequence[str], num_stages: int, costs: Sequence[float] | None = None) -> "Partition":
+        """
+        Cut `layers` into `num_stages` runs of about equal cost: the cut of least sum of squared stage costs.
+
+        Args:
+            layers (`Sequence[str]`): names of the layers, in order.
+            num_stages (`int`): number of stages K, at most the number of layers.
+            costs (`Sequence[float]`, *optional*): positive cost of each layer in any unit; equal by default.
+
+        Raises:
+            `ValueError`: if there are more stages than layers.
+        """
+        if num_stages > len(layers):
+            raise ValueError(
+                f"num_stages={num_stages}, but the model has {len(layers)} layers ({layers[0]} .. {layers[-1]}). "
+                f"Set num_stages to {len(layers)} or less."
+            )
+        ends = _balanced_ends([float(cost) for cost in costs or [1.0] * len(layers)], num_stages)
+        return cls(tuple(tuple(layers[i:j]) for i, j in zip([0, *ends[:-1]], ends, strict=True)))
+
+    @classmethod
+    def by_names(cls, layers: Sequence[str], boundaries: Sequence[str]) -> "Partition":
+        """
+        Cut `layers` after each of the named ones. The last layer may be left out of `boundaries`.
+
+        Raises:
+            `ValueError`: for a name that is no layer (with the nearest one that is), or names out of order.
+        """
+        for name in boundaries:
+            if name not in layers:
+                near = difflib.get_close_matches(name, layers, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"stage_boundaries names {name!r}, which is not a layer of the model. Did you mean {near!r}? "
+                    f"The layers are {layers[0]} .. {layers[-1]} ({len(layers)})."
+                )
+        ends = [layers.index(name) + 1 for name in boundaries]
+        if ends != sorted(set(ends)):
+            raise ValueError(
+                f"stage_boundaries={list(boundaries)} are not in the order of the layers. Set each stage's last layer "
+                "once, from the input to the output."
+            )
+        if ends[-1] != len(layers):
+            ends.append(len(layers))
+        return cls(tuple(tuple(layers[i:j]) for i, j in zip([0, *ends[:-1]], ends, strict=True)))
+
+
+def find_layers(model: nn.Module) -> list[str]:
+    """
+    Qualified names of the encoder's layers, in order, found by the model's structure.
+
+    The trunk is the list of like modules ([`~torch.nn.ModuleList`]) that holds most parameters; lists whose members
+    are the host's checkpointed layers come first. A trunk of groups that themselves hold such layers (the four
+    resolutions of a Swin) is opened, so that the blocks are the layers.
+
+    Args:
+        model (`nn.Module`): a Hugging Face model with an encoder; wrappers such as `PeftModel` may be around it.
+
+    Returns:
+        `list[str]`: names `n` such that `model.get_submodule(n)` is the layer.
+
+    Raises:
+        `ValueError`: if there is no list of layers, or if the layers are those of a decoder.
+    """
+    lists = {name: module for name, module in model.named_modules() if _is_list_of_like_modules(module)}
+    checkpointed = {name: module for name, module in lists.items() if _holds_checkpointed_layers(module)}
+    candidates = checkpointed or lists
+    if not candidates:
+        raise ValueError(
+            f"No list of layers was found in {type(model).__name__}, so it has no encoder to cut into stages. Pass a "
+            "model with an encoder, such as AutoModelForImageClassification or AutoModelForSequenceClassification."
+        )
+    trunk = max(candidates, key=lambda name: _num_parameters(candidates[name]))
+    layers = [name for child, group in candidates[trunk].named_children() for name in _open(f"{trunk}.{child}", group)]
+    for name in layers:
+        if any(getattr(module, "is_causal", False) is True for module in model.get_submodule(name).modules()):
+            raise ValueError(
+                f"The layers of {type(model).__name__} ({layers[0]} .. {layers[-1]}) attend causally: it is a "
+                "decoder, and only encoders can be cut into stages. Pass an encoder model such as ViT or BERT."
+            )
+    return layers
+
+
+def _open(name: str, group: nn.Module) -> Iterable[str]:
+    """The names of the layers inside a group, or the name itself if it is a layer."""
+    inner = [(n, m) for n, m in group.named_children() if _is_list_of_like_modules(m, at_least=1)]
+    if isinstance(group, GradientCheckpointingLayer):
+        inner = [(n, m) for n, m in inner if _holds_checkpointed_layers(m)]
+    inner = [(n, m) for n, m in inner if 2 * _num_parameters(m) > _num_parameters(group)]
+    return [f"{name}.{n}.{child}" for n, m in inner for child, _ in m.named_children()] or [name]
+
+
+def _is_list_of_like_modules(module: nn.Module, at_least: int = 2) -> bool:
+    children = list(module.children())
+    return isinstance(module, nn.ModuleList) and len(children) >= at_least and len({type(c) for c in children}) == 1
+
+
+def _holds_checkpointed_layers(module: nn.Module) -> bool:
+    return all(isinstance(child, GradientCheckpointingLayer) for child in module.children())
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _balanced_ends(costs: Sequence[float], num_stages: int) -> list[int]:
+    """End index of each stage in the cut of least sum of squared stage costs (dynamic programming)."""
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for _ in range(num_stages):
+        best = {
+            end: min(
+                (total + sum(costs[start:end]) ** 2, [*ends, end])
+                for start, (total, ends) in best.items()
+                if start < end
+            )
+            for end in range(1, len(costs) + 1)
+            if any(start < end for start in best)
+        }
+    return best[len(costs)][1]

@@ -1,0 +1,255 @@
+"""The engine: one forward pass of the model's own, in which each stage learns from its own loss and is let go."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from .heads import StageHeads
+from .hidden_states import detached, hidden_states_of
+from .partition import Partition
+from .transport import movement, transport
+
+
+@dataclass
+class StageStep:
+    """
+    What one training step found, by stage number from 0.
+
+    Attributes:
+        losses (`dict[int, torch.Tensor]`): task loss of each stage that has already been stepped back through.
+        transports (`dict[int, torch.Tensor]`): transport of each stage that learned, without graph.
+        transport (`torch.Tensor`): transport of the last stage that learned, with graph: its loss is the caller's.
+    """
+
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    transports: dict[int, torch.Tensor] = field(default_factory=dict)
+    transport: torch.Tensor | float = 0.0
+
+
+@dataclass
+class StageView:
+    """
+    What a forward pass without learning shows.
+
+    Attributes:
+        logits (`list[torch.Tensor]`): of the heads of stages 1 .. K-1, `[B, num_labels]` each.
+        movements (`list[torch.Tensor]`): how far each of the K stages moves each sample, `[B]` each.
+    """
+
+    logits: list[torch.Tensor] = field(default_factory=list)
+    movements: list[torch.Tensor] = field(default_factory=list)
+
+
+class Stagewise:
+    """
+    Runs a model stage by stage inside its own forward pass.
+
+    For each stage k, on an input z_{k-1} that carries no gradient (the paper's equation 5):
+
+        L_k(F_k(z_k)) + w_k sum_m T(x_m, x_{m+1}),   x_1 = z_{k-1},   x_{m+1} = layer_m(x_m),   z_k = x_{M+1}
+
+    is stepped back through at once, and z_k goes on without its graph. The last stage that learns is left to the
+    caller: its loss comes out of the model's forward, as in any training loop, so that wrappers around the model
+    (DistributedDataParallel, autocast, a gradient scaler) see what they expect.
+
+    ```python
+    engine = Stagewise(model, partition, heads)
+    with engine.step(criterion=lambda logits: cross_entropy(logits, labels), weights=[1.0] * 4) as step:
+        outputs = model(**inputs, labels=labels)
+    (outputs.loss + 1.0 * step.transport).backward()
+    ```
+
+    Args:
+        model (`nn.Module`): the model whose layers `partition` names, not a wrapper around it.
+        partition (`Partition`): the cut.
+        heads (`StageHeads`): auxiliary heads of stages 1 .. K-1.
+        transport_norm (`str`): see [`movement`].
+    """
+
+    def __init__(self, model: nn.Module, partition: Partition, heads: StageHeads, transport_norm: str = "relative"):
+        self.model, self.partition, self.heads, self.norm = model, partition, heads, transport_norm
+        self._stage_of = {name: k for k, stage in enumerate(partition.stages) for name in stage}
+        self._ends = set(partition.boundaries)
+
+    @contextlib.contextmanager
+    def step(
+        self,
+        criterion: Callable[[torch.Tensor], torch.Tensor],
+        weights: Sequence[float],
+        stages: Sequence[int] | None = None,
+        mask: torch.Tensor | None = None,
+        backward: Callable[[torch.Tensor], Any] = torch.Tensor.backward,
+    ) -> Iterator[StageStep]:
+        """
+        Within this context, a forward pass of the model (or of a wrapper around it) trains `stages`.
+
+        Stages before them run in eval mode without graph; stages after them do not run, and the forward pass then
+        returns the last stage's logits, with its task loss if labels were passed. Nothing is left on the model.
+
+        Args:
+            criterion: logits of a head, `[B, num_labels]`, to the task's loss, a scalar.
+            weights: weight of the transport term in each of the K stages' losses.
+            stages: consecutive stages that learn, from 0; all by default.
+            mask: `[B, N]`, 1 for tokens that count.
+            backward: called with the loss of every stage but the last of `stages`.
+
+        Yields:
+            [`StageStep`]: complete when the forward pass has returned.
+        """
+        stages = range(self.partition.num_stages) if stages is None else stages
+        walk = _Walk(self, StageStep(), criterion, weights, stages[0], stages[-1], mask, backward)
+        with self._hooked(walk.before_layer, walk.after_layer), walk.forward_of(self.model):
+            yield walk.found
+
+    @contextlib.contextmanager
+    def observe(self, mask: torch.Tensor | None = None) -> Iterator[StageView]:
+        """Within this context, a forward pass without learning fills the [`StageView`] that is yielded."""
+        view = StageView()
+        moved: list[torch.Tensor] = []
+
+        def after_layer(name, _module, args, kwargs, output):
+            x, y = _input_of(args, kwargs), hidden_states_of(output)
+            kept = _fitting(mask, y)
+            if x.shape == y.shape:
+                moved.append(movement(x, y, kept, self.norm))
+            if name in self._ends:
+                view.movements.append(torch.stack(moved).sum(0) if moved else y.new_zeros(len(y)).float())
+                moved.clear()
+                if self._stage_of[name] < len(self.heads):
+                    view.logits.append(self.heads[self._stage_of[name]](y, kept).float())
+
+        with self._hooked(None, after_layer):
+            yield view
+
+    @contextlib.contextmanager
+    def _hooked(self, before: Callable | None, after: Callable) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name in self.partition.layers:
+                layer = self.model.get_submodule(name)
+                if before is not None:
+                    hook = layer.register_forward_pre_hook(functools.partial(before, name), with_kwargs=True)
+                    stack.callback(hook.remove)
+                # First of the layer's hooks, so that recorders of hidden states see what the next stage sees.
+                hook = layer.register_forward_hook(functools.partial(after, name), with_kwargs=True, prepend=True)
+                stack.callback(hook.remove)
+            yield
+
+
+class _StopForward(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass after the last stage that learns, carrying its logits."""
+
+    def __init__(self, logits: torch.Tensor):
+        self.logits = logits
+
+
+@dataclass
+class _Walk:
+    """One forward pass in which stages `first` .. `last` learn."""
+
+    engine: Stagewise
+    found: StageStep
+    criterion: Callable[[torch.Tensor], torch.Tensor]
+    weights: Sequence[float]
+    first: int
+    last: int
+    mask: torch.Tensor | None
+    backward: Callable[[torch.Tensor], Any]
+    _terms: list[torch.Tensor] = field(default_factory=list)
+    _sides: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def before_layer(self, name: str, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Stand in for side inputs that would tie a stage to what is before it."""
+        if not self.first <= self.engine._stage_of[name] < self.last:
+            return None
+        hidden = _input_of(args, kwargs)
+        return tree_map(functools.partial(self._leaf, hidden), (args, kwargs))
+
+    def after_layer(self, name: str, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Add the layer's transport; at a stage's end, learn and hand on the output without its graph."""
+        stage = self.engine._stage_of[name]
+        if stage < self.first:
+            if stage == self.first - 1 and name in self.engine._ends:  # all that runs from here on learns
+                torch.set_grad_enabled(True)
+                self.engine.model.train()
+            return None
+        x, y = _input_of(args, kwargs), hidden_states_of(output)
+        mask = _fitting(self.mask, y)
+        if x.shape == y.shape:
+            with torch.set_grad_enabled(self.weights[stage] > 0):
+                self._terms.append(transport(x, y, mask, self.engine.norm))
+        if name not in self.engine._ends:
+            return None
+        term = torch.stack(self._terms).sum() if self._terms else y.new_zeros((), dtype=torch.float32)
+        self._terms.clear()
+        self.found.transports[stage] = term.detach()
+        if stage == self.last:
+            self.found.transport = term
+        if stage == self.engine.partition.num_stages - 1:
+            return None
+        logits = self.engine.heads[stage](y, mask).float()
+        if stage == self.last:
+            raise _StopForward(logits)
+        self._learn(stage, self.criterion(logits), term)
+        return detached(output)
+
+    def _learn(self, stage: int, loss: torch.Tensor, term: torch.Tensor) -> None:
+        self.found.losses[stage] = loss.detach()
+        device = loss.device.type
+        with torch.autocast(device, enabled=False):
+            self.backward(loss + self.weights[stage] * term)
+            for side, leaf in self._sides.values():
+                if leaf.grad is not None:
+                    side.backward(leaf.grad, retain_graph=True)
+        self._sides.clear()
+        if torch.is_autocast_enabled(device):
+            torch.clear_autocast_cache()  # else the low-precision copies of every stage's weights pile up
+
+    def _leaf(self, hidden: torch.Tensor, value: Any) -> Any:
+        """A stand-in for a tensor that carries a graph of its own, such as a relative position bias of all layers."""
+        if not torch.is_tensor(value) or value is hidden or value.grad_fn is None:
+            return value
+        return self._sides.setdefault(id(value), (value, value.detach().requires_grad_()))[1]
+
+    @contextlib.contextmanager
+    def forward_of(self, model: nn.Module) -> Iterator[None]:
+        """Let the model's forward begin without graph and end early, where the stages that learn ask for it."""
+        if self.first == 0 and self.last == self.engine.partition.num_stages - 1:
+            yield
+            return
+        own, forward = "forward" in vars(model), model.forward
+
+        @functools.wraps(forward)
+        def from_first_to_last(*args, **kwargs):
+            with torch.set_grad_enabled(self.first == 0):
+                model.train(self.first == 0)
+                try:
+                    return forward(*args, **kwargs)
+                except _StopForward as stop:
+                    loss = None if kwargs.get("labels") is None else self.criterion(stop.logits)
+                    return SequenceClassifierOutput(loss=loss, logits=stop.logits)
+                finally:
+                    model.train()
+
+        model.forward = from_first_to_last
+        try:
+            yield
+        finally:
+            if own:
+                model.forward = forward
+            else:
+                del model.forward
+
+
+def _input_of(args: tuple, kwargs: dict) -> torch.Tensor:
+    return hidden_states_of(args or tuple(kwargs.values()))
+
+
+def _fitting(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
+    return mask if mask is not None and hidden.dim() == 3 and mask.shape == hidden.shape[:2] else None

@@ -1,0 +1,469 @@
+"""MMSTTrainer: the host's Trainer, with each training step run stage by stage. Glue only."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import DynamoBackend
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, rotate_checkpoints, unwrap_peft_model
+
+from .config import MMSTConfig
+from .evaluation import StageMetrics, pack, unpack
+from .heads import StageHeads
+from .order import Order, Segment
+from .partition import Partition, find_layers
+from .probe import profile_layers
+from .stages import HEADS_NAME, JSON_NAME, Stages, load_stages, save_stages
+from .stagewise import StageStep, Stagewise
+from .transport import TransportWeights
+
+HEADS = "mmst_heads"
+OWN_FIELDS = {f.name for f in dataclasses.fields(MMSTConfig)} - {f.name for f in dataclasses.fields(TrainingArguments)}
+
+
+class MMSTTrainer(Trainer):
+    """
+    A [`~transformers.Trainer`] that trains an encoder stage by stage by the minimizing movement scheme.
+
+    It takes what `Trainer` takes, with [`MMSTConfig`] in the place of `TrainingArguments`. During [`train`] the
+    auxiliary heads are part of the model, as `model.mmst_heads`, so that optimizers, DistributedDataParallel and
+    clipping see them; afterwards the model is as it came, and the heads are `trainer.heads`.
+
+    Losses are means over the samples of an optimizer step, however it is split into micro-batches and processes.
+
+    Attributes:
+        partition ([`Partition`]): how the model was cut.
+        heads ([`StageHeads`]): the auxiliary heads of stages 1 .. K-1.
+
+    Raises:
+        `TypeError`: if `args` is not an [`MMSTConfig`].
+        `ValueError`: if the model or its task cannot be trained in stages, or for a setting that would do so wrongly.
+    """
+
+    compute_metrics: Any
+    preprocess_logits_for_metrics: Any
+    lr_scheduler: Any
+    loss_is_scaled_for_ga = True  # compute_loss weighs each micro-batch by its share of the step's samples
+
+    @functools.wraps(Trainer.__init__)  # type: ignore[misc]
+    def __init__(self, model=None, args=None, *others, **kwargs):
+        args = MMSTConfig("tmp_trainer") if args is None else args
+        if not isinstance(args, MMSTConfig):
+            raise TypeError(
+                f"MMSTTrainer got args of type {type(args).__name__}. Use MMSTConfig in its place: it takes all that "
+                "TrainingArguments takes."
+            )
+        super().__init__(model, args, *others, **kwargs)
+        # Whether a model divides by num_items_in_batch or ignores it differs between models: means are taken here.
+        self.model_accepts_loss_kwargs = False
+        self._refuse_wrappers()
+        self._cut_model: nn.Module | None = None
+        self._step_labels = 0
+        self._saving_in: str | None = None
+        self._cut()
+        self.add_callback(_StageCallback(self))
+
+    # ---- The cut ----
+
+    def _cut(self) -> None:
+        """Cut the model into stages and make their heads, unless that was done for this very model."""
+        model = self._core()
+        if self._cut_model is model:
+            return
+        self.args.check_stages()
+        self.partition, widths = self._partition(model)
+        num_stages = self.partition.num_stages
+        if num_stages > 1:
+            self._refuse_task(model)
+        self.heads = StageHeads(
+            widths, getattr(model.config, "num_labels", 0), self.args.head_pooling, seed=self.args.seed
+        )
+        self.heads.to(device=self.args.device, dtype=_dtype(model))
+        self._engine = Stagewise(model, self.partition, self.heads, self.args.transport_norm)
+        self._weights = TransportWeights(self.args.transport_schedule, self.args.transport_weight, num_stages)
+        self._order = Order.build("simultaneous", num_stages, 1, 1)
+        self._log_sums = torch.zeros(num_stages, 3)
+        self._cut_model = model
+
+    def _partition(self, model: nn.Module) -> tuple[Partition, list[int]]:
+        """The cut, and the widths of the hidden states at the ends of all stages but the last."""
+        args = self.args
+        if args.num_stages == 1 and args.stage_boundaries is None:
+            try:
+                return Partition((tuple(find_layers(model)),)), []
+            except ValueError:  # nothing is cut, so any model will do; there is no transport to measure either
+                return Partition(((),)), []
+        layers = find_layers(model)
+        profile = profile_layers(model, layers)
+        if args.stage_boundaries is not None:
+            partition = Partition.by_names(layers, args.stage_boundaries)
+        else:
+            partition = Partition.by_cost(layers, args.num_stages, [layer.flops for layer in profile])
+        widths = {layer.name: layer.width for layer in profile}
+        return partition, [widths[name] for name in partition.boundaries[:-1]]
+
+    def _refuse_wrappers(self) -> None:
+        for name in ("deepspeed", "fsdp"):
+            if getattr(self, f"is_{name}_enabled"):
+                raise ValueError(
+                    f"{name} is switched on in the accelerate configuration: its wrapper around the model would train "
+                    "the stages wrongly. Use a configuration without it; several GPUs need no wrapper but "
+                    "`accelerate launch`'s own."
+                )
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise ValueError(
+                "torch.compile is switched on in the accelerate configuration: compiled as a whole, the model would "
+                "silently leave stages untrained. Set dynamo_backend to no."
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs are visible to one process, which nn.DataParallel cannot train in stages. "
+                "Start the script with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them."
+            )
+
+    def _refuse_task(self, model: nn.Module) -> None:
+        base = unwrap_peft_model(model)
+        if (
+            LOSS_MAPPING.get(getattr(base, "loss_type", None)) is not ForSequenceClassificationLoss
+            and self.compute_loss_func is None
+        ):
+            raise ValueError(
+                f"{type(base).__name__} has no classification or regression head, so its stages have no local loss. "
+                "Pass a ...ForImageClassification or ...ForSequenceClassification model, or a compute_loss_func, or "
+                "set num_stages to 1."
+            )
+        for name, value in vars(base.config).items():
+            if "layerdrop" in name and value:
+                raise ValueError(
+                    f"config.{name}={value} skips layers at random, and with them the ends of stages. Set it to 0."
+                )
+
+    def _core(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    # ---- Training ----
+
+    @functools.wraps(Trainer.train)
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._core()._modules.pop(HEADS, None)
+
+    def set_initial_training_values(self, args, dataloader):
+        """As the host's, with the epochs and steps of all stages and laps; the order of training is fixed here."""
+        epochs, steps_per_epoch, examples, samples, batch_size, batches, max_steps = (
+            super().set_initial_training_values(args, dataloader)
+        )
+        self._cut()
+        if args.max_steps <= 0 and args.stage_order != "simultaneous":
+            num_stages = self.partition.num_stages
+            max_steps, samples = max_steps * num_stages, samples * num_stages
+            epochs = -(-max_steps // steps_per_epoch)
+        self._order = Order.build(args.stage_order, self.partition.num_stages, args.num_laps, max_steps)
+        return epochs, steps_per_epoch, examples, samples, batch_size, batches, max_steps
+
+    def _summary(self) -> str:
+        """One line on the stages: layers and trainable parameters of each."""
+        core = self._core()
+        layers = [len(stage) for stage in self.partition.stages]
+        trainable = [
+            sum(p.numel() for name in stage for p in core.get_submodule(name).parameters() if p.requires_grad)
+            for stage in self.partition.stages
+        ]
+        others = sum(p.numel() for p in core.parameters() if p.requires_grad) - sum(trainable)
+        return (
+            f"hf_mmst: {len(layers)} stages of {_joined(layers)} layers, {self.args.stage_order}; trainable "
+            f"parameters {_joined(trainable)} in the layers, {others:,} around them, "
+            f"{sum(p.numel() for p in self.heads.parameters()):,} in auxiliary heads"
+        )
+
+    def create_optimizer(self, model=None):
+        """As the host's, with the auxiliary heads among the parameters."""
+        self._cut()
+        core = self._core()
+        core.add_module(HEADS, self.heads)
+        given = self.optimizer
+        optimizer = super().create_optimizer(model)
+        if given is not None and len(self.heads):
+            known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            missing = [p for p in self.heads.parameters() if id(p) not in known]
+            if missing:
+                optimizer.add_param_group({"params": missing})
+        return optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """As the host's; in sequential orders each segment has its own warm-up and decay over its own steps."""
+        if self.lr_scheduler is not None or len(self._order.segments) == 1:
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        multipliers = [self._lr_multiplier(segment) for segment in self._order.segments]
+        order = self._order
+
+        def multiplier(step: int) -> float:
+            return multipliers[order.index(step)](step - order.at(step).start)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _lr_multiplier(self, segment: Segment):
+        args = self.args
+        scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),
+            num_warmup_steps=args.get_warmup_steps(segment.steps),
+            num_training_steps=segment.steps,
+            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+        )
+        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            raise ValueError(
+                f"lr_scheduler_type={args.lr_scheduler_type!s} cannot start anew with each stage. Set it to one that "
+                'depends on the step alone (linear, cosine, constant_with_warmup, ...), or stage_order="simultaneous".'
+            )
+        return scheduler.lr_lambdas[0]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As the host's; remembers how many labels the optimizer step has in all."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_labels = sum(_num_labels(batch.get("labels")) for batch in batches if isinstance(batch, Mapping))
+        return batches, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """In training: run all stages that learn at this step; the loss returned is the last one's."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.get("labels")
+        if labels is None:
+            raise ValueError(
+                f"The batch has no labels, only {', '.join(inputs)}: every stage learns from them. Give the dataset a "
+                "column named label or labels, and set remove_unused_columns=False if it needs other names."
+            )
+        stages = self._order.at(self.state.global_step).stages
+        share = _num_labels(labels) / (self._step_labels or _num_labels(labels))
+        scale = (
+            share if self.compute_loss_func is None else 1.0
+        )  # the user's function has divided by num_items_in_batch
+        with self._engine.step(
+            criterion=lambda logits: self._criterion(logits, labels, num_items_in_batch),
+            weights=[self._weights[stage] for stage in range(self.partition.num_stages)],
+            stages=stages,
+            mask=inputs.get("attention_mask"),
+            backward=lambda loss: self.accelerator.backward(loss * scale),
+        ) as step:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        step.losses[stages[-1]] = loss.detach()
+        self._record(step, share)
+        if self._weights[stages[-1]] > 0:
+            loss = loss + self._weights[stages[-1]] * step.transport
+        loss = loss * scale
+        return (loss, outputs) if return_outputs else loss
+
+    def _criterion(self, logits: torch.Tensor, labels: torch.Tensor, num_items: Any = None) -> torch.Tensor:
+        """The task's loss of a head's logits, as the host takes it of the model's."""
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(SequenceClassifierOutput(logits=logits), labels, num_items_in_batch=num_items)
+            scaled = self.args.average_tokens_across_devices and num_items is not None
+            return loss * self.accelerator.num_processes if scaled else loss
+        if self.label_smoother is not None:
+            return self.label_smoother({"logits": logits}, labels)
+        return ForSequenceClassificationLoss(labels, logits, self._core().config)
+
+    # ---- Logging ----
+
+    def _record(self, step: StageStep, share: float) -> None:
+        for stage, loss in step.losses.items():
+            found = torch.stack([loss.float(), step.transports[stage], torch.ones_like(loss, dtype=torch.float32)])
+            self._log_sums = self._log_sums.to(loss.device)
+            self._log_sums[stage] += share * found
+            self._weights.observe(stage, loss, step.transports[stage], share)
+
+    def log(self, logs, start_time=None):
+        """As the host's, with `stage_<k>_loss` and `stage_<k>_transport` since the last log; k counts from 1."""
+        if "loss" in logs and self.is_in_train:
+            sums = self._mean(self._log_sums)
+            for k, (loss, moved, steps) in enumerate(sums.tolist(), start=1):
+                if steps > 0:
+                    logs[f"stage_{k}_loss"], logs[f"stage_{k}_transport"] = loss / steps, moved / steps
+            self._log_sums.zero_()
+        super().log(logs, start_time)
+
+    def _mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over the processes; to be called in each of them."""
+        return self.accelerator.reduce(values.to(self.args.device), "mean") if self.args.world_size > 1 else values
+
+    # ---- Evaluation ----
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """As the host's, with the metrics, loss and transport of each stage, `eval_stage_<k>_accuracy` and so on."""
+        loop = functools.partial(
+            super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        if self.compute_metrics is None or self.args.batch_eval_metrics or not self.partition.layers:
+            return loop()
+        metrics = StageMetrics(self.compute_metrics, self.preprocess_logits_for_metrics)
+        with self._collecting(metrics):
+            output = loop()
+        by_stage = {f"{metric_key_prefix}_{name}": value for name, value in metrics.by_stage.items()}
+        return EvalLoopOutput(
+            unpack(output.predictions), output.label_ids, {**output.metrics, **by_stage}, output.num_samples
+        )
+
+    @contextlib.contextmanager
+    def _collecting(self, metrics: StageMetrics) -> Iterator[None]:
+        self._stage_metrics = metrics
+        self.compute_metrics = metrics.compute_packed
+        self.preprocess_logits_for_metrics = metrics.preprocess_packed
+        try:
+            yield
+        finally:
+            self.compute_metrics, self.preprocess_logits_for_metrics = metrics.compute, metrics.preprocess
+            del self._stage_metrics
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As the host's; while metrics are collected, the predictions are packed with those of every stage."""
+        if not hasattr(self, "_stage_metrics") or prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with self._engine.observe(inputs.get("attention_mask")) as view:
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        losses = [] if loss is None else [*(self._criterion(one, labels) for one in view.logits), loss]
+        return loss, pack(logits, view, losses), labels
+
+    # ---- Checkpoints ----
+
+    def _save(self, output_dir=None, state_dict=None):
+        """A plain checkpoint of the model, and its stages beside it."""
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        state_dict = self._core().state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {k: v for k, v in state_dict.items() if not k.startswith(f"{HEADS}.")})
+        if self.args.should_save:
+            config = {name: getattr(self.args, name) for name in sorted(OWN_FIELDS)}
+            save_stages(output_dir, Stages(self.partition, self.heads, config, self._weights.state_dict()))
+
+    def _save_checkpoint(self, model, trial):
+        """As the host's, written beside and renamed: a folder `checkpoint-<step>` is whole or not there."""
+        self._weights.sync(self._mean)
+        run_dir, step = self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"
+        beside, final = os.path.join(run_dir, ".saving"), os.path.join(run_dir, step)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(beside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving_in = beside
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_in = None
+        if self.state.best_model_checkpoint == os.path.join(beside, step):
+            self.state.best_model_checkpoint = final
+            if self.args.should_save:
+                self.state.save_to_json(os.path.join(beside, step, TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(os.path.join(beside, step), final)
+            shutil.rmtree(beside)
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+
+    def _get_output_dir(self, trial):
+        """As the host's; while a checkpoint is being written, the folder it is written in."""
+        return self._saving_in or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """As the host's, with the files of the stages; not before the checkpoint is whole."""
+        if self._saving_in is not None:
+            return
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            for name in (JSON_NAME, HEADS_NAME):
+                shutil.copy(os.path.join(checkpoint_folder, name), self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Weights, heads and transport weights, as they were saved."""
+        self._cut()
+        stages = self._load_stages(resume_from_checkpoint)
+        self._weights.load_state_dict(stages.transport_state)
+        if not self._load_weights(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        """Weights and heads of the best checkpoint."""
+        self._load_stages(self.state.best_model_checkpoint)
+        if not self._load_weights(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_stages(self, folder: str) -> Stages:
+        stages = load_stages(folder)
+        if stages.partition != self.partition:
+            raise ValueError(
+                f"{folder} was cut into stages after {', '.join(stages.partition.boundaries)}, this run after "
+                f"{', '.join(self.partition.boundaries)}. Set stage_boundaries to the former, or start anew."
+            )
+        self.heads.load_state_dict(stages.heads.state_dict())
+        return stages
+
+    def _load_weights(self, folder: str) -> bool:
+        """
+        Load the model's weights by way of `from_pretrained`, if it is a plain Hugging Face model.
+
+        `save_pretrained` writes the key names of the Hub. Where those are not the module's own (ViT, DeiT, Swin, ...),
+        the host's `load_state_dict(strict=False)` would restore nothing and only warn.
+        """
+        model = self._core()
+        if not isinstance(model, PreTrainedModel):
+            return False
+        widest = functools.reduce(torch.promote_types, {p.dtype for p in model.parameters() if p.is_floating_point()})
+        saved = type(model).from_pretrained(folder, config=model.config, dtype=widest)
+        found = model.load_state_dict(saved.state_dict(), strict=False)
+        missing = [name for name in found.missing_keys if not name.startswith(f"{HEADS}.")]
+        if missing or found.unexpected_keys:
+            raise ValueError(
+                f"{folder} does not hold this model: missing {missing}, unexpected {found.unexpected_keys}"
+            )
+        return True
+
+
+class _StageCallback(TrainerCallback):
+    """Says at the beginning how the model was cut; after each step, renews the transport weights."""
+
+    def __init__(self, trainer: MMSTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            print(self.trainer._summary())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stages = self.trainer._order.at(state.global_step - 1).stages
+        self.trainer._weights.step(stages, self.trainer._mean)
+
+
+def _num_labels(labels: Any) -> int:
+    """Labels that count: all but -100 of class indices, else all numbers."""
+    if not torch.is_tensor(labels):
+        return 0
+    return labels.numel() if labels.is_floating_point() else int((labels != -100).sum())
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _joined(numbers: list[int]) -> str:
+    return "+".join(f"{number:,}" for number in numbers)

@@ -1,0 +1,71 @@
+"""Stage-wise training written as the paper's equations, layer by layer: what the engine must equal."""
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+
+def plain_transport(x, y, mask=None, norm="relative"):
+    """1/B sum_b c_b ||y_b - x_b||^2 over the tokens that count."""
+    kept = torch.ones(x.shape[0], *[1] * (x.dim() - 1)) if mask is None else mask.unsqueeze(-1).float()
+    r, x = (y.float() - x.float()) * kept, x.float().detach() * kept
+    count = kept.expand_as(x).flatten(1).sum(1)
+    c = {"sum": torch.ones_like(count), "mean": 1 / count, "relative": 1 / x.square().flatten(1).sum(1)}[norm]
+    return (r.square().flatten(1).sum(1) * c).mean()
+
+
+def train_step(model, name, partition, heads, batch, weights, norm="relative"):
+    """For k = 1 .. K: min over (T_k, F_k) of L(F_k(z_k)) + w_k sum_m ||r_m||^2, z_k = T_k(z_{k-1}); fills .grad."""
+    z, layer, tail = PARTS[name](model, batch)
+    mask, losses = batch.get("attention_mask"), []
+    for k, stage in enumerate(partition.stages):
+        z = z.detach() if k > 0 else z
+        term = 0.0
+        for m in stage:
+            x, z = layer(m, z)
+            term = term + plain_transport(x, z, mask, norm)
+        logits = tail(z) if k == partition.num_stages - 1 else heads[k](z, mask)
+        loss = cross_entropy(logits, batch["labels"]) + weights[k] * term
+        loss.backward()
+        losses.append(loss.item())
+    return losses
+
+
+def vit(model, batch):
+    def layer(name, z):
+        return z, model.get_submodule(name)(z)
+
+    return model.vit.embeddings(batch["pixel_values"]), layer, lambda z: model.classifier(model.vit.layernorm(z)[:, 0])
+
+
+def bert(model, batch):
+    blocked = (1.0 - batch["attention_mask"][:, None, None, :].float()) * torch.finfo(torch.float32).min
+
+    def layer(name, z):
+        return z, model.get_submodule(name)(z, blocked)
+
+    return model.bert.embeddings(batch["input_ids"]), layer, lambda z: model.classifier(model.bert.pooler(z))
+
+
+def swin(model, batch):
+    z, size = model.swin.embeddings(batch["pixel_values"])
+    sizes = [tuple(side >> i for side in size) for i in range(3)]
+
+    def layer(name, z):
+        i, block = int(name.split(".")[3]), name.split(".")[5]
+        if i > 0 and block == "0":  # the change of resolution before it
+            z = model.swin.encoder.layers[i - 1].downsample(z, sizes[i - 1])
+        return z, model.get_submodule(name)(z, sizes[i])[0]
+
+    return z, layer, lambda z: model.classifier(model.swin.layernorm(z).mean(1))
+
+
+PARTS = {"vit": vit, "bert": bert, "swin": swin}
+
+
+def gradients(*modules: nn.Module) -> dict[str, torch.Tensor | None]:
+    """All gradients by name, which are then cleared."""
+    found = {f"{i}.{n}": p.grad for i, module in enumerate(modules) for n, p in module.named_parameters()}
+    for module in modules:
+        module.zero_grad(set_to_none=True)
+    return found

