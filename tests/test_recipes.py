@@ -68,7 +68,7 @@ def test_texts_offline_say_so_and_train_minilm(tmp_path):
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-4"):
         model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        assert "sport" in model.config.label2id
+        assert "sports" in model.config.label2id
 
 
 def test_a_folder_of_parquet_images_on_two_processes(tmp_path):
