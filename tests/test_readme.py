@@ -18,7 +18,9 @@ def row(path):
     accuracies = [f"{100 * value:.1f}" for value in found["stage_accuracy"]]
     cells = (found["dataset"], found["model"], METHODS[path.stem.partition("_")[2]], found["num_stages"])
     peak = found["peak_bytes"] / 2**20
-    return "| " + " | ".join(map(str, [*cells, accuracies[-1], ", ".join(accuracies[:-1]) or "-", f"{peak:.0f}"])) + " |"
+    return (
+        "| " + " | ".join(map(str, [*cells, accuracies[-1], ", ".join(accuracies[:-1]) or "-", f"{peak:.0f}"])) + " |"
+    )
 
 
 def table():

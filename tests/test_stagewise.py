@@ -199,3 +199,24 @@ def test_side_inputs_with_a_graph_reach_their_parameters():
     torch.testing.assert_close(first, bias.grad)
     assert first.abs().max() > 0
     assert not torch.allclose(both, first)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_a_gradient_scaler_scales_every_stage(name):
+    """As with fp16: each stage's loss is scaled before its backward pass, and unscaling gives the plain gradients."""
+    model, _, heads, engine = build(name)
+    inputs, weights = batch(name), [0.3] * 3
+    engine_step(model, engine, inputs, weights)
+    expected = gradients(model, heads)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD([*model.parameters(), *heads.parameters()], lr=0.1)
+    with engine.step(
+        lambda logits: cross_entropy(logits, inputs["labels"]),
+        weights,
+        mask=inputs.get("attention_mask"),
+        backward=lambda loss: scaler.scale(loss).backward(),
+    ) as step:
+        outputs = model(**inputs)
+    scaler.scale(outputs.loss + weights[2] * step.transport).backward()
+    scaler.unscale_(optimizer)
+    assert_close(gradients(model, heads), expected)

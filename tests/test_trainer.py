@@ -1,6 +1,11 @@
 """MMSTTrainer against plain Trainer, and all of Trainer that must keep working."""
 
 import inspect
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +20,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 from zoo import MODELS, Samples, batch, make
 
 from hf_mmst import MMSTConfig, MMSTTrainer, load_stages
@@ -443,3 +449,45 @@ def test_schedules_move_the_weights(schedule, tmp_path):
         assert found == [0.3, 0.3, 0.15]
     else:
         assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_lora_trains_its_adapters_in_every_stage_and_resumes(order, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def run(folder, **kwargs):
+        config = peft.LoraConfig(target_modules=["query", "value"], modules_to_save=["classifier"])
+        set_seed(0)
+        model = peft.get_peft_model(make("bert"), config)
+        return trainer(folder, "bert", model, max_steps=12, save_strategy="steps", save_steps=7, **ORDERS[order])
+
+    straight = run(tmp_path / "straight")
+    before = weights(straight.model)
+    straight.train()
+    after = weights(straight.model)
+    changed = {n for n in after if not torch.equal(after[n], before[n])}
+    assert changed == {n for n, p in straight.model.named_parameters() if p.requires_grad}
+    stopped = run(tmp_path / "stopped", extra={"callbacks": [StopAt(7)]})
+    stopped.train()
+    resumed = run(tmp_path / "stopped")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(weights(resumed.model), after)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kill_at_any_moment_leaves_a_checkpoint_that_resumes(seed, tmp_path):
+    """The process saves at each step, so most kills hit a save; what is there afterwards is whole."""
+    straight = trainer(tmp_path / "straight", max_steps=12)
+    straight.train()
+    expected = weights(straight.model)
+    child = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "killed.py"), str(tmp_path / "killed")], stdout=subprocess.PIPE
+    )
+    child.stdout.readline()  # training begins
+    time.sleep(random.Random(seed).uniform(0.05, 0.8))
+    child.kill()
+    child.wait()
+    settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1}
+    resumed = trainer(tmp_path / "killed", **settings)
+    resumed.train(resume_from_checkpoint=get_last_checkpoint(tmp_path / "killed"))
+    assert_same(weights(resumed.model), expected)
