@@ -459,7 +459,7 @@ def test_lora_trains_its_adapters_in_every_stage_and_resumes(order, tmp_path):
         config = peft.LoraConfig(target_modules=["query", "value"], modules_to_save=["classifier"])
         set_seed(0)
         model = peft.get_peft_model(make("bert"), config)
-        return trainer(folder, "bert", model, max_steps=12, save_strategy="steps", save_steps=7, **ORDERS[order])
+        return trainer(folder, "bert", model, max_steps=12, save_strategy="steps", save_steps=7, **ORDERS[order], **kwargs)
 
     straight = run(tmp_path / "straight")
     before = weights(straight.model)
@@ -469,6 +469,7 @@ def test_lora_trains_its_adapters_in_every_stage_and_resumes(order, tmp_path):
     assert changed == {n for n, p in straight.model.named_parameters() if p.requires_grad}
     stopped = run(tmp_path / "stopped", extra={"callbacks": [StopAt(7)]})
     stopped.train()
+    assert stopped.state.global_step == 7
     resumed = run(tmp_path / "stopped")
     resumed.train(resume_from_checkpoint=True)
     assert_same(weights(resumed.model), after)
