@@ -1,7 +1,7 @@
 """What the user says: TrainingArguments plus the fields of stage-wise training, each checked at once."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from transformers import TrainingArguments
@@ -132,6 +132,7 @@ class MMSTConfig(TrainingArguments):
                 )
 
 
+OWN_FIELDS = {f.name for f in fields(MMSTConfig)} - {f.name for f in fields(TrainingArguments)}
 _CHOICES = {
     "stage_order": get_args(StageOrder),
     "head_pooling": get_args(HeadPooling),

@@ -459,7 +459,9 @@ def test_lora_trains_its_adapters_in_every_stage_and_resumes(order, tmp_path):
         config = peft.LoraConfig(target_modules=["query", "value"], modules_to_save=["classifier"])
         set_seed(0)
         model = peft.get_peft_model(make("bert"), config)
-        return trainer(folder, "bert", model, max_steps=12, save_strategy="steps", save_steps=7, **ORDERS[order], **kwargs)
+        return trainer(
+            folder, "bert", model, max_steps=12, save_strategy="steps", save_steps=7, **ORDERS[order], **kwargs
+        )
 
     straight = run(tmp_path / "straight")
     before = weights(straight.model)

@@ -1,0 +1,127 @@
+"""What a run writes and reads back: plain checkpoints with their stages beside them, whole or not there."""
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+
+from .config import OWN_FIELDS, MMSTConfig
+from .heads import StageHeads
+from .partition import Partition
+from .stages import HEADS_NAME, JSON_NAME, Stages, load_stages, save_stages
+from .transport import TransportWeights
+
+HEADS = "mmst_heads"
+
+
+class StageCheckpoints(Trainer):
+    """The checkpoints of [`MMSTTrainer`], which sets the attributes below."""
+
+    args: MMSTConfig
+    partition: Partition
+    heads: StageHeads
+    _weights: TransportWeights
+    _saving_in: str | None = None
+    _core: Callable[[], nn.Module]
+    _cut: Callable[[], None]
+    _mean: Callable[[torch.Tensor], torch.Tensor]
+
+    def _save(self, output_dir=None, state_dict=None):
+        """A plain checkpoint of the model, and its stages beside it."""
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        state_dict = self._core().state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {k: v for k, v in state_dict.items() if not k.startswith(f"{HEADS}.")})
+        if self.args.should_save:
+            config = {name: getattr(self.args, name) for name in sorted(OWN_FIELDS)}
+            save_stages(output_dir, Stages(self.partition, self.heads, config, self._weights.state_dict()))
+
+    def _save_checkpoint(self, model, trial):
+        """As the host's, written beside and renamed: a folder `checkpoint-<step>` is whole or not there."""
+        self._weights.sync(self._mean)
+        run_dir, step = self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"
+        beside, final = os.path.join(run_dir, ".saving"), os.path.join(run_dir, step)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(beside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving_in = beside
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_in = None
+        if self.state.best_model_checkpoint == os.path.join(beside, step):
+            self.state.best_model_checkpoint = final
+            if self.args.should_save:
+                self.state.save_to_json(os.path.join(beside, step, TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(os.path.join(beside, step), final)
+            shutil.rmtree(beside)
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+
+    def _get_output_dir(self, trial):
+        """As the host's; while a checkpoint is being written, the folder it is written in."""
+        return self._saving_in or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """As the host's, with the files of the stages; not before the checkpoint is whole."""
+        if self._saving_in is not None:
+            return
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            for name in (JSON_NAME, HEADS_NAME):
+                shutil.copy(os.path.join(checkpoint_folder, name), self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Weights, heads and transport weights, as they were saved."""
+        self._cut()
+        stages = self._load_stages(resume_from_checkpoint)
+        self._weights.load_state_dict(stages.transport_state)
+        if not self._load_weights(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        """Weights and heads of the best checkpoint."""
+        self._load_stages(self.state.best_model_checkpoint)
+        if not self._load_weights(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_stages(self, folder: str) -> Stages:
+        stages = load_stages(folder)
+        if stages.partition != self.partition:
+            raise ValueError(
+                f"{folder} was cut into stages after {', '.join(stages.partition.boundaries)}, this run after "
+                f"{', '.join(self.partition.boundaries)}. Set stage_boundaries to the former, or start anew."
+            )
+        self.heads.load_state_dict(stages.heads.state_dict())
+        return stages
+
+    def _load_weights(self, folder: str) -> bool:
+        """
+        Load the model's weights by way of `from_pretrained`, if it is a plain Hugging Face model.
+
+        `save_pretrained` writes the key names of the Hub. Where those are not the module's own (ViT, DeiT, Swin, ...),
+        the host's `load_state_dict(strict=False)` would restore nothing and only warn.
+        """
+        model = self._core()
+        if not isinstance(model, PreTrainedModel):
+            return False
+        widest = functools.reduce(torch.promote_types, {p.dtype for p in model.parameters() if p.is_floating_point()})
+        saved = type(model).from_pretrained(folder, config=model.config, dtype=widest)
+        found = model.load_state_dict(saved.state_dict(), strict=False)
+        missing = [name for name in found.missing_keys if not name.startswith(f"{HEADS}.")]
+        if missing or found.unexpected_keys:
+            raise ValueError(
+                f"{folder} does not hold this model: missing {missing}, unexpected {found.unexpected_keys}"
+            )
+        return True
