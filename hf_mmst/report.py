@@ -5,11 +5,14 @@ import os
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .memory import PeakMemory
 
 if TYPE_CHECKING:
     from .trainer import MMSTTrainer
@@ -60,6 +63,41 @@ def print_stage_table(rows: list[StageRow]) -> None:
     for row in rows:
         table.add_row(str(row.stage), f"{row.accuracy:.2%}", f"{row.loss:.4f}", f"{row.transport:.4f}")
     Console().print(table)
+
+
+def train_and_report(trainer: "MMSTTrainer", *, model: str, dataset: str, begin: float) -> None:
+    """
+    The end of a recipe: train, evaluate once, save, print the table of the stages, write `results.json`.
+
+    Args:
+        trainer ([`MMSTTrainer`]): with an `accuracy` among its metrics.
+        model (`str`), dataset (`str`): what they are called in the results.
+        begin (`float`): `time.perf_counter()` when the recipe began.
+    """
+    args = trainer.args
+    with PeakMemory(args.device) as peak:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)  # type: ignore[call-arg]  # functools.wraps hides self
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        print_stage_table(stage_rows(metrics))
+        seconds = time.perf_counter() - begin
+        path = write_results(
+            trainer,
+            metrics,
+            model=model,
+            dataset=dataset,
+            peak_bytes=peak.peak_bytes,
+            reserved_bytes=peak.reserved_bytes,
+            seconds=seconds,
+        )
+        print(
+            f"accuracy {metrics['eval_accuracy']:.2%}, peak memory {peak.peak_bytes / 2**20:.0f} MiB, "
+            f"{seconds:.0f} s, written to {path}"
+        )
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
 
 
 def write_results(trainer: "MMSTTrainer", metrics: Mapping[str, float], **found: Any) -> Path:

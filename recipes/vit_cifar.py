@@ -24,9 +24,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 from hf_mmst import MMSTConfig, MMSTTrainer
 from hf_mmst.arguments import parse_arguments
-from hf_mmst.memory import PeakMemory
 from hf_mmst.offline import announce_fallback, hub_is_reachable
-from hf_mmst.report import print_stage_table, stage_rows, write_results
+from hf_mmst.report import train_and_report
 
 HUB_DATASET = "uoft-cs/cifar10"
 DEFAULTS = {
@@ -226,28 +225,12 @@ def main() -> None:
             predictions=found.predictions.argmax(-1), references=found.label_ids
         ),
     )
-    with PeakMemory(args.device) as peak:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        print_stage_table(stage_rows(metrics))
-        path = write_results(
-            trainer,
-            metrics,
-            model=Path(model_args.model_name_or_path or "ViT from scratch").name,
-            dataset=dataset,
-            peak_bytes=peak.peak_bytes,
-            reserved_bytes=peak.reserved_bytes,
-            seconds=time.perf_counter() - begin,
-        )
-        print(
-            f"accuracy {metrics['eval_accuracy']:.2%}, peak memory {peak.peak_bytes / 2**20:.0f} MiB, "
-            f"{time.perf_counter() - begin:.0f} s, written to {path}"
-        )
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.end()
+    train_and_report(
+        trainer,
+        model=Path(model_args.model_name_or_path or "ViT from scratch").name,
+        dataset=dataset,
+        begin=begin,
+    )
 
 
 if __name__ == "__main__":
