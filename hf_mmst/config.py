@@ -10,6 +10,7 @@ StageOrder = Literal["simultaneous", "sequential", "multi_lap"]
 HeadPooling = Literal["auto", "mean", "cls"]
 TransportNorm = Literal["relative", "mean", "sum"]
 TransportSchedule = Literal["constant", "paper", "multipliers", "adaptive"]
+StageResidency = Literal["all", "stage"]
 
 
 @dataclass
@@ -47,6 +48,10 @@ class MMSTConfig(TrainingArguments):
             `"constant"`; `"paper"`: half the weight (doubled tau) in the second half of the stages; `"multipliers"`:
             the weight is divided by a multiplier that grows with the task loss (Uzawa, appendix D of the paper);
             `"adaptive"`: per stage, the transport term is held at `transport_weight` times 10 % of the task loss.
+        stage_residency (`str`, *optional*, defaults to `"all"`):
+            What is in device memory: `"all"` stages, or, in the orders where one stage learns at a time, only that
+            `"stage"`: its weights, gradients and optimizer states. The others rest in pinned host memory (CUDA) or in
+            memory-mapped files in `output_dir` (CPU) and pass through layer by layer. For a single process.
 
     Raises:
         `ValueError`: for a value that cannot be, saying which field to set to what.
@@ -84,12 +89,21 @@ class MMSTConfig(TrainingArguments):
             "multiplier that grows with the loss; adaptive: per stage, a fixed share of the task loss."
         },
     )
+    stage_residency: StageResidency = field(
+        default="all",
+        metadata={"help": "What is in device memory: all stages, or only the stage that learns."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.check_stages()
         # A stage that has learned looks unused to DistributedDataParallel: without this its gradients stay local.
         self.ddp_find_unused_parameters = True
+
+    @property
+    def place_model_on_device(self):
+        """As the host's; layers at rest do not go to the device."""
+        return super().place_model_on_device and self.stage_residency == "all"
 
     def check_stages(self) -> None:
         """Check the fields of stage-wise training; called again when a hyper-parameter search has set one."""
@@ -113,6 +127,16 @@ class MMSTConfig(TrainingArguments):
             raise ValueError(
                 f'num_laps={self.num_laps} has no effect with stage_order="{self.stage_order}". Set '
                 'stage_order="multi_lap", or num_laps=1.'
+            )
+        if self.stage_residency == "stage" and self.stage_order == "simultaneous":
+            raise ValueError(
+                'stage_residency="stage" keeps one stage in device memory, but with stage_order="simultaneous" all of '
+                'them learn on each batch. Set stage_order to "sequential" or "multi_lap", or stage_residency="all".'
+            )
+        if self.stage_residency == "stage" and self.world_size > 1:
+            raise ValueError(
+                f'stage_residency="stage" is for a single process, but there are {self.world_size}: the wrapper that '
+                'averages their gradients needs all weights on the device. Set stage_residency="all", or start one.'
             )
         if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
@@ -138,6 +162,7 @@ _CHOICES = {
     "head_pooling": get_args(HeadPooling),
     "transport_norm": get_args(TransportNorm),
     "transport_schedule": get_args(TransportSchedule),
+    "stage_residency": get_args(StageResidency),
 }
 
 

@@ -20,6 +20,7 @@ from .heads import StageHeads
 from .order import Order, Segment
 from .partition import Partition, find_layers
 from .probe import profile_layers
+from .residency import Residency
 from .stagewise import StageStep, Stagewise
 from .transport import TransportWeights
 
@@ -61,6 +62,7 @@ class MMSTTrainer(StageCheckpoints):
         self.model_accepts_loss_kwargs = False
         self._refuse_wrappers()
         self._cut_model: nn.Module | None = None
+        self._streams = contextlib.ExitStack()  # holds what streams layers through the device in a training run
         self._step_labels = 0
         self._cut()
         self.add_callback(_StageCallback(self))
@@ -85,6 +87,9 @@ class MMSTTrainer(StageCheckpoints):
         self._weights = TransportWeights(self.args.transport_schedule, self.args.transport_weight, num_stages)
         self._order = Order.build("simultaneous", num_stages, 1, 1)
         self._log_sums = torch.zeros(num_stages, 3)
+        self._residency = None
+        if self.args.stage_residency == "stage":
+            self._residency = Residency(model, self.partition, self.args.device, self.args.output_dir)
         self._cut_model = model
 
     def _partition(self, model: nn.Module) -> tuple[Partition, list[int]]:
@@ -150,7 +155,10 @@ class MMSTTrainer(StageCheckpoints):
         try:
             return super().train(*args, **kwargs)
         finally:
+            self._streams.close()
             self._core()._modules.pop(HEADS, None)
+            if self._residency is not None:
+                self._residency.rest()
 
     def set_initial_training_values(self, args, dataloader):
         """As the host's, with the epochs and steps of all stages and laps; the order of training is fixed here."""
@@ -192,7 +200,15 @@ class MMSTTrainer(StageCheckpoints):
             missing = [p for p in self.heads.parameters() if id(p) not in known]
             if missing:
                 optimizer.add_param_group({"params": missing})
+        if self._residency is not None:
+            self._residency.watch(optimizer)
         return optimizer
+
+    def create_accelerator_and_postprocess(self):
+        """As the host's; layers at rest are not moved to the device."""
+        super().create_accelerator_and_postprocess()
+        if self.args.stage_residency == "stage":
+            self.accelerator.device_placement = False
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """As the host's; in sequential orders each segment has its own warm-up and decay over its own steps."""
@@ -303,10 +319,14 @@ class MMSTTrainer(StageCheckpoints):
         loop = functools.partial(
             super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
+        streaming: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self._residency is not None and not self.is_in_train:
+            streaming = self._residency.streaming()
         if self.compute_metrics is None or self.args.batch_eval_metrics or not self.partition.layers:
-            return loop()
+            with streaming:
+                return loop()
         metrics = StageMetrics(self.compute_metrics, self.preprocess_logits_for_metrics)
-        with self._collecting(metrics):
+        with streaming, self._collecting(metrics):
             output = loop()
         by_stage = {f"{metric_key_prefix}_{name}": value for name, value in metrics.by_stage.items()}
         return EvalLoopOutput(
@@ -336,7 +356,7 @@ class MMSTTrainer(StageCheckpoints):
 
 
 class _StageCallback(TrainerCallback):
-    """Says at the beginning how the model was cut; after each step, renews the transport weights."""
+    """Says at the beginning how the model was cut; after each step, renews transport weights and what is resident."""
 
     def __init__(self, trainer: MMSTTrainer):
         self.trainer = trainer
@@ -344,10 +364,16 @@ class _StageCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             print(self.trainer._summary())
+        if self.trainer._residency is not None:
+            self.trainer._residency.rest()  # optimizer states of a checkpoint are on the device now
+            self.trainer._streams.enter_context(self.trainer._residency.streaming())
+            self.trainer._residency.activate(self.trainer._order.at(state.global_step).stages)
 
     def on_step_end(self, args, state, control, **kwargs):
         stages = self.trainer._order.at(state.global_step - 1).stages
         self.trainer._weights.step(stages, self.trainer._mean)
+        if self.trainer._residency is not None:
+            self.trainer._residency.activate(self.trainer._order.at(state.global_step).stages)
 
 
 def _num_labels(labels: Any) -> int:
