@@ -132,14 +132,19 @@ def write_results(trainer: "MMSTTrainer", metrics: Mapping[str, float], **found:
         "versions": {"python": platform.python_version(), **_versions()},
     }
     path = Path(args.output_dir) / "results.json"
+    write_json(path, results)
+    return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to the file `path`, beside and renamed; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with open(beside, "w") as file:
-        file.write(json.dumps(results, indent=2) + "\n")
+        file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-    return path
 
 
 @dataclass(frozen=True)

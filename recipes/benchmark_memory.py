@@ -1,0 +1,270 @@
+# /// script
+# dependencies = ["hf-mmst[recipes]"]
+# ///
+"""
+Peak memory and time of stage-wise training beside its rivals: the same model, batches and optimizer, one run.
+
+    python recipes/benchmark_memory.py --model vit-base --batch_size 8 --num_stages 12 --device cpu
+    python recipes/benchmark_memory.py --model bert-large --batch_size 32 --num_stages 12 --precision bf16 --device cuda
+    python recipes/benchmark_memory.py --quick
+
+Each method trains for a few steps on random data in a process of its own, with AdamW. The peak is above what the
+process held before the model was made: bytes in tensors (CUDA), resident bytes of the process (CPU).
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    set_seed,
+)
+
+from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
+from hf_mmst.memory import PeakMemory
+from hf_mmst.report import write_json
+
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+QUICK = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024}
+CONFIGS = {
+    "vit-base": lambda: ViTConfig(),
+    "vit-large": lambda: ViTConfig(**LARGE),
+    "bert-base": lambda: BertConfig(),
+    "bert-large": lambda: BertConfig(**LARGE),
+    "quick": lambda: ViTConfig(**QUICK, image_size=64, patch_size=8),
+}
+CHECKPOINTING = {"activation_checkpointing": True}
+SEQUENTIAL = {"stage_order": "sequential"}
+METHODS = {
+    "end-to-end": {},
+    "end-to-end+checkpointing": CHECKPOINTING,
+    "end-to-end+checkpointing+offload": {**CHECKPOINTING, "activation_checkpointing_kwargs": {"offload": True}},
+    "lora": {},
+    "freeze": {},
+    "simultaneous": {"stage_order": "simultaneous"},
+    "sequential": SEQUENTIAL,
+    "resident": {**SEQUENTIAL, "stage_residency": "stage"},
+    "resident+checkpointing": {**SEQUENTIAL, "stage_residency": "stage", **CHECKPOINTING},
+}
+STAGEWISE = [name for name, settings in METHODS.items() if "stage_order" in settings]
+EPOCH = 1000  # samples that the time of an epoch is given for
+
+
+class RandomSamples(torch.utils.data.Dataset):
+    """Samples of the model's input size, labels 0 to 9."""
+
+    def __init__(self, config, seq_len: int):
+        self.config, self.seq_len = config, seq_len
+
+    def __len__(self):
+        return 100_000
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        labels = torch.randint(10, (), generator=generator)
+        if hasattr(self.config, "image_size"):
+            side = self.config.image_size
+            return {"pixel_values": torch.randn(3, side, side, generator=generator), "labels": labels}
+        ids = torch.randint(1000, 2000, (self.seq_len,), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of each optimizer step."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._begin = self._now(args)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(self._now(args) - self._begin)
+
+    def _now(self, args):
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit-base", help=f"{', '.join(CONFIGS)}, or a folder with a config.json")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--num_stages", type=int, default=12)
+    parser.add_argument("--seq_len", type=int, default=128, help="tokens of a text")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast, if not fp32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="all that make sense on the device by default")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="optimizer steps, of each stage where one learns at a time"
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark_memory"))
+    parser.add_argument("--quick", action="store_true", help="a small ViT in 3 stages")
+    parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.steps < 2:
+        parser.error(f"--steps {args.steps}: the first step has no optimizer states yet. Set it to 2 or more.")
+    if args.model not in CONFIGS and not Path(args.model, "config.json").is_file():
+        parser.error(f"--model {args.model} is neither one of {', '.join(CONFIGS)} nor a folder with a config.json")
+    if args.quick:
+        args.model, args.num_stages = "quick", 3
+    if args.methods is None:  # activations that are offloaded from the CPU to the CPU save nothing
+        args.methods = [name for name in METHODS if args.device == "cuda" or "offload" not in name]
+    return args
+
+
+def make_model(args: argparse.Namespace):
+    """The model of the chosen method, with random weights, and its config."""
+    config = CONFIGS[args.model]() if args.model in CONFIGS else AutoConfig.from_pretrained(args.model)
+    config.num_labels = 10
+    auto = AutoModelForImageClassification if hasattr(config, "image_size") else AutoModelForSequenceClassification
+    model = auto.from_config(config)
+    if args.one == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=16, target_modules="all-linear", exclude_modules=["classifier"], modules_to_save=["classifier"]
+        )
+        model = get_peft_model(model, lora)
+    if args.one == "freeze":
+        layers = find_layers(model)
+        for name in layers[-(len(layers) // args.num_stages) :]:
+            model.get_submodule(name)._learns = True
+        model.classifier._learns = True
+        learning = {id(p) for module in model.modules() if hasattr(module, "_learns") for p in module.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in learning)
+    return model, config
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Train by one method in this process."""
+    stagewise = args.one in STAGEWISE
+    turns = args.num_stages if "sequential" in METHODS[args.one].values() else 1
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments if not stagewise else MMSTConfig
+        config = settings(
+            folder,
+            max_steps=args.steps * turns,
+            per_device_train_batch_size=args.batch_size,
+            bf16=args.precision == "bf16",
+            fp16=args.precision == "fp16",
+            use_cpu=args.device == "cpu",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=args.device == "cuda",
+            **METHODS[args.one],
+            **({"num_stages": args.num_stages} if stagewise else {}),
+        )
+        with PeakMemory(args.device) as peak:
+            set_seed(config.seed)
+            model, model_config = make_model(args)
+            trainer = (MMSTTrainer if stagewise else Trainer)(
+                model, config, train_dataset=RandomSamples(model_config, args.seq_len), callbacks=[times]
+            )
+            trainer.train()
+    step = statistics.mean(second for i, second in enumerate(times.seconds) if i % args.steps > 0)
+    return {
+        "method": args.one,
+        "peak_bytes": peak.peak_bytes,
+        "reserved_bytes": peak.reserved_bytes,
+        "step_seconds": step,
+        "epoch_seconds": step * turns * EPOCH / args.batch_size,
+    }
+
+
+def in_a_process(args: argparse.Namespace, method: str) -> dict:
+    """The row of one method, measured in a new process."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", method]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{method} ended with exit code {done.returncode}: see above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(rows: list[dict], path: Path) -> None:
+    """A table, and a bar chart in the file `path`."""
+    from matplotlib.figure import Figure
+
+    first = rows[0]
+    table = Table("method", "peak MiB", "peak", "step s", "step", "epoch", title=f"Ratios to {first['method']}")
+    for row in rows:
+        ratios = {key: row[key] / first[key] for key in ("peak_bytes", "step_seconds", "epoch_seconds")}
+        table.add_row(
+            row["method"],
+            f"{row['peak_bytes'] / 2**20:.0f}",
+            f"{ratios['peak_bytes']:.2f}",
+            f"{row['step_seconds']:.2f}",
+            f"{ratios['step_seconds']:.2f}",
+            f"{ratios['epoch_seconds']:.2f}",
+        )
+    Console().print(table)
+    figure = Figure(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([row["method"] for row in rows], [row["peak_bytes"] / 2**20 for row in rows])
+    axes.bar_label(bars, [f"{row['peak_bytes'] / first['peak_bytes']:.0%}" for row in rows], padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("peak memory in MiB")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure each method in a process of its own, write and show."""
+    args = parse()
+    if args.one is not None:
+        print(json.dumps(measure(args)))
+        return
+    rows = []
+    for method in args.methods:
+        rows.append(in_a_process(args, method))
+        print(
+            f"{method}: {rows[-1]['peak_bytes'] / 2**20:.0f} MiB, {rows[-1]['step_seconds']:.2f} s a step", flush=True
+        )
+    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    settings = {
+        key: getattr(args, key) for key in ("model", "batch_size", "num_stages", "seq_len", "precision", "steps")
+    }
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    write_json(
+        args.output_dir / "results.json",
+        {
+            "command": shlex.join(["recipes/benchmark_memory.py", *words]),
+            "versions": {one: version(one) for one in ("hf-mmst", "torch", "transformers", "accelerate", "peft")},
+            "device": {"type": args.device, "name": name, "processors": os.cpu_count()},
+            "seed": 42,
+            **settings,
+            "rows": rows,
+        },
+    )
+    show(rows, args.output_dir / "peak_memory.png")
+    print(f"written to {args.output_dir / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()
