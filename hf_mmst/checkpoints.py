@@ -12,12 +12,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
 from .config import OWN_FIELDS, MMSTConfig
-from .heads import StageHeads
+from .heads import HEADS, StageHeads
 from .partition import Partition
 from .stages import HEADS_NAME, JSON_NAME, Stages, load_stages, save_stages
 from .transport import TransportWeights
-
-HEADS = "mmst_heads"
 
 
 class StageCheckpoints(Trainer):

@@ -11,6 +11,7 @@ HeadPooling = Literal["auto", "mean", "cls"]
 TransportNorm = Literal["relative", "mean", "sum"]
 TransportSchedule = Literal["constant", "paper", "multipliers", "adaptive"]
 StageResidency = Literal["all", "stage"]
+FeatureCache = Literal["none", "disk", "memory"]
 
 
 @dataclass
@@ -52,6 +53,13 @@ class MMSTConfig(TrainingArguments):
             What is in device memory: `"all"` stages, or, in the orders where one stage learns at a time, only that
             `"stage"`: its weights, gradients and optimizer states. The others rest in pinned host memory (CUDA) or in
             memory-mapped files in `output_dir` (CPU) and pass through layer by layer. For a single process.
+        feature_cache (`str`, *optional*, defaults to `"none"`):
+            Where the features that a stage gets of each sample are kept, so that the stages before it run once per
+            sample and turn, not in each epoch: `"disk"` (in `output_dir`, deleted after training) or
+            `"memory"`. For the orders where one stage learns at a time. Each process keeps those of its own samples.
+        cache_views (`int`, *optional*):
+            Fixes random augmentation: in epoch e a sample is view e mod `cache_views` of it. A feature cache needs
+            that where the dataset is random.
 
     Raises:
         `ValueError`: for a value that cannot be, saying which field to set to what.
@@ -93,6 +101,16 @@ class MMSTConfig(TrainingArguments):
         default="all",
         metadata={"help": "What is in device memory: all stages, or only the stage that learns."},
     )
+    feature_cache: FeatureCache = field(
+        default="none",
+        metadata={"help": "Where the features that a stage gets of each sample are kept: none, disk or memory."},
+    )
+    cache_views: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of different views that random augmentation makes of a sample; not limited if unset."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -133,6 +151,19 @@ class MMSTConfig(TrainingArguments):
                 'stage_residency="stage" keeps one stage in device memory, but with stage_order="simultaneous" all of '
                 'them learn on each batch. Set stage_order to "sequential" or "multi_lap", or stage_residency="all".'
             )
+        if self.feature_cache != "none" and self.stage_order == "simultaneous":
+            raise ValueError(
+                f'feature_cache="{self.feature_cache}" keeps what a stage gets while the stages before it rest, but '
+                'with stage_order="simultaneous" all of them learn on each batch. Set stage_order to "sequential" or '
+                '"multi_lap", or feature_cache="none".'
+            )
+        if self.cache_views is not None:
+            _at_least_one("cache_views", self.cache_views, "1 keeps one view of each sample")
+            if self.dataloader_persistent_workers:
+                raise ValueError(
+                    "Persistent workers do not learn which epoch it is, and with it which of the cache_views is due. "
+                    "Set dataloader_persistent_workers=False, or leave cache_views unset."
+                )
         if self.stage_residency == "stage" and self.world_size > 1:
             raise ValueError(
                 f'stage_residency="stage" is for a single process, but there are {self.world_size}: the wrapper that '
@@ -163,6 +194,7 @@ _CHOICES = {
     "transport_norm": get_args(TransportNorm),
     "transport_schedule": get_args(TransportSchedule),
     "stage_residency": get_args(StageResidency),
+    "feature_cache": get_args(FeatureCache),
 }
 
 

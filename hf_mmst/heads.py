@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+HEADS = "mmst_heads"  # the name by which the model has the heads while it trains
+
 
 class PoolingHead(nn.Module):
     """

@@ -13,6 +13,11 @@ def hidden_states_of(value: Any) -> torch.Tensor:
     return value
 
 
+def with_hidden_states(output: Any, hidden: torch.Tensor) -> Any:
+    """A value built as `output`, with `hidden` in the place of its hidden states."""
+    return (with_hidden_states(output[0], hidden), *output[1:]) if isinstance(output, tuple | list) else hidden
+
+
 def detached(output: Any) -> Any:
     """A layer's output with every tensor cut off from the graph; shapes and structure are kept."""
     return tree_map(lambda x: x.detach() if torch.is_tensor(x) else x, output)

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import replace
 from .memory import PeakMemory
 
 if TYPE_CHECKING:
@@ -139,12 +140,7 @@ def write_results(trainer: "MMSTTrainer", metrics: Mapping[str, float], **found:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` to the file `path`, beside and renamed; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    replace(path, lambda beside: beside.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,11 @@ class Residency:
         self._active = frozenset()
         self._rest_states()
 
+    def let_go(self) -> None:
+        """Let what has been read of the layers at rest leave this process's memory."""
+        for shelf in self._shelves.values():
+            shelf.let_go()
+
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
         """Within this context, forward passes of the model find each layer's weights on the device."""

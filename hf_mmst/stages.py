@@ -2,13 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from .files import replace
 from .heads import StageHeads
 from .partition import Partition
 
@@ -38,7 +38,7 @@ def save_stages(folder: str | os.PathLike, stages: Stages, weights: dict[str, An
     """Write both files; each is written beside and renamed. `weights` are the heads' tensors, if not their own."""
     tensors = stages.heads.state_dict() if weights is None else weights
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(Path(folder) / HEADS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    replace(Path(folder) / HEADS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     content = {
         "format_version": FORMAT_VERSION,
         "stages": stages.partition.stages,
@@ -50,7 +50,7 @@ def save_stages(folder: str | os.PathLike, stages: Stages, weights: dict[str, An
         "config": stages.config,
         "transport_state": stages.transport_state,
     }
-    _replace(Path(folder) / JSON_NAME, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+    replace(Path(folder) / JSON_NAME, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def load_stages(folder: str | os.PathLike) -> Stages:
@@ -80,15 +80,3 @@ def load_stages(folder: str | os.PathLike) -> Stages:
     heads.load_state_dict(load_file(Path(folder) / HEADS_NAME))
     partition = Partition(tuple(tuple(stage) for stage in content["stages"]))
     return Stages(partition, heads, content["config"], content["transport_state"])
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path`, flush to the disk, rename: the file is whole or not there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .heads import StageHeads
-from .hidden_states import detached, hidden_states_of
+from .hidden_states import detached, hidden_states_of, with_hidden_states
 from .partition import Partition
 from .transport import movement, transport
 
@@ -26,11 +26,13 @@ class StageStep:
         losses (`dict[int, torch.Tensor]`): task loss of each stage that has already been stepped back through.
         transports (`dict[int, torch.Tensor]`): transport of each stage that learned, without graph.
         transport (`torch.Tensor`): transport of the last stage that learned, with graph: its loss is the caller's.
+        features (`torch.Tensor`, *optional*): input of the first stage that learned, if that is not the model's first.
     """
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     transports: dict[int, torch.Tensor] = field(default_factory=dict)
     transport: torch.Tensor | float = 0.0
+    features: torch.Tensor | None = None
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Stagewise:
         self.model, self.partition, self.heads, self.norm = model, partition, heads, transport_norm
         self._stage_of = {name: k for k, stage in enumerate(partition.stages) for name in stage}
         self._ends = set(partition.boundaries)
+        self._outputs: dict[str, Any] = {}  # what each frozen layer returned, tensors left out
 
     @contextlib.contextmanager
     def step(
@@ -86,6 +89,7 @@ class Stagewise:
         stages: Sequence[int] | None = None,
         mask: torch.Tensor | None = None,
         backward: Callable[[torch.Tensor], Any] = torch.Tensor.backward,
+        given: tuple[int, torch.Tensor] | None = None,
     ) -> Iterator[StageStep]:
         """
         Within this context, a forward pass of the model (or of a wrapper around it) trains `stages`.
@@ -99,14 +103,36 @@ class Stagewise:
             stages: consecutive stages that learn, from 0; all by default.
             mask: `[B, N]`, 1 for tokens that count.
             backward: called with the loss of every stage but the last of `stages`.
+            given: a stage, at most `stages[0]`, and its input, so that the layers before it need not run. Ignored
+                until they have run once.
 
         Yields:
             [`StageStep`]: complete when the forward pass has returned.
         """
         stages = range(self.partition.num_stages) if stages is None else stages
         walk = _Walk(self, StageStep(), criterion, weights, stages[0], stages[-1], mask, backward)
-        with self._hooked(walk.before_layer, walk.after_layer), walk.forward_of(self.model):
+        with (
+            self._without_layers_before(given),
+            self._hooked(walk.before_layer, walk.after_layer),
+            walk.forward_of(self.model),
+        ):
             yield walk.found
+
+    @contextlib.contextmanager
+    def _without_layers_before(self, given: tuple[int, torch.Tensor] | None) -> Iterator[None]:
+        names = [name for stage in self.partition.stages[: given[0]] for name in stage] if given else []
+        if given is None or not self._outputs.keys() >= {*names}:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                layer = self.model.get_submodule(name)
+                hidden = given[1] if name == names[-1] else None
+                parent, _, child = name.rpartition(".")
+                siblings = self.model.get_submodule(parent)._modules
+                siblings[child] = _Given(layer, self._outputs[name], hidden)
+                stack.callback(siblings.__setitem__, child, layer)
+            yield
 
     @contextlib.contextmanager
     def observe(self, mask: torch.Tensor | None = None) -> Iterator[StageView]:
@@ -142,6 +168,20 @@ class Stagewise:
             yield
 
 
+class _Given(nn.Module):
+    """Stands in for a frozen layer: returns the hidden states that are given, or else those that it gets."""
+
+    def __init__(self, layer: nn.Module, output: Any, hidden: torch.Tensor | None):
+        super().__init__()
+        vars(self).update(_layer=layer, _output=output, _hidden=hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def forward(self, *args, **kwargs) -> Any:
+        return with_hidden_states(self._output, _input_of(args, kwargs) if self._hidden is None else self._hidden)
+
+
 class _StopForward(Exception):  # noqa: N818 - not an error
     """Ends a forward pass after the last stage that learns, carrying its logits."""
 
@@ -175,7 +215,9 @@ class _Walk:
         """Add the layer's transport; at a stage's end, learn and hand on the output without its graph."""
         stage = self.engine._stage_of[name]
         if stage < self.first:
+            self.engine._outputs[name] = tree_map(lambda x: None if torch.is_tensor(x) else x, output)
             if stage == self.first - 1 and name in self.engine._ends:  # all that runs from here on learns
+                self.found.features = hidden_states_of(output)
                 torch.set_grad_enabled(True)
                 self.engine.model.train()
             return None

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,13 +11,15 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 
-from .checkpoints import HEADS, StageCheckpoints
+from .checkpoints import StageCheckpoints
 from .config import MMSTConfig
 from .evaluation import StageMetrics, pack, unpack
-from .heads import StageHeads
+from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
+from .heads import HEADS, StageHeads
 from .order import Order, Segment
 from .partition import Partition, find_layers
 from .probe import profile_layers
@@ -45,6 +48,7 @@ class MMSTTrainer(StageCheckpoints):
     """
 
     compute_metrics: Any
+    data_collator: Any
     preprocess_logits_for_metrics: Any
     lr_scheduler: Any
     loss_is_scaled_for_ga = True  # compute_loss weighs each micro-batch by its share of the step's samples
@@ -63,6 +67,8 @@ class MMSTTrainer(StageCheckpoints):
         self._refuse_wrappers()
         self._cut_model: nn.Module | None = None
         self._streams = contextlib.ExitStack()  # holds what streams layers through the device in a training run
+        self._cache: FeatureCache | None = None
+        self._views: FixedViews | None = None
         self._step_labels = 0
         self._cut()
         self.add_callback(_StageCallback(self))
@@ -145,6 +151,21 @@ class MMSTTrainer(StageCheckpoints):
                     f"config.{name}={value} skips layers at random, and with them the ends of stages. Set it to 0."
                 )
 
+    def _refuse_checkpointing(self) -> None:
+        model, boundaries = self._core(), self.partition.boundaries[:-1]
+        for name, module in model.named_modules():
+            inside = [one for one in boundaries if one.startswith(f"{name}.")]
+            if (
+                inside
+                and getattr(module, "gradient_checkpointing", False)
+                and isinstance(module, GradientCheckpointingLayer)
+            ):
+                raise ValueError(
+                    f"Activation checkpointing runs {name} of {type(model).__name__} twice as a whole, but {inside[0]} "
+                    "within it is the end of a stage. Set gradient_checkpointing=False; a larger num_stages saves "
+                    "activations, too."
+                )
+
     def _core(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
@@ -156,6 +177,8 @@ class MMSTTrainer(StageCheckpoints):
             return super().train(*args, **kwargs)
         finally:
             self._streams.close()
+            if self._cache is not None:
+                self._cache.flush()
             self._core()._modules.pop(HEADS, None)
             if self._residency is not None:
                 self._residency.rest()
@@ -241,6 +264,52 @@ class MMSTTrainer(StageCheckpoints):
             )
         return scheduler.lr_lambdas[0]
 
+    def _get_dataloader(self, dataset, description, *args, is_training=False, **kwargs):
+        """As the host's; for training with a feature cache, batches have the keys of their samples."""
+        load = functools.partial(super()._get_dataloader, is_training=is_training, **kwargs)
+        caching = self.args.feature_cache != "none"
+        if not is_training or not (caching or self.args.cache_views):
+            return load(dataset, description, *args)
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"A {type(dataset).__name__} has no length, so that features cannot be found again by its samples. Set "
+                'feature_cache="none" and leave cache_views unset, or pass a dataset with a length.'
+            )
+        if self.args.cache_views:
+            dataset = self._views = FixedViews(dataset, self.args.cache_views, self.args.seed)
+        collate = self.data_collator
+        try:
+            if caching:
+                self.data_collator = KeyedCollator(collate, self.label_names)
+            loader = load(dataset, description, *args)
+        finally:
+            self.data_collator = collate
+        if caching:
+            check_fixed(loader.dataset, loader.collate_fn)
+            folder = Path(self.args.output_dir) / f"feature_cache_{self.args.process_index}"
+            capacity = len(dataset) * (self.args.cache_views or 1)
+            self._cache = FeatureCache(self.args.feature_cache, folder, capacity, self._upstream)
+        return loader
+
+    def _upstream(self, stage: int) -> dict[str, Any]:
+        """What the features that `stage` gets depend on, beside the samples."""
+        upstream = {
+            "model": upstream_hash(self._core(), self.partition, stage),
+            "stages": self.partition.stages[:stage],
+            "precision": str(self.accelerator.mixed_precision),
+        }
+        if self._residency is not None:
+            self._residency.let_go()
+        return upstream
+
+    def _begin_step(self, step: int) -> None:
+        """Make ready for the stages that learn at optimizer step `step`."""
+        stages = self._order.at(step).stages
+        if self._residency is not None:
+            self._residency.activate(stages)
+        if self._cache is not None:
+            self._cache.begin(stages[0])
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As the host's; remembers how many labels the optimizer step has in all."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -251,6 +320,7 @@ class MMSTTrainer(StageCheckpoints):
         """In training: run all stages that learn at this step; the loss returned is the last one's."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        keys = inputs.pop(KEYS).tolist() if KEYS in inputs else []
         labels = inputs.get("labels")
         if labels is None:
             raise ValueError(
@@ -259,17 +329,21 @@ class MMSTTrainer(StageCheckpoints):
             )
         stages = self._order.at(self.state.global_step).stages
         share = _num_labels(labels) / (self._step_labels or _num_labels(labels))
-        scale = (
-            share if self.compute_loss_func is None else 1.0
-        )  # the user's function has divided by num_items_in_batch
+        # The user's function has divided by num_items_in_batch.
+        scale = share if self.compute_loss_func is None else 1.0
+        mask = inputs.get("attention_mask")
+        given = self._cache.get(stages[0], keys, mask) if self._cache is not None else None
         with self._engine.step(
             criterion=lambda logits: self._criterion(logits, labels, num_items_in_batch),
             weights=[self._weights[stage] for stage in range(self.partition.num_stages)],
             stages=stages,
-            mask=inputs.get("attention_mask"),
+            mask=mask,
             backward=lambda loss: self.accelerator.backward(loss * scale),
+            given=given and (given[0], given[1].to(self.args.device)),
         ) as step:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self._cache is not None and step.features is not None and (given is None or given[0] < stages[0]):
+            self._cache.add(stages[0], keys, mask, step.features)
         step.losses[stages[-1]] = loss.detach()
         self._record(step, share)
         if self._weights[stages[-1]] > 0:
@@ -362,18 +436,26 @@ class _StageCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._refuse_checkpointing()
         if state.is_world_process_zero:
             print(self.trainer._summary())
         if self.trainer._residency is not None:
             self.trainer._residency.rest()  # optimizer states of a checkpoint are on the device now
             self.trainer._streams.enter_context(self.trainer._residency.streaming())
-            self.trainer._residency.activate(self.trainer._order.at(state.global_step).stages)
+        self.trainer._begin_step(state.global_step)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer._views is not None:
+            self.trainer._views.epoch = int(state.epoch)
 
     def on_step_end(self, args, state, control, **kwargs):
         stages = self.trainer._order.at(state.global_step - 1).stages
         self.trainer._weights.step(stages, self.trainer._mean)
-        if self.trainer._residency is not None:
-            self.trainer._residency.activate(self.trainer._order.at(state.global_step).stages)
+        self.trainer._begin_step(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.trainer._cache is not None and state.global_step >= state.max_steps:
+            self.trainer._cache.delete()
 
 
 def _num_labels(labels: Any) -> int:

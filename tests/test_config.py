@@ -19,6 +19,8 @@ OWN_FIELDS = {
     "transport_norm": "relative",
     "transport_schedule": "constant",
     "stage_residency": "all",
+    "feature_cache": "none",
+    "cache_views": None,
 }
 
 

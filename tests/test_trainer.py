@@ -91,6 +91,11 @@ def test_one_stage_without_transport_is_plain_trainer(name, tmp_path):
     assert_same(weights(trained["stages"].model), weights(trained["plain"].model))
 
 
+def test_checkpointing_across_the_end_of_a_stage_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"runs swin.* twice as a whole.*gradient_checkpointing=False"):
+        trainer(tmp_path, "swin", activation_checkpointing=True).train()
+
+
 def test_the_signature_is_trainers():
     assert inspect.signature(MMSTTrainer.__init__) == inspect.signature(Trainer.__init__)
     assert inspect.signature(MMSTTrainer.train) == inspect.signature(Trainer.train)
