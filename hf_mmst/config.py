@@ -49,6 +49,11 @@ class MMSTConfig(TrainingArguments):
             `"constant"`; `"paper"`: half the weight (doubled tau) in the second half of the stages; `"multipliers"`:
             the weight is divided by a multiplier that grows with the task loss (Uzawa, appendix D of the paper);
             `"adaptive"`: per stage, the transport term is held at `transport_weight` times 10 % of the task loss.
+        stage_clipping (`bool`, *optional*, defaults to `False`):
+            Clips the gradients of each stage to `max_grad_norm` by itself. In the simultaneous order a stage's
+            optimizer step then follows its backward at once (also where `max_grad_norm` is 0), so that the gradients
+            of one stage are in memory, not of all. With gradient accumulation, a gradient scaler (fp16), several
+            processes or side inputs that layers share, all step at the end, as in `Trainer`, to the same effect.
         stage_residency (`str`, *optional*, defaults to `"all"`):
             What is in device memory: `"all"` stages, or, in the orders where one stage learns at a time, only that
             `"stage"`: its weights, gradients and optimizer states. The others rest in pinned host memory (CUDA) or in
@@ -96,6 +101,10 @@ class MMSTConfig(TrainingArguments):
             "help": "constant; paper: half the weight in the second half of the stages; multipliers: divided by a "
             "multiplier that grows with the loss; adaptive: per stage, a fixed share of the task loss."
         },
+    )
+    stage_clipping: bool = field(
+        default=False,
+        metadata={"help": "Clip each stage's gradients to max_grad_norm by itself, so that it can step at once."},
     )
     stage_residency: StageResidency = field(
         default="all",

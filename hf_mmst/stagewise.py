@@ -89,6 +89,7 @@ class Stagewise:
         stages: Sequence[int] | None = None,
         mask: torch.Tensor | None = None,
         backward: Callable[[torch.Tensor], Any] = torch.Tensor.backward,
+        learned: Callable[[int, bool], Any] = lambda stage, shared: None,
         given: tuple[int, torch.Tensor] | None = None,
     ) -> Iterator[StageStep]:
         """
@@ -103,6 +104,8 @@ class Stagewise:
             stages: consecutive stages that learn, from 0; all by default.
             mask: `[B, N]`, 1 for tokens that count.
             backward: called with the loss of every stage but the last of `stages`.
+            learned: called with the number of a stage whose gradients are there, and whether later stages will add to
+                them, through side inputs of all layers.
             given: a stage, at most `stages[0]`, and its input, so that the layers before it need not run. Ignored
                 until they have run once.
 
@@ -110,7 +113,7 @@ class Stagewise:
             [`StageStep`]: complete when the forward pass has returned.
         """
         stages = range(self.partition.num_stages) if stages is None else stages
-        walk = _Walk(self, StageStep(), criterion, weights, stages[0], stages[-1], mask, backward)
+        walk = _Walk(self, StageStep(), criterion, weights, stages[0], stages[-1], mask, backward, learned)
         with (
             self._without_layers_before(given),
             self._hooked(walk.before_layer, walk.after_layer),
@@ -201,6 +204,7 @@ class _Walk:
     last: int
     mask: torch.Tensor | None
     backward: Callable[[torch.Tensor], Any]
+    learned: Callable[[int, bool], Any]
     _terms: list[torch.Tensor] = field(default_factory=list)
     _sides: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -249,6 +253,7 @@ class _Walk:
             for side, leaf in self._sides.values():
                 if leaf.grad is not None:
                     side.backward(leaf.grad, retain_graph=True)
+            self.learned(stage, bool(self._sides))
         self._sides.clear()
         if torch.is_autocast_enabled(device):
             torch.clear_autocast_cache()  # else the low-precision copies of every stage's weights pile up

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .partition import Partition, find_layers
 from .probe import profile_layers
 from .residency import Residency
 from .stagewise import StageStep, Stagewise
+from .stepping import clip_by_stage, parameters_by_stage, step_stage, steps_elementwise
 from .transport import TransportWeights
 
 
@@ -70,6 +72,8 @@ class MMSTTrainer(StageCheckpoints):
         self._cache: FeatureCache | None = None
         self._views: FixedViews | None = None
         self._step_labels = 0
+        self._early_norms: list[torch.Tensor] = []  # of the gradients of stages that have stepped already
+        self._shares_gradients = False
         self._cut()
         self.add_callback(_StageCallback(self))
 
@@ -97,6 +101,7 @@ class MMSTTrainer(StageCheckpoints):
         if self.args.stage_residency == "stage":
             self._residency = Residency(model, self.partition, self.args.device, self.args.output_dir)
         self._cut_model = model
+        self._stage_parameters = parameters_by_stage(model, self.partition, self.heads)
 
     def _partition(self, model: nn.Module) -> tuple[Partition, list[int]]:
         """The cut, and the widths of the hidden states at the ends of all stages but the last."""
@@ -339,6 +344,7 @@ class MMSTTrainer(StageCheckpoints):
             stages=stages,
             mask=mask,
             backward=lambda loss: self.accelerator.backward(loss * scale),
+            learned=self._step_early,
             given=given and (given[0], given[1].to(self.args.device)),
         ) as step:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -350,6 +356,34 @@ class MMSTTrainer(StageCheckpoints):
             loss = loss + self._weights[stages[-1]] * step.transport
         loss = loss * scale
         return (loss, outputs) if return_outputs else loss
+
+    def _step_early(self, stage: int, shared: bool) -> None:
+        """Step a stage right after its backward, where that makes no difference but to memory."""
+        self._shares_gradients |= shared
+        if (
+            not self._shares_gradients
+            and (self.args.stage_clipping or self.args.max_grad_norm == 0)
+            and self.args.gradient_accumulation_steps == 1
+            and self.args.world_size == 1
+            and self.accelerator.scaler is None
+            and steps_elementwise(self.optimizer)
+        ):
+            norm = step_stage(self.optimizer, self._stage_parameters, stage, self.args.max_grad_norm or math.inf)
+            self._early_norms.append(norm)
+
+    def _clip_grad_norm(self, model):
+        if not self.args.stage_clipping:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return clip_by_stage(self._stage_parameters, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """As the host's, of all stages, those that have stepped already among them."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self._early_norms:
+            norm = torch.linalg.vector_norm(torch.stack([norm, *self._early_norms]))
+            self._early_norms.clear()
+        return norm
 
     def _criterion(self, logits: torch.Tensor, labels: torch.Tensor, num_items: Any = None) -> torch.Tensor:
         """The task's loss of a head's logits, as the host takes it of the model's."""

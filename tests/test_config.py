@@ -18,6 +18,7 @@ OWN_FIELDS = {
     "transport_weight": 0.3,
     "transport_norm": "relative",
     "transport_schedule": "constant",
+    "stage_clipping": False,
     "stage_residency": "all",
     "feature_cache": "none",
     "cache_views": None,

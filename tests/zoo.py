@@ -53,7 +53,7 @@ EXTRA = {
     ),
 }
 NUM_LAYERS = dict.fromkeys(MODELS, 4) | {"swin": 6}
-IMAGE_MODELS = ("vit", "deit", "dinov2", "swin")
+IMAGE_MODELS = ("vit", "deit", "dinov2", "swin", "beit")
 
 
 def make(name: str, seed: int = 0, dropout: bool = False, **config) -> nn.Module:
