@@ -35,7 +35,7 @@ def profile_layers(model: nn.Module, layers: Sequence[str]) -> list[LayerProfile
     Raises:
         `ValueError`: if the layers do not each run exactly once in that order, as in models that share layers.
     """
-    twin = _on_meta(model).eval()
+    twin = on_meta(model).eval()
     widths: dict[str, int] = {}
     calls: list[str] = []
 
@@ -80,7 +80,7 @@ def dummy_inputs(model: nn.Module, batch_size: int = 1, device: str | torch.devi
     )
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
+def on_meta(model: nn.Module) -> nn.Module:
     """A copy of `model` whose parameters and buffers are on the meta device; nothing is allocated."""
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, object] = {id(tensor): _meta_like(tensor) for tensor in tensors}

@@ -1,0 +1,304 @@
+"""A way of training -> the most device memory that a step of it holds, found on tensors that have no data."""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
+
+from .heads import StageHeads
+from .partition import Partition, find_layers
+from .probe import on_meta, profile_layers
+from .stagewise import Stagewise
+from .stepping import clip_by_stage, parameters_by_stage, step_stage
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Way:
+    """
+    A way of training.
+
+    Attributes:
+        num_stages (`int`): K; 1 is end-to-end training.
+        stage_order (`str`): `"simultaneous"` or `"sequential"`.
+        stage_residency (`str`): `"all"` or `"stage"`.
+        feature_cache (`str`): `"none"` or `"disk"`.
+        stage_clipping (`bool`): whether stages step by themselves.
+        activation_checkpointing (`bool`): whether activations within a stage are recomputed.
+        lora (`bool`): whether adapters of rank 16 learn in the place of the layers (PEFT).
+    """
+
+    num_stages: int = 1
+    stage_order: str = "simultaneous"
+    stage_residency: str = "all"
+    feature_cache: str = "none"
+    stage_clipping: bool = False
+    activation_checkpointing: bool = False
+    lora: bool = False
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes in device memory when they are most: of weights, of optimizer states, and of all together."""
+
+    weights: int
+    states: int
+    total: int
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes that one layer takes in end-to-end training: weights, gradients, AdamW's states, saved activations."""
+
+    name: str
+    weights: int
+    gradients: int
+    states: int
+    activations: int
+
+
+class Simulation:
+    """
+    A copy of a model without data, whose training steps are run to watch the memory that they would take.
+
+    What runs is the model's own forward and backward and this package's own engine, on PyTorch's fake tensors; the
+    optimizer is fused AdamW. Kernels' workspaces, the caching allocator's reserve and the device's context come on top.
+
+    Args:
+        model (`nn.Module`): the model; on the meta device or any other.
+        inputs (`Mapping[str, torch.Tensor]`): a batch with labels, of which only the shapes count.
+        precision (`str`): `"fp32"`, or autocast to `"bf16"` or `"fp16"`.
+        device (`str`): where tensors are counted; `"cuda"` only where there is one.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: Mapping[str, torch.Tensor], precision: str = "fp32", device: str = "cpu"
+    ):
+        self.config, self.device, self.dtype = model.config, device, PRECISIONS[precision]
+        self.layers = find_layers(model)
+        self.profile = profile_layers(model, self.layers)
+        self._mode = FakeTensorMode()
+        self.model = self._without_data(model).train()
+        with self._mode:
+            self.inputs = {name: self._fake(value) for name, value in inputs.items()}
+
+    def partition(self, num_stages: int) -> Partition:
+        """The cut into stages of about equal cost."""
+        return Partition.by_cost(self.layers, num_stages, [layer.flops for layer in self.profile])
+
+    def peak(self, way: Way) -> Peak:
+        """The most memory that a step takes, over the stages if they learn one at a time."""
+        if way.lora:
+            return self._end_to_end(self._with_adapters(), way)
+        if way.num_stages == 1:
+            return self._end_to_end(self.model, way)
+        partition = self.partition(way.num_stages)
+        if way.stage_order == "simultaneous":
+            return self._stagewise(partition, range(way.num_stages), way)
+        weights = [sum(self._weights(name) for name in stage) for stage in partition.stages]
+        some = {0, 1, weights.index(max(weights)), way.num_stages - 1}  # the others are alike
+        return max((self._stagewise(partition, [k], way) for k in some), key=lambda peak: peak.total)
+
+    def by_layer(self) -> list[LayerMemory]:
+        """What each layer takes, and its activations in end-to-end training."""
+        before: dict[str, int] = {}
+        saved: dict[str, int] = {}
+        tracker = _FlatMemTracker()
+
+        def note(into, name, *_):
+            into[name] = tracker.get_tracker_snapshot("current")[torch.device(self.device)]["Total"]
+
+        with contextlib.ExitStack() as stack:
+            for name in self.layers:
+                layer = self.model.get_submodule(name)
+                stack.callback(layer.register_forward_pre_hook(functools.partial(note, before, name)).remove)
+                stack.callback(layer.register_forward_hook(functools.partial(note, saved, name)).remove)
+            with self._mode, tracker, self._autocast():
+                self.model(**self.inputs)
+        found = []
+        for name in self.layers:
+            learning = sum(p.nbytes for p in self.model.get_submodule(name).parameters() if p.requires_grad)
+            found.append(
+                LayerMemory(name, self._weights(name), learning, 2 * learning, saved[name] - before[name])
+            )
+        return found
+
+    def _end_to_end(self, model: nn.Module, way: Way) -> Peak:
+        with self._mode, self._checkpointing(model, way):
+            learning = [p for p in model.parameters() if p.requires_grad]
+            optimizer = _with_states(learning)
+            tracker = _FlatMemTracker()
+            tracker.track_external(model, optimizer, *self.inputs.values())
+            with tracker:
+                with self._autocast():
+                    loss = model(**self.inputs).loss
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(learning, 1.0)
+                optimizer.step()
+            return self._read(tracker, list(model.parameters()), learning)
+
+    def _stagewise(self, partition: Partition, stages, way: Way) -> Peak:
+        widths = {layer.name: layer.width for layer in self.profile}
+        resident, first, last = way.stage_residency == "stage", stages[0], stages[-1]
+        with self._mode, self._checkpointing(self.model, way):
+            with torch.device(self.device), _default_dtype(self.model):
+                heads = StageHeads([widths[name] for name in partition.boundaries[:-1]], self.config.num_labels)
+            engine = Stagewise(self.model, partition, heads)
+            shared = parameters_by_stage(self.model, partition, heads)
+            resting: set[nn.Parameter] = set()
+            if resident:
+                names = [name for k, stage in enumerate(partition.stages) if k not in stages for name in stage]
+                resting = {p for name in names for p in self.model.get_submodule(name).parameters()}
+            on_device = [p for own in shared for p in own if p not in resting]
+            with_states = shared[first] if resident else [p for own in shared[: last + 1] for p in own]
+            with_states = [p for p in with_states if p.requires_grad]
+            optimizer = _with_states(with_states)
+            given = self._input_of(engine, first) if way.feature_cache != "none" and first > 0 else None
+            tracker = _FlatMemTracker()
+            tracker.track_external(*on_device, *self.model.buffers(), optimizer, *self.inputs.values())
+            early = way.stage_clipping and len(stages) > 1
+            if given is not None:
+                tracker.track_external(given[1])
+            with contextlib.ExitStack() as stack:
+                for name in self.layers:
+                    if resting & {*self.model.get_submodule(name).parameters()}:
+                        stack.enter_context(_streamed(self.model.get_submodule(name)))
+                stack.enter_context(tracker)
+                with (
+                    self._autocast(),
+                    engine.step(
+                        criterion=self._criterion,
+                        weights=[0.3] * partition.num_stages,
+                        stages=stages,
+                        mask=self.inputs.get("attention_mask"),
+                        learned=lambda k, sides: step_stage(optimizer, shared, k, 1.0) if early and not sides else None,
+                        given=given,
+                    ) as step,
+                ):
+                    loss = self.model(**self.inputs).loss
+                (loss + 0.3 * step.transport).backward()
+                del loss, step
+                clip_by_stage(shared, 1.0)
+                optimizer.step()
+            return self._read(tracker, on_device, with_states)
+
+    def _input_of(self, engine: Stagewise, stage: int) -> tuple[int, torch.Tensor]:
+        """The input of a stage, after a step that shows the engine what the layers before it return."""
+        with engine.step(self._criterion, [0.0] * engine.partition.num_stages, [stage]) as step, self._autocast():
+            self.model(**self.inputs)
+        assert step.features is not None
+        return stage, step.features
+
+    def _criterion(self, logits: torch.Tensor) -> torch.Tensor:
+        return ForSequenceClassificationLoss(self.inputs["labels"], logits, self.config)
+
+    def _read(self, tracker: MemTracker, weights: list[nn.Parameter], learning: list[nn.Parameter]) -> Peak:
+        total = tracker.get_tracker_snapshot("peak")[torch.device(self.device)]["Total"]
+        self.model.zero_grad()
+        return Peak(sum(p.nbytes for p in weights), 2 * sum(p.nbytes for p in learning), total)
+
+    def _weights(self, name: str) -> int:
+        return sum(p.nbytes for p in self.model.get_submodule(name).parameters())
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+    def _with_adapters(self) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        model = on_meta(self.model)
+        head = [name for name, _ in model.named_children() if name not in (model.base_model_prefix, "dropout")]
+        config = LoraConfig(r=16, target_modules="all-linear", exclude_modules=head, modules_to_save=head)
+        return self._without_data(get_peft_model(model, config)).train()
+
+    def _without_data(self, model: nn.Module) -> nn.Module:
+        with self._mode:
+            return copy.deepcopy(model, {id(t): self._fake(t) for t in (*model.parameters(), *model.buffers())})
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device, dtype=self.dtype)
+
+    @contextlib.contextmanager
+    def _checkpointing(self, model: nn.Module, way: Way) -> Iterator[None]:
+        if not way.activation_checkpointing:
+            yield
+            return
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        try:
+            yield
+        finally:
+            model.activation_checkpointing_disable()
+
+
+class _FlatMemTracker(MemTracker):
+    """PyTorch's tracker without its account by modules, which a backward pass within a forward pass would upset."""
+
+    def __init__(self):
+        super().__init__()
+        self._mod_tracker = _NoModules()
+
+
+class _NoModules:
+    parents: frozenset = frozenset()
+    is_bw = False
+
+    def register_user_hooks(self, *_args, **_kwargs): ...
+
+    def clear_user_hooks(self): ...
+
+    def get_known_fqn(self, _module): ...
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_): ...
+
+
+@contextlib.contextmanager
+def _streamed(layer: nn.Module) -> Iterator[None]:
+    """Within this context, the weights of `layer` are in memory while it runs."""
+    resting = [(parameter, parameter.data) for parameter in layer.parameters()]
+
+    def take(*_):
+        for parameter, data in resting:
+            parameter.data = torch.empty_like(data)
+
+    def rest(*_):
+        for parameter, data in resting:
+            parameter.data = data
+        torch.clear_autocast_cache()
+
+    hooks = layer.register_forward_pre_hook(take), layer.register_forward_hook(rest)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _with_states(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+@contextlib.contextmanager
+def _default_dtype(model: nn.Module) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(next(p.dtype for p in model.parameters() if p.is_floating_point()))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
