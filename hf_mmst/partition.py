@@ -118,6 +118,15 @@ def find_layers(model: nn.Module) -> list[str]:
     return layers
 
 
+def checkpoints_across(model: nn.Module, partition: Partition) -> str | None:
+    """Name of a module that activation checkpointing runs twice as a whole, end of a stage and all, if there is one."""
+    for name, module in model.named_modules():
+        inside = any(one.startswith(f"{name}.") for one in partition.boundaries[:-1])
+        if inside and isinstance(module, GradientCheckpointingLayer):
+            return name
+    return None
+
+
 def _open(name: str, group: nn.Module) -> Iterable[str]:
     """The names of the layers inside a group, or the name itself if it is a layer."""
     inner = [(n, m) for n, m in group.named_children() if _is_list_of_like_modules(m, at_least=1)]

@@ -58,9 +58,17 @@ def profile_layers(model: nn.Module, layers: Sequence[str]) -> list[LayerProfile
     return [LayerProfile(name, counts.get(f"{type(twin).__name__}.{name}", 0), widths[name]) for name in layers]
 
 
-def dummy_inputs(model: nn.Module, batch_size: int = 1, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+def dummy_inputs(
+    model: nn.Module,
+    batch_size: int = 1,
+    device: str | torch.device = "cpu",
+    seq_len: int = 16,
+    image_size: int | None = None,
+) -> dict[str, torch.Tensor]:
     """
-    Inputs of the right shape for `model`: zeros, `[B, channels, height, width]` for images, `[B, 16]` for text.
+    Inputs of the right shape for `model`: zeros, `[B, channels, height, width]` for images, `[B, seq_len]` for text.
+
+    Images are of the model's own size unless another is given.
 
     Raises:
         `ValueError`: if the model's main input is neither images nor token ids.
@@ -68,12 +76,12 @@ def dummy_inputs(model: nn.Module, batch_size: int = 1, device: str | torch.devi
     config, kind = model.config, model.main_input_name
     if kind == "pixel_values":
         vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", None) or 224
+        size = image_size or getattr(vision, "image_size", None) or 224
         height, width = size if isinstance(size, list | tuple) else (size, size)
         shape = (batch_size, getattr(vision, "num_channels", 3), height, width)
         return {"pixel_values": torch.zeros(shape, device=device)}
     if kind == "input_ids":
-        return {"input_ids": torch.zeros((batch_size, 16), dtype=torch.long, device=device)}
+        return {"input_ids": torch.zeros((batch_size, seq_len), dtype=torch.long, device=device)}
     raise ValueError(
         f"{type(model).__name__} takes {kind!r}; only models of images (pixel_values) and text (input_ids) can be cut "
         "into stages. Set num_stages to 1."

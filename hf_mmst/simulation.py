@@ -5,6 +5,7 @@ import copy
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from .heads import StageHeads
+from .hidden_states import hidden_states_of
 from .partition import Partition, find_layers
 from .probe import on_meta, profile_layers
 from .stagewise import Stagewise
@@ -56,13 +58,14 @@ class Peak:
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """Bytes that one layer takes in end-to-end training: weights, gradients, AdamW's states, saved activations."""
+    """Bytes of one layer in end-to-end training: weights, gradients, AdamW's states, saved activations, output."""
 
     name: str
     weights: int
     gradients: int
     states: int
     activations: int
+    output: int
 
 
 class Simulation:
@@ -82,7 +85,8 @@ class Simulation:
     def __init__(
         self, model: nn.Module, inputs: Mapping[str, torch.Tensor], precision: str = "fp32", device: str = "cpu"
     ):
-        self.config, self.device, self.dtype = model.config, device, PRECISIONS[precision]
+        self.device, self.dtype = device, PRECISIONS[precision]
+        self.config: Any = model.config
         self.layers = find_layers(model)
         self.profile = profile_layers(model, self.layers)
         self._mode = FakeTensorMode()
@@ -104,38 +108,44 @@ class Simulation:
         if way.stage_order == "simultaneous":
             return self._stagewise(partition, range(way.num_stages), way)
         weights = [sum(self._weights(name) for name in stage) for stage in partition.stages]
-        some = {0, 1, weights.index(max(weights)), way.num_stages - 1}  # the others are alike
+        some = {0, weights.index(max(weights)), way.num_stages - 1}  # the others are alike
         return max((self._stagewise(partition, [k], way) for k in some), key=lambda peak: peak.total)
 
+    @functools.cached_property
     def by_layer(self) -> list[LayerMemory]:
         """What each layer takes, and its activations in end-to-end training."""
-        before: dict[str, int] = {}
+        begin: dict[str, int] = {}
         saved: dict[str, int] = {}
-        tracker = _FlatMemTracker()
+        output: dict[str, int] = {}
+        tracker = FlatMemTracker()
 
-        def note(into, name, *_):
-            into[name] = tracker.get_tracker_snapshot("current")[torch.device(self.device)]["Total"]
+        def held():
+            return tracker.get_tracker_snapshot("current")[torch.device(self.device)]["Total"]
+
+        def before(name, *_):
+            begin[name] = held()
+
+        def after(name, _module, _args, out):
+            saved[name], output[name] = held() - begin[name], hidden_states_of(out).nbytes
 
         with contextlib.ExitStack() as stack:
             for name in self.layers:
                 layer = self.model.get_submodule(name)
-                stack.callback(layer.register_forward_pre_hook(functools.partial(note, before, name)).remove)
-                stack.callback(layer.register_forward_hook(functools.partial(note, saved, name)).remove)
+                stack.callback(layer.register_forward_pre_hook(functools.partial(before, name)).remove)
+                stack.callback(layer.register_forward_hook(functools.partial(after, name)).remove)
             with self._mode, tracker, self._autocast():
                 self.model(**self.inputs)
         found = []
         for name in self.layers:
             learning = sum(p.nbytes for p in self.model.get_submodule(name).parameters() if p.requires_grad)
-            found.append(
-                LayerMemory(name, self._weights(name), learning, 2 * learning, saved[name] - before[name])
-            )
+            found.append(LayerMemory(name, self._weights(name), learning, 2 * learning, saved[name], output[name]))
         return found
 
     def _end_to_end(self, model: nn.Module, way: Way) -> Peak:
         with self._mode, self._checkpointing(model, way):
             learning = [p for p in model.parameters() if p.requires_grad]
             optimizer = _with_states(learning)
-            tracker = _FlatMemTracker()
+            tracker = FlatMemTracker()
             tracker.track_external(model, optimizer, *self.inputs.values())
             with tracker:
                 with self._autocast():
@@ -162,7 +172,7 @@ class Simulation:
             with_states = [p for p in with_states if p.requires_grad]
             optimizer = _with_states(with_states)
             given = self._input_of(engine, first) if way.feature_cache != "none" and first > 0 else None
-            tracker = _FlatMemTracker()
+            tracker = FlatMemTracker()
             tracker.track_external(*on_device, *self.model.buffers(), optimizer, *self.inputs.values())
             early = way.stage_clipping and len(stages) > 1
             if given is not None:
@@ -228,7 +238,7 @@ class Simulation:
         return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device, dtype=self.dtype)
 
     @contextlib.contextmanager
-    def _checkpointing(self, model: nn.Module, way: Way) -> Iterator[None]:
+    def _checkpointing(self, model: Any, way: Way) -> Iterator[None]:
         if not way.activation_checkpointing:
             yield
             return
@@ -239,12 +249,12 @@ class Simulation:
             model.activation_checkpointing_disable()
 
 
-class _FlatMemTracker(MemTracker):
+class FlatMemTracker(MemTracker):
     """PyTorch's tracker without its account by modules, which a backward pass within a forward pass would upset."""
 
     def __init__(self):
         super().__init__()
-        self._mod_tracker = _NoModules()
+        self._mod_tracker: Any = _NoModules()
 
 
 class _NoModules:

@@ -12,7 +12,6 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 
@@ -22,7 +21,7 @@ from .evaluation import StageMetrics, pack, unpack
 from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
 from .heads import HEADS, StageHeads
 from .order import Order, Segment
-from .partition import Partition, find_layers
+from .partition import Partition, checkpoints_across, find_layers
 from .probe import profile_layers
 from .residency import Residency
 from .stagewise import StageStep, Stagewise
@@ -157,19 +156,13 @@ class MMSTTrainer(StageCheckpoints):
                 )
 
     def _refuse_checkpointing(self) -> None:
-        model, boundaries = self._core(), self.partition.boundaries[:-1]
-        for name, module in model.named_modules():
-            inside = [one for one in boundaries if one.startswith(f"{name}.")]
-            if (
-                inside
-                and getattr(module, "gradient_checkpointing", False)
-                and isinstance(module, GradientCheckpointingLayer)
-            ):
-                raise ValueError(
-                    f"Activation checkpointing runs {name} of {type(model).__name__} twice as a whole, but {inside[0]} "
-                    "within it is the end of a stage. Set gradient_checkpointing=False; a larger num_stages saves "
-                    "activations, too."
-                )
+        model = self._core()
+        name = checkpoints_across(model, self.partition)
+        if name is not None and model.get_submodule(name).gradient_checkpointing:
+            raise ValueError(
+                f"Activation checkpointing runs {name} of {type(model).__name__} twice as a whole, although a stage "
+                "ends within it. Set gradient_checkpointing=False; a larger num_stages saves activations, too."
+            )
 
     def _core(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

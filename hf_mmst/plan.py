@@ -1,0 +1,291 @@
+"""A model, a batch and a budget -> how to train it in that much memory, beside end-to-end training and its rivals."""
+
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
+from transformers.initialization import no_init_weights
+
+from .partition import checkpoints_across
+from .probe import dummy_inputs
+from .simulation import PRECISIONS, LayerMemory, Peak, Simulation, Way
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HEADROOM = 1.05  # of a peak, for what is not counted in tensors
+EPOCHS = 3  # of each stage, over which a feature cache pays off
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    What one way of training takes.
+
+    Attributes:
+        name (`str`): in words.
+        way ([`Way`]): its settings.
+        peak ([`Peak`]): bytes in device memory.
+        compute (`float`): floating-point operations per epoch of every stage, as a ratio to end-to-end training.
+        resting_bytes (`int`): bytes of weights and optimizer states that rest in host memory (CUDA) or on disk (CPU).
+        cache_bytes (`int`): bytes of the feature cache on disk, for each sample.
+    """
+
+    name: str
+    way: Way
+    peak: Peak
+    compute: float
+    resting_bytes: int = 0
+    cache_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What was found.
+
+    Attributes:
+        rows (`list[Row]`): the ways of training that were tried.
+        layers (`list[LayerMemory]`): what each layer takes in end-to-end training.
+        budget (`int`, *optional*): bytes.
+        chosen (`Row`, *optional*): the stage-wise way with the least compute that fits; `None` if none does.
+        reason (`str`): why it was chosen, or what is missing.
+    """
+
+    rows: list[Row]
+    layers: list[LayerMemory]
+    budget: int | None
+    chosen: Row | None
+    reason: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of [`MMSTConfig`] that make the chosen way; empty if none was."""
+        return {} if self.chosen is None else _settings(self.chosen.way)
+
+    def table(self) -> "Table":
+        """The rows, as a table of the rich library."""
+        from rich.table import Table
+
+        numbers = "peak MiB", "weights", "states", "the rest", "compute", "at rest", "cache/sample"
+        table = Table("", "way of training", *numbers)
+        for row in self.rows:
+            peak = row.peak
+            rest = peak.total - peak.weights - peak.states
+            mib = [f"{value / 2**20:,.0f}" for value in (peak.total, peak.weights, peak.states, rest)]
+            resting = f"{row.resting_bytes / 2**20:,.0f}" if row.resting_bytes else "-"
+            cache = f"{row.cache_bytes / 2**20:,.2f}" if row.cache_bytes else "-"
+            mark = ">" if row is self.chosen else "" if _fits(row, self.budget) else "x"
+            table.add_row(mark, row.name, *mib, f"{row.compute:.2f}", resting, cache)
+        return table
+
+    def layer_table(self) -> "Table":
+        """What each layer takes in end-to-end training, in MiB, as a table of the rich library."""
+        from rich.table import Table
+
+        table = Table("layer", "weights", "gradients", "states", "activations")
+        for layer in self.layers:
+            sizes = layer.weights, layer.gradients, layer.states, layer.activations
+            table.add_row(layer.name, *(f"{size / 2**20:,.1f}" for size in sizes))
+        return table
+
+    def config(self) -> str:
+        """The chosen settings, to be pasted; empty if none was chosen."""
+        words = "".join(f", {name}={value!r}" for name, value in self.settings.items())
+        return f'MMSTConfig("output"{words})' if words else ""
+
+
+def plan(
+    model: nn.Module | PretrainedConfig | str,
+    batch: int | Mapping[str, torch.Tensor],
+    budget: int | str | None = None,
+    precision: str = "fp32",
+    device: str = "cpu",
+    num_stages: int | None = None,
+    **shape: int,
+) -> Plan:
+    """
+    Estimate the memory of ways of training a model, without allocating it, and choose one that fits.
+
+    Each way's step is run on tensors that have no data (see [`Simulation`]); the last of these rows are for comparison.
+    Ways are tried from the least compute to the most: all stages at once, each stage stepping by itself, one stage
+    resident, the same with checkpointing; in each, few stages rather than many.
+
+    Args:
+        model (`nn.Module`, `PretrainedConfig` or `str`): a model, a configuration, or a name or folder of one.
+        batch (`int` or `Mapping[str, torch.Tensor]`): the number of samples on one device, or such a batch with labels.
+        budget (`int` or `str`, *optional*): bytes, or as in `"4GiB"`. Without one, nothing is chosen.
+        precision (`str`): `"fp32"`, or autocast to `"bf16"` or `"fp16"`.
+        device (`str`): `"cpu"` or `"cuda"`.
+        num_stages (`int`, *optional*): the only K to try; several by default.
+        shape: `seq_len` of texts, `image_size` of images, if `batch` is a number.
+
+    Raises:
+        `ValueError`: for a budget or precision that cannot be read, or a model that cannot be cut.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not known. Set precision to one of {', '.join(PRECISIONS)}.")
+    limit = None if budget is None else parse_bytes(budget)
+    model = model if isinstance(model, nn.Module) else _build(model)
+    if isinstance(batch, int):
+        batch = dummy_inputs(model, batch, "meta", **shape)
+    if "labels" not in batch:
+        samples = len(next(iter(batch.values())))
+        batch = {**batch, "labels": torch.zeros(samples, dtype=torch.long, device="meta")}
+    simulation = Simulation(model, batch, precision, device)
+    if num_stages is not None and num_stages > len(simulation.layers):
+        raise ValueError(f"num_stages={num_stages} is more than the {len(simulation.layers)} layers. Set it to fewer.")
+    rows: dict[Way, Row] = {}
+
+    def fits(way: Way) -> bool:
+        if way not in rows:
+            rows[way] = _row(simulation, way)
+        return _fits(rows[way], limit)
+
+    for way in _rivals(simulation):
+        fits(way)
+    numbers = [num_stages] if num_stages is not None else _stage_numbers(len(simulation.layers))
+    held = rows[Way()].peak.weights + rows[Way()].peak.states
+    chosen = None
+    for family in _families(simulation):
+        if family.activation_checkpointing if limit is None else family.stage_residency == "all" and held > limit:
+            continue
+        ways = [replace(family, num_stages=number) for number in numbers]
+        if fits(ways[-1]) and limit is not None:  # more stages take less
+            chosen = ways[bisect_left(ways[:-1], True, key=fits)]
+            break
+    for way in [way for way in rows if way.stage_residency == "stage" and way in (chosen, ways[-1])]:
+        fits(replace(way, feature_cache="disk"))
+    found = sorted(rows.values(), key=lambda row: (row.way.num_stages > 1, -row.peak.total))
+    best = None if chosen is None else rows[chosen]
+    return Plan(found, simulation.by_layer, limit, best, _reason(found, limit, best))
+
+
+def parse_bytes(value: int | str) -> int:
+    """
+    A number of bytes, from `4294967296`, `"4GiB"`, `"500 MB"` and the like.
+
+    Raises:
+        `ValueError`: if it is none, or not positive.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", str(value).strip().lower())
+    number = int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "kmgt".find(match[2] or "-"))) if match else 0
+    if number < 1:
+        raise ValueError(f'{value!r} is not a number of bytes. Set the budget to a number with a unit, as in "4GiB".')
+    return number
+
+
+def _rivals(simulation: Simulation) -> Iterator[Way]:
+    yield Way()
+    if not checkpoints_across(simulation.model, simulation.partition(len(simulation.layers))):
+        yield Way(activation_checkpointing=True)
+    if find_spec("peft") is not None:
+        yield Way(lora=True)
+
+
+def _families(simulation: Simulation) -> Iterator[Way]:
+    """Ways of stage-wise training but for the number of stages, from the least compute to the most."""
+    resident = Way(stage_order="sequential", stage_residency="stage")
+    yield Way()
+    yield Way(stage_clipping=True)
+    yield resident
+    if not checkpoints_across(simulation.model, simulation.partition(len(simulation.layers))):
+        yield replace(resident, activation_checkpointing=True)
+
+
+def _stage_numbers(num_layers: int) -> list[int]:
+    return [number for number in (2, 4, 8, 16, 32, 64) if number < num_layers] + [num_layers]
+
+
+def _row(simulation: Simulation, way: Way) -> Row:
+    return Row(_name(way), way, simulation.peak(way), _compute(simulation, way), *_elsewhere(simulation, way))
+
+
+def _name(way: Way) -> str:
+    words = ["LoRA (r = 16)" if way.lora else "end to end"] if way.num_stages == 1 else [f"K = {way.num_stages}"]
+    if way.num_stages > 1:
+        words.append("one stage resident" if way.stage_residency == "stage" else "all stages at once")
+    if way.stage_clipping:
+        words.append("each steps by itself")
+    if way.feature_cache != "none":
+        words.append("features cached")
+    if way.activation_checkpointing:
+        words.append("checkpointing")
+    return ", ".join(words)
+
+
+def _compute(simulation: Simulation, way: Way) -> float:
+    """Forward passes are counted once, backward passes twice, or once where only activations need gradients."""
+    passes = (2 if way.lora else 3) + way.activation_checkpointing
+    if way.stage_order == "simultaneous":
+        return passes / 3
+    costs = {layer.name: layer.flops for layer in simulation.profile}
+    stages = [sum(costs[name] for name in stage) for stage in simulation.partition(way.num_stages).stages]
+    before = [sum(stages[:k]) for k in range(way.num_stages)]
+    again = sum(before) if way.feature_cache == "none" else sum(stages[:-1]) / EPOCHS
+    return (passes + again / sum(stages)) / 3
+
+
+def _elsewhere(simulation: Simulation, way: Way) -> tuple[int, int]:
+    """Bytes at rest, and bytes of the feature cache for each sample."""
+    resting = cache = 0
+    layers = {layer.name: layer for layer in simulation.by_layer} if way.stage_order == "sequential" else {}
+    if way.stage_residency == "stage":
+        resting = sum(layer.weights + layer.states for layer in layers.values())
+    if way.feature_cache != "none":
+        boundaries = simulation.partition(way.num_stages).boundaries[:-1]
+        cache = 2 * max(layers[name].output for name in boundaries) // len(simulation.inputs["labels"])
+    return resting, cache
+
+
+def _settings(way: Way) -> dict[str, Any]:
+    plain = Way()
+    names = [field.name for field in fields(Way) if field.name != "lora"]
+    return {name: getattr(way, name) for name in names if getattr(way, name) != getattr(plain, name)}
+
+
+def _fits(row: Row, limit: int | None) -> bool:
+    return limit is None or row.peak.total * HEADROOM <= limit
+
+
+def _reason(rows: list[Row], limit: int | None, chosen: Row | None) -> str:
+    if limit is None:
+        return "No budget was given, so nothing was chosen."
+    if chosen is None:
+        least = min(rows, key=lambda row: row.peak.total)
+        need = math.ceil(least.peak.total * HEADROOM / 2**20)
+        return (
+            f"Nothing fits in {limit / 2**20:,.0f} MiB. The least, {least.name}, needs {need:,} MiB with 5 % for what "
+            f"is not in tensors: {need - limit / 2**20:,.0f} MiB more. Set the budget to {need}MiB, or use a smaller "
+            "batch or lower precision."
+        )
+    fitting = [row.name for row in rows if row.way.num_stages == 1 and _fits(row, limit)]
+    others = f" So do {' and '.join(fitting)}, without stages." if fitting else " End-to-end training does not."
+    return (
+        f"{chosen.name} fits in {limit / 2**20:,.0f} MiB with {chosen.peak.total / 2**20:,.0f} MiB and 5 % to spare, "
+        f"at the least compute of the stage-wise ways that do.{others}"
+    )
+
+
+def _build(model: PretrainedConfig | str) -> nn.Module:
+    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
+    for auto in (AutoModelForImageClassification, AutoModelForSequenceClassification):
+        if type(config) in auto._model_mapping:
+            with torch.device("meta"), no_init_weights():
+                return auto.from_config(config)
+    raise ValueError(
+        f"{type(config).__name__} has neither a model for image classification nor one for sequence classification. "
+        "Pass the model itself."
+    )
