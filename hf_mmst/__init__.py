@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .heads import StageHeads as StageHeads
     from .partition import Partition as Partition
     from .partition import find_layers as find_layers
+    from .planner import plan as plan
     from .stages import Stages as Stages
     from .stages import load_stages as load_stages
     from .stagewise import Stagewise as Stagewise
@@ -23,6 +24,7 @@ _MODULE_OF = {
     "Stagewise": "stagewise",
     "find_layers": "partition",
     "load_stages": "stages",
+    "plan": "planner",
 }
 
 __version__ = version("hf-mmst")

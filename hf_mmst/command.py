@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from .plan import plan
+from .planner import plan
 from .simulation import PRECISIONS
 
 
@@ -48,10 +48,12 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"hf-mmst plan: {error}", file=sys.stderr)
         return 2
     console = Console()
+    if not console.is_terminal:
+        console.width = 140
     if given.layers:
         console.print(found.layer_table())
     console.print(found.table())
-    console.print(found.reason, highlight=False)
+    console.print(found.reason, highlight=False, soft_wrap=True)
     if found.chosen is not None:
-        console.print(found.config(), highlight=False)
+        console.print(found.config(), highlight=False, soft_wrap=True)
     return int(found.budget is not None and found.chosen is None)

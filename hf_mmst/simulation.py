@@ -93,6 +93,8 @@ class Simulation:
         self.model = self._without_data(model).train()
         with self._mode:
             self.inputs = {name: self._fake(value) for name, value in inputs.items()}
+            # On the CPU the batch that the data loader has ready is in the same memory.
+            self._ready = [self._fake(value) for value in inputs.values()] if device == "cpu" else []
 
     def partition(self, num_stages: int) -> Partition:
         """The cut into stages of about equal cost."""
@@ -146,7 +148,7 @@ class Simulation:
             learning = [p for p in model.parameters() if p.requires_grad]
             optimizer = _with_states(learning)
             tracker = FlatMemTracker()
-            tracker.track_external(model, optimizer, *self.inputs.values())
+            tracker.track_external(model, optimizer, *self.inputs.values(), *self._ready)
             with tracker:
                 with self._autocast():
                     loss = model(**self.inputs).loss
@@ -173,7 +175,7 @@ class Simulation:
             optimizer = _with_states(with_states)
             given = self._input_of(engine, first) if way.feature_cache != "none" and first > 0 else None
             tracker = FlatMemTracker()
-            tracker.track_external(*on_device, *self.model.buffers(), optimizer, *self.inputs.values())
+            tracker.track_external(*on_device, *self.model.buffers(), optimizer, *self.inputs.values(), *self._ready)
             early = way.stage_clipping and len(stages) > 1
             if given is not None:
                 tracker.track_external(given[1])
@@ -298,9 +300,8 @@ def _streamed(layer: nn.Module) -> Iterator[None]:
 def _with_states(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW(parameters, fused=True)
     for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
+        first, second = torch.empty_like(parameter), torch.empty_like(parameter)
+        optimizer.state[parameter] = {"step": first.new_zeros(()), "exp_avg": first, "exp_avg_sq": second}
     return optimizer
 
 

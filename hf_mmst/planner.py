@@ -157,10 +157,10 @@ def plan(
     for way in _rivals(simulation):
         fits(way)
     numbers = [num_stages] if num_stages is not None else _stage_numbers(len(simulation.layers))
-    held = rows[Way()].peak.weights + rows[Way()].peak.states
+    whole = rows[Way()].peak
     chosen = None
     for family in _families(simulation):
-        if family.activation_checkpointing if limit is None else family.stage_residency == "all" and held > limit:
+        if family.activation_checkpointing if limit is None else _least(family, whole) > limit:
             continue
         ways = [replace(family, num_stages=number) for number in numbers]
         if fits(ways[-1]) and limit is not None:  # more stages take less
@@ -207,6 +207,13 @@ def _families(simulation: Simulation) -> Iterator[Way]:
 
 def _stage_numbers(num_layers: int) -> list[int]:
     return [number for number in (2, 4, 8, 16, 32, 64) if number < num_layers] + [num_layers]
+
+
+def _least(way: Way, whole: Peak) -> int:
+    """Bytes that a way of training takes whatever the number of stages."""
+    if way.stage_residency == "stage":
+        return 0
+    return whole.weights + whole.states + (0 if way.stage_clipping else whole.states // 2)  # gradients
 
 
 def _row(simulation: Simulation, way: Way) -> Row:
