@@ -1,6 +1,7 @@
 """What the user says: TrainingArguments plus the fields of stage-wise training, each checked at once."""
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
@@ -54,6 +55,10 @@ class MMSTConfig(TrainingArguments):
             optimizer step then follows its backward at once (also where `max_grad_norm` is 0), so that the gradients
             of one stage are in memory, not of all. With gradient accumulation, a gradient scaler (fp16), several
             processes or side inputs that layers share, all step at the end, as in `Trainer`, to the same effect.
+        memory_budget (`str`, *optional*):
+            Bytes of device memory, as in `"4GiB"`, to plan for when the trainer is made (see [`plan`]): `num_stages`,
+            `stage_order`, `stage_clipping`, `stage_residency` and `activation_checkpointing` are set to the ways of
+            stage-wise training with the least compute that fits.
         stage_residency (`str`, *optional*, defaults to `"all"`):
             What is in device memory: `"all"` stages, or, in the orders where one stage learns at a time, only that
             `"stage"`: its weights, gradients and optimizer states. The others rest in pinned host memory (CUDA) or in
@@ -106,6 +111,9 @@ class MMSTConfig(TrainingArguments):
         default=False,
         metadata={"help": "Clip each stage's gradients to max_grad_norm by itself, so that it can step at once."},
     )
+    memory_budget: str | None = field(
+        default=None, metadata={"help": "Device memory to plan for, such as 4GiB: number of stages, order, residency."}
+    )
     stage_residency: StageResidency = field(
         default="all",
         metadata={"help": "What is in device memory: all stages, or only the stage that learns."},
@@ -129,8 +137,8 @@ class MMSTConfig(TrainingArguments):
 
     @property
     def place_model_on_device(self):
-        """As the host's; layers at rest do not go to the device."""
-        return super().place_model_on_device and self.stage_residency == "all"
+        """As the host's; layers at rest do not go to the device, nor does what is not planned yet."""
+        return super().place_model_on_device and self.stage_residency == "all" and self.memory_budget is None
 
     def check_stages(self) -> None:
         """Check the fields of stage-wise training; called again when a hyper-parameter search has set one."""
@@ -173,6 +181,13 @@ class MMSTConfig(TrainingArguments):
                     "Persistent workers do not learn which epoch it is, and with it which of the cache_views is due. "
                     "Set dataloader_persistent_workers=False, or leave cache_views unset."
                 )
+        if self.memory_budget is not None:
+            parse_bytes("memory_budget", self.memory_budget)
+            if self.stage_order != "simultaneous" or self.stage_boundaries is not None:
+                raise ValueError(
+                    f'memory_budget="{self.memory_budget}" chooses the order of training and the cut. Leave '
+                    "stage_order and stage_boundaries unset, or memory_budget."
+                )
         if self.stage_residency == "stage" and self.world_size > 1:
             raise ValueError(
                 f'stage_residency="stage" is for a single process, but there are {self.world_size}: the wrapper that '
@@ -205,6 +220,20 @@ _CHOICES = {
     "stage_residency": get_args(StageResidency),
     "feature_cache": get_args(FeatureCache),
 }
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """
+    A number of bytes, from `4294967296`, `"4GiB"`, `"500 MB"` and the like.
+
+    Raises:
+        `ValueError`: if it is none, or not positive, naming the field `name`.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", str(value).strip().lower())
+    number = int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "kmgt".find(match[2] or "-"))) if match else 0
+    if number < 1:
+        raise ValueError(f'{name}={value!r} is not a number of bytes. Set {name} to one with a unit, as in "4GiB".')
+    return number
 
 
 def _at_least_one(name: str, value: object, hint: str) -> None:

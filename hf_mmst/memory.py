@@ -4,13 +4,14 @@ import contextlib
 import re
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 import torch
 
 
 class PeakMemory:
     """
-    Measures the peak memory of a `with` block.
+    Measures the peak memory of a `with` block. Blocks may be nested.
 
     ```python
     with PeakMemory(trainer.args.device) as peak:
@@ -20,41 +21,99 @@ class PeakMemory:
 
     Args:
         device (`torch.device` or `str`): where the work runs.
+        above (`str`): CPU only: what the process's memory is compared to, on `"entry"` of the block or at the
+            `"import"` of this package, which a script does before it makes a model.
 
     Attributes:
         peak_bytes (`int`): CUDA: most bytes allocated by tensors; CPU: most resident bytes of this process, above what
-            it held on entry (Linux; 0 elsewhere).
+            it held before (Linux; 0 elsewhere). Within the block: so far, as of the last [`read`].
         reserved_bytes (`int`, *optional*): CUDA: most bytes that the caching allocator held; `None` on the CPU.
     """
 
-    def __init__(self, device: torch.device | str = "cpu"):
+    _open: ClassVar[list["PeakMemory"]] = []
+
+    def __init__(self, device: torch.device | str = "cpu", above: str = "entry"):
         self.device = torch.device(device)
         self.peak_bytes = 0
         self.reserved_bytes: int | None = None
-        self._baseline = 0
+        self._baseline = _AT_IMPORT
+        self._above = above
+
+    def read(self) -> int:
+        """The peak so far."""
+        if self.device.type == "cuda":
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
+            self.reserved_bytes = max(self.reserved_bytes or 0, torch.cuda.max_memory_reserved(self.device))
+        else:
+            self.peak_bytes = max(self.peak_bytes, _resident_bytes("VmHWM") - self._baseline)
+        return self.peak_bytes
 
     def __enter__(self) -> "PeakMemory":
+        for outer in self._open:
+            outer.read()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif _STATUS.exists():
+        else:
             with contextlib.suppress(OSError):  # set the process's recorded peak back to what it holds now
                 Path("/proc/self/clear_refs").write_text("5")
-            self._baseline = _resident_bytes("VmRSS")
+            if self._above == "entry":
+                self._baseline = _resident_bytes("VmRSS")
+        self._open.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
-            self.reserved_bytes = torch.cuda.max_memory_reserved(self.device)
-        elif _STATUS.exists():
-            self.peak_bytes = max(0, _resident_bytes("VmHWM") - self._baseline)
+        self.read()
+        self._open.remove(self)
+
+
+class TurnPeaks:
+    """
+    The peaks of turns of training that follow one another, by name.
+
+    Args:
+        device (`torch.device` or `str`): where the work runs. CUDA's own peak statistics begin anew with each turn.
+
+    Attributes:
+        by_name (`dict[str, int]`): bytes, as in [`PeakMemory`], above the import; the most, if a name comes again.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.device = device
+        self.by_name: dict[str, int] = {}
+        self._turn: tuple[str, PeakMemory] | None = None
+
+    def begin(self, name: str) -> None:
+        """End the turn and begin that of `name`, unless that has begun already."""
+        if self._turn is None or self._turn[0] != name:
+            self.end()
+            self._turn = name, PeakMemory(self.device, above="import").__enter__()
+
+    def read(self) -> dict[str, int]:
+        """The name and peak of the turn so far."""
+        if self._turn is None:
+            return {}
+        name, peak = self._turn
+        self.by_name[name] = max(self.by_name.get(name, 0), peak.read())
+        return {name: self.by_name[name]}
+
+    def end(self) -> None:
+        """End the turn, if one has begun."""
+        if self._turn is not None:
+            self._turn[1].__exit__(None, None, None)
+            self.read()
+            self._turn = None
 
 
 _STATUS = Path("/proc/self/status")
 
 
 def _resident_bytes(field: str) -> int:
+    if not _STATUS.exists():
+        return 0
     match = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
+
+
+_AT_IMPORT = _resident_bytes("VmRSS")

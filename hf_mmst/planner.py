@@ -1,9 +1,8 @@
 """A model, a batch and a budget -> how to train it in that much memory, beside end-to-end training and its rivals."""
 
 import math
-import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from .config import MMSTConfig, parse_bytes
 from .partition import checkpoints_across
 from .probe import dummy_inputs
 from .simulation import PRECISIONS, LayerMemory, Peak, Simulation, Way
@@ -114,6 +114,7 @@ def plan(
     precision: str = "fp32",
     device: str = "cpu",
     num_stages: int | None = None,
+    without: Collection[str] = (),
     **shape: int,
 ) -> Plan:
     """
@@ -130,6 +131,7 @@ def plan(
         precision (`str`): `"fp32"`, or autocast to `"bf16"` or `"fp16"`.
         device (`str`): `"cpu"` or `"cuda"`.
         num_stages (`int`, *optional*): the only K to try; several by default.
+        without (`Collection[str]`): settings that must keep their defaults, such as `"stage_residency"`.
         shape: `seq_len` of texts, `image_size` of images, if `batch` is a number.
 
     Raises:
@@ -137,7 +139,7 @@ def plan(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is not known. Set precision to one of {', '.join(PRECISIONS)}.")
-    limit = None if budget is None else parse_bytes(budget)
+    limit = None if budget is None else parse_bytes("budget", budget)
     model = model if isinstance(model, nn.Module) else _build(model)
     if isinstance(batch, int):
         batch = dummy_inputs(model, batch, "meta", **shape)
@@ -160,6 +162,8 @@ def plan(
     whole = rows[Way()].peak
     chosen = None
     for family in _families(simulation):
+        if {*_settings(family)} & {*without}:
+            continue
         if family.activation_checkpointing if limit is None else _least(family, whole) > limit:
             continue
         ways = [replace(family, num_stages=number) for number in numbers]
@@ -173,18 +177,31 @@ def plan(
     return Plan(found, simulation.by_layer, limit, best, _reason(found, limit, best))
 
 
-def parse_bytes(value: int | str) -> int:
+def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Row:
     """
-    A number of bytes, from `4294967296`, `"4GiB"`, `"500 MB"` and the like.
+    Plan for `args.memory_budget`, and write the settings into `args`; the budget is taken out, for it has been spent.
 
     Raises:
-        `ValueError`: if it is none, or not positive.
+        `ValueError`: if nothing fits, saying what would.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", str(value).strip().lower())
-    number = int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "kmgt".find(match[2] or "-"))) if match else 0
-    if number < 1:
-        raise ValueError(f'{value!r} is not a number of bytes. Set the budget to a number with a unit, as in "4GiB".')
-    return number
+    steps_at_once = args.gradient_accumulation_steps == 1 and args.world_size == 1 and not args.fp16
+    found = plan(
+        model,
+        {name: value for name, value in batch.items() if torch.is_tensor(value)},
+        args.memory_budget,
+        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        device="cuda" if args.device.type == "cuda" else "cpu",
+        without=(["stage_clipping"] if not steps_at_once else [])
+        + (["stage_residency"] if args.world_size > 1 else []),
+    )
+    if found.chosen is None:
+        raise ValueError(f'memory_budget="{args.memory_budget}": {found.reason}')
+    if args.process_index == 0:
+        print(f"hf_mmst: {found.reason} {found.config()}")
+    args.memory_budget = None
+    for name, value in found.settings.items():
+        setattr(args, name, value)
+    return found.chosen
 
 
 def _rivals(simulation: Simulation) -> Iterator[Way]:

@@ -122,6 +122,7 @@ def write_results(trainer: "MMSTTrainer", metrics: Mapping[str, float], **found:
         "stage_loss": [row.loss for row in rows],
         "stage_transport": [row.transport for row in rows],
         **found,
+        "turn_peak_bytes": trainer.peaks.by_name,
         "num_stages": trainer.partition.num_stages,
         "stages": trainer.partition.stages,
         **{name: getattr(args, name) for name in SETTINGS},

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,8 +21,10 @@ from .config import MMSTConfig
 from .evaluation import StageMetrics, pack, unpack
 from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
 from .heads import HEADS, StageHeads
+from .memory import TurnPeaks
 from .order import Order, Segment
 from .partition import Partition, checkpoints_across, find_layers
+from .planner import plan_for
 from .probe import profile_layers
 from .residency import Residency
 from .stagewise import StageStep, Stagewise
@@ -42,6 +45,7 @@ class MMSTTrainer(StageCheckpoints):
     Attributes:
         partition ([`Partition`]): how the model was cut.
         heads ([`StageHeads`]): the auxiliary heads of stages 1 .. K-1.
+        peaks ([`TurnPeaks`]): the most memory in training, of each stage where one learns at a time.
 
     Raises:
         `TypeError`: if `args` is not an [`MMSTConfig`].
@@ -67,6 +71,8 @@ class MMSTTrainer(StageCheckpoints):
         self.model_accepts_loss_kwargs = False
         self._refuse_wrappers()
         self._cut_model: nn.Module | None = None
+        self._planned = self._plan()
+        self.peaks = TurnPeaks(self.args.device)
         self._streams = contextlib.ExitStack()  # holds what streams layers through the device in a training run
         self._cache: FeatureCache | None = None
         self._views: FixedViews | None = None
@@ -75,6 +81,20 @@ class MMSTTrainer(StageCheckpoints):
         self._shares_gradients = False
         self._cut()
         self.add_callback(_StageCallback(self))
+
+    def _plan(self) -> int | None:
+        """Plan for `memory_budget`, if one is set; returns the bytes that the chosen way takes."""
+        args = self.args
+        if args.memory_budget is None or self.train_dataset is None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            samples = list(itertools.islice(iter(self.train_dataset), args.per_device_train_batch_size))
+            batch = self._get_collator_with_removed_columns(self.data_collator, description="planning")(samples)
+        found = plan_for(args, self._core(), batch)
+        if args.place_model_on_device:
+            self._move_model_to_device(self.model, args.device)
+        self.accelerator.device_placement &= args.stage_residency == "all"
+        return found.peak.total
 
     # ---- The cut ----
 
@@ -175,6 +195,7 @@ class MMSTTrainer(StageCheckpoints):
             return super().train(*args, **kwargs)
         finally:
             self._streams.close()
+            self.peaks.end()
             if self._cache is not None:
                 self._cache.flush()
             self._core()._modules.pop(HEADS, None)
@@ -303,6 +324,8 @@ class MMSTTrainer(StageCheckpoints):
     def _begin_step(self, step: int) -> None:
         """Make ready for the stages that learn at optimizer step `step`."""
         stages = self._order.at(step).stages
+        turns = len(self._order.segments) > 1
+        self.peaks.begin(f"stage_{stages[0] + 1}_peak_bytes" if turns else "peak_bytes")
         if self._residency is not None:
             self._residency.activate(stages)
         if self._cache is not None:
@@ -405,6 +428,7 @@ class MMSTTrainer(StageCheckpoints):
                 if steps > 0:
                     logs[f"stage_{k}_loss"], logs[f"stage_{k}_transport"] = loss / steps, moved / steps
             self._log_sums.zero_()
+            logs |= self.peaks.read()
         super().log(logs, start_time)
 
     def _mean(self, values: torch.Tensor) -> torch.Tensor:
@@ -481,6 +505,10 @@ class _StageCallback(TrainerCallback):
         self.trainer._begin_step(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.peaks.end()
+        if self.trainer._planned is not None and state.is_world_process_zero:
+            measured = max(self.trainer.peaks.by_name.values()) / 2**20
+            print(f"hf_mmst: planned {self.trainer._planned / 2**20:,.0f} MiB of tensors, measured {measured:,.0f} MiB")
         if self.trainer._cache is not None and state.global_step >= state.max_steps:
             self.trainer._cache.delete()
 

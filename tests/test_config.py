@@ -19,6 +19,7 @@ OWN_FIELDS = {
     "transport_norm": "relative",
     "transport_schedule": "constant",
     "stage_clipping": False,
+    "memory_budget": None,
     "stage_residency": "all",
     "feature_cache": "none",
     "cache_views": None,
@@ -35,6 +36,7 @@ def test_the_public_names():
         "Stagewise",
         "find_layers",
         "load_stages",
+        "plan",
     ]
     for name in hf_mmst.__all__:
         assert getattr(hf_mmst, name).__doc__

@@ -12,7 +12,8 @@ from zoo import make
 
 from hf_mmst import MMSTConfig, MMSTTrainer, plan
 from hf_mmst.command import main
-from hf_mmst.planner import _build, parse_bytes
+from hf_mmst.config import parse_bytes
+from hf_mmst.planner import _build
 from hf_mmst.probe import dummy_inputs
 from hf_mmst.residency import Shelf
 from hf_mmst.simulation import FlatMemTracker, Simulation, Way
@@ -168,13 +169,13 @@ def test_swin_is_planned_without_checkpointing():
     [("4GiB", 4 * 2**30), ("500 MB", 500_000_000), (1024, 1024), ("1.5k", 1500), ("2 TiB", 2 * 2**40), ("7b", 7)],
 )
 def test_bytes_are_read(value, expected):
-    assert parse_bytes(value) == expected
+    assert parse_bytes("budget", value) == expected
 
 
 @pytest.mark.parametrize("value", ["", "4 GiB per GPU", "-1", 0, "GiB", "nan", True])
 def test_what_is_no_number_of_bytes_is_refused(value):
-    with pytest.raises(ValueError, match='Set the budget to a number with a unit, as in "4GiB"'):
-        parse_bytes(value)
+    with pytest.raises(ValueError, match='Set budget to one with a unit, as in "4GiB"'):
+        parse_bytes("budget", value)
 
 
 def test_what_cannot_be_planned_is_refused():
@@ -198,3 +199,45 @@ def test_the_command(tmp_path, capsys):
     assert "'much' is not a number of bytes" in capsys.readouterr().err
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     assert main(["plan", str(tmp_path)]) in (1, 2)
+
+
+@pytest.mark.parametrize(("share", "order"), [(0.9, "simultaneous"), (0.35, "sequential")])
+def test_a_budget_in_the_arguments_plans_before_training(share, order, tmp_path, capsys):
+    model = build("vit")
+    whole = simulation(model, "fp32").peak(Way()).total
+    args = arguments(tmp_path, memory_budget=str(int(share * whole)), per_device_train_batch_size=BATCH, num_stages=4)
+    trained = MMSTTrainer(model, args, train_dataset=Zeros(model))
+    assert args.stage_order == order
+    assert args.memory_budget is None
+    assert trained.partition.num_stages == args.num_stages
+    trained.train()
+    said = capsys.readouterr().out
+    assert "fits in" in said
+    assert "hf_mmst: planned" in said
+    turns = {f"stage_{k + 1}_peak_bytes" for k in range(args.num_stages)}
+    expected = turns if order == "sequential" else {"peak_bytes"}
+    assert trained.peaks.by_name.keys() == expected
+    assert all(value > 0 for value in trained.peaks.by_name.values())
+    logged = [key for entry in trained.state.log_history for key in entry if "peak" in key]
+    assert {*logged} == expected
+
+
+def test_a_budget_that_cannot_be_met_is_refused_before_training(tmp_path):
+    model = build("vit")
+    args = arguments(tmp_path, memory_budget="1MiB", per_device_train_batch_size=BATCH)
+    with pytest.raises(ValueError, match=r'memory_budget="1MiB": Nothing fits in 1 MiB.*Set the budget to \d+MiB'):
+        MMSTTrainer(model, args, train_dataset=Zeros(model))
+
+
+def test_a_budget_for_what_cannot_step_at_once(tmp_path):
+    model = build("vit")
+    args = arguments(tmp_path, memory_budget="40MiB", per_device_train_batch_size=BATCH, gradient_accumulation_steps=2)
+    MMSTTrainer(model, args, train_dataset=Zeros(model))
+    assert not args.stage_clipping
+
+
+def test_a_budget_and_an_order_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Leave stage_order and stage_boundaries unset, or memory_budget"):
+        arguments(tmp_path, memory_budget="1GiB", stage_order="sequential")
+    with pytest.raises(ValueError, match='Set memory_budget to one with a unit, as in "4GiB"'):
+        arguments(tmp_path, memory_budget="lots")
