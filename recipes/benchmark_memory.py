@@ -9,9 +9,9 @@ Peak memory and time of stage-wise training beside its rivals: the same model, b
     python recipes/benchmark_memory.py --quick
 
 Each method trains for a few steps on random data in a process of its own, with AdamW. The peak is above what the
-process held before the model was made: bytes in tensors (CUDA), resident bytes of the process (CPU). Beside it is what the
-planner says of the tensors alone. The first step of each stage, which makes its optimizer states, is not timed; the time
-of an epoch is that of all stages in turn, and where features are cached, of one after the first.
+process held before the model was made: bytes in tensors (CUDA), resident bytes of the process (CPU). Beside it is what
+the planner says of the tensors alone. The first step of each stage, which makes its optimizer states, is not timed; the
+time of an epoch is that of all stages in turn, and where features are cached, of one after the first.
 """
 
 import argparse

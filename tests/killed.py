@@ -1,9 +1,21 @@
-"""A run that saves at each step and is killed from outside. Argument: the output folder."""
+"""A run that saves at each step, resumes from what is there, and is killed from outside. Arguments: folder, kind."""
 
 import sys
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+KINDS = {
+    "simultaneous": {"max_steps": 12},
+    "resident": {
+        "max_steps": 24,
+        "stage_order": "sequential",
+        "stage_residency": "stage",
+        "feature_cache": "disk",
+        "dropout": True,
+    },
+}
 
 
 class Says(TrainerCallback):
@@ -13,9 +25,21 @@ class Says(TrainerCallback):
         print("begins", flush=True)
 
 
-if __name__ == "__main__":
+def run(folder, kind):
     from test_trainer import trainer
 
+    from hf_mmst import feature_cache
+
+    feature_cache.SHARD_BYTES = 1  # each batch of features is written at once
+    settings = {"save_strategy": "steps", "save_steps": 1, **KINDS[kind]}
+    trained = trainer(folder, extra={"callbacks": [Says()]}, **settings)
+    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    trained.train(resume_from_checkpoint=last)
+    return trained
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
     torch.set_num_threads(1)
-    run = trainer(sys.argv[1], max_steps=12, save_strategy="steps", save_steps=1, extra={"callbacks": [Says()]})
-    run.train()
+    run(Path(sys.argv[1]), sys.argv[2])

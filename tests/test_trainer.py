@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from killed import KINDS
+from killed import run as killed_run
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
@@ -20,7 +22,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from zoo import MODELS, Samples, batch, make
 
 from hf_mmst import MMSTConfig, MMSTTrainer, load_stages
@@ -482,20 +483,18 @@ def test_lora_trains_its_adapters_in_every_stage_and_resumes(order, tmp_path):
     assert_same(weights(resumed.model), after)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_kill_at_any_moment_leaves_a_checkpoint_that_resumes(seed, tmp_path):
-    """The process saves at each step, so most kills hit a save; what is there afterwards is whole."""
-    straight = trainer(tmp_path / "straight", max_steps=12)
-    straight.train()
-    expected = weights(straight.model)
-    child = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "killed.py"), str(tmp_path / "killed")], stdout=subprocess.PIPE
-    )
-    child.stdout.readline()  # training begins
-    time.sleep(random.Random(seed).uniform(0.05, 0.8))
-    child.kill()
-    child.wait()
-    settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1}
-    resumed = trainer(tmp_path / "killed", **settings)
-    resumed.train(resume_from_checkpoint=get_last_checkpoint(tmp_path / "killed"))
-    assert_same(weights(resumed.model), expected)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", KINDS)
+def test_kills_at_any_moment_leave_a_checkpoint_that_resumes(kind, seed, tmp_path):
+    """The process saves at each step and writes each batch of features, so that most kills hit a write."""
+    folder, chance = tmp_path / "killed", random.Random(seed)
+    for _ in range(3):
+        command = [sys.executable, str(Path(__file__).parent / "killed.py"), str(folder), kind]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        while child.stdout.readline() not in ("begins\n", ""):
+            pass
+        time.sleep(chance.uniform(0.02, 0.5))
+        child.kill()
+        child.wait()
+    resumed = killed_run(folder, kind)
+    assert_same(weights(resumed.model), weights(killed_run(tmp_path / "straight", kind).model))
