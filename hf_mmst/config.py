@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from transformers import TrainingArguments
 
-StageOrder = Literal["simultaneous", "sequential", "multi_lap"]
+StageOrder = Literal["simultaneous", "sequential", "multi_lap", "coupled"]
 HeadPooling = Literal["auto", "mean", "cls"]
 TransportNorm = Literal["relative", "mean", "sum"]
 TransportSchedule = Literal["constant", "paper", "multipliers", "adaptive"]
@@ -33,7 +33,9 @@ class MMSTConfig(TrainingArguments):
             `num_stages`. The model's last layer may be left out.
         stage_order (`str`, *optional*, defaults to `"simultaneous"`):
             `"simultaneous"`: every stage learns on each batch. `"sequential"`: stage 1 to its end, then stage 2 on
-            its output, ... `"multi_lap"`: first to last stage in each of `num_laps` laps.
+            its output, ... `"multi_lap"`: first to last stage in each of `num_laps` laps. `"coupled"`: not in stages,
+            but end to end with one layer in device memory, for when local losses are not enough; this sets
+            `stage_residency` to `"stage"` and `activation_checkpointing` to `True`.
         num_laps (`int`, *optional*, defaults to 1):
             Laps R of the `"multi_lap"` order.
         head_pooling (`str`, *optional*, defaults to `"auto"`):
@@ -86,7 +88,7 @@ class MMSTConfig(TrainingArguments):
         default="simultaneous",
         metadata={
             "help": "simultaneous: all stages on each batch; sequential: one after the other; multi_lap: first to "
-            "last stage in each of num_laps laps."
+            "last stage in each of num_laps laps; coupled: end to end, with one layer in device memory."
         },
     )
     num_laps: int = field(default=1, metadata={"help": "Laps of the multi_lap order."})
@@ -163,16 +165,23 @@ class MMSTConfig(TrainingArguments):
                 f'num_laps={self.num_laps} has no effect with stage_order="{self.stage_order}". Set '
                 'stage_order="multi_lap", or num_laps=1.'
             )
+        if self.stage_order == "coupled":
+            self.stage_residency, self.activation_checkpointing = "stage", True
+            if self.fp16:
+                raise ValueError(
+                    'stage_order="coupled" steps each layer by itself, which a gradient scaler cannot follow. Set '
+                    "bf16=True in the place of fp16, or another stage_order."
+                )
         if self.stage_residency == "stage" and self.stage_order == "simultaneous":
             raise ValueError(
                 'stage_residency="stage" keeps one stage in device memory, but with stage_order="simultaneous" all of '
                 'them learn on each batch. Set stage_order to "sequential" or "multi_lap", or stage_residency="all".'
             )
-        if self.feature_cache != "none" and self.stage_order == "simultaneous":
+        if self.feature_cache != "none" and self.stage_order in ("simultaneous", "coupled"):
             raise ValueError(
                 f'feature_cache="{self.feature_cache}" keeps what a stage gets while the stages before it rest, but '
-                'with stage_order="simultaneous" all of them learn on each batch. Set stage_order to "sequential" or '
-                '"multi_lap", or feature_cache="none".'
+                f'with stage_order="{self.stage_order}" all of them learn on each batch. Set stage_order to '
+                '"sequential" or "multi_lap", or feature_cache="none".'
             )
         if self.cache_views is not None:
             _at_least_one("cache_views", self.cache_views, "1 keeps one view of each sample")

@@ -49,7 +49,7 @@ class Order:
         Share `total_steps` optimizer steps out evenly over laps and stages; the last gets the remainder.
 
         Args:
-            stage_order (`str`): `"simultaneous"`, `"sequential"` or `"multi_lap"`.
+            stage_order (`str`): `"simultaneous"`, `"sequential"`, `"multi_lap"` or `"coupled"` (one stage).
             num_stages (`int`): K.
             num_laps (`int`): R; 1 unless the order is `"multi_lap"`.
             total_steps (`int`): optimizer steps over all stages and laps.
@@ -57,7 +57,7 @@ class Order:
         Raises:
             `ValueError`: if there are fewer steps than stages times laps.
         """
-        if stage_order == "simultaneous" or num_stages == 1:
+        if stage_order in ("simultaneous", "coupled") or num_stages == 1:
             return cls((Segment(0, tuple(range(num_stages)), 0, total_steps),))
         turns = [(lap, stage) for lap in range(num_laps) for stage in range(num_stages)]
         steps, rest = divmod(total_steps, len(turns))

@@ -13,11 +13,13 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 
 from .checkpoints import StageCheckpoints
 from .config import MMSTConfig
+from .coupled import CoupledResidency
 from .evaluation import StageMetrics, pack, unpack
 from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
 from .heads import HEADS, StageHeads
@@ -118,20 +120,29 @@ class MMSTTrainer(StageCheckpoints):
         self._log_sums = torch.zeros(num_stages, 3)
         self._residency = None
         if self.args.stage_residency == "stage":
-            self._residency = Residency(model, self.partition, self.args.device, self.args.output_dir)
+            kind = CoupledResidency if self.args.stage_order == "coupled" else Residency
+            self._residency = kind(model, self.partition, self.args.device, self.args.output_dir)
         self._cut_model = model
         self._stage_parameters = parameters_by_stage(model, self.partition, self.heads)
 
     def _partition(self, model: nn.Module) -> tuple[Partition, list[int]]:
         """The cut, and the widths of the hidden states at the ends of all stages but the last."""
         args = self.args
-        if args.num_stages == 1 and args.stage_boundaries is None:
+        if args.num_stages == 1 and args.stage_boundaries is None and args.stage_order != "coupled":
             try:
                 return Partition((tuple(find_layers(model)),)), []
             except ValueError:  # nothing is cut, so any model will do; there is no transport to measure either
                 return Partition(((),)), []
         layers = find_layers(model)
         profile = profile_layers(model, layers)
+        if args.stage_order == "coupled":
+            apart = checkpoints_across(model, Partition.by_cost(layers, len(layers), [1] * len(layers))) is None
+            if not apart or not isinstance(model.get_submodule(layers[0]), GradientCheckpointingLayer):
+                raise ValueError(
+                    f"The layers of {type(model).__name__}, {layers[0]} and so on, cannot each be checkpointed by "
+                    'itself, as stage_order="coupled" needs it. Set another stage_order.'
+                )
+            return Partition((tuple(layers),)), []
         if args.stage_boundaries is not None:
             partition = Partition.by_names(layers, args.stage_boundaries)
         else:
@@ -208,7 +219,7 @@ class MMSTTrainer(StageCheckpoints):
             super().set_initial_training_values(args, dataloader)
         )
         self._cut()
-        if args.max_steps <= 0 and args.stage_order != "simultaneous":
+        if args.max_steps <= 0 and args.stage_order not in ("simultaneous", "coupled"):
             num_stages = self.partition.num_stages
             max_steps, samples = max_steps * num_stages, samples * num_stages
             epochs = -(-max_steps // steps_per_epoch)
@@ -326,7 +337,7 @@ class MMSTTrainer(StageCheckpoints):
         stages = self._order.at(step).stages
         turns = len(self._order.segments) > 1
         self.peaks.begin(f"stage_{stages[0] + 1}_peak_bytes" if turns else "peak_bytes")
-        if self._residency is not None:
+        if self._residency is not None and self._coupled is None:
             self._residency.activate(stages)
         if self._cache is not None:
             self._cache.begin(stages[0])
@@ -352,6 +363,9 @@ class MMSTTrainer(StageCheckpoints):
         share = _num_labels(labels) / (self._step_labels or _num_labels(labels))
         # The user's function has divided by num_items_in_batch.
         scale = share if self.compute_loss_func is None else 1.0
+        if self._coupled is not None:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return (loss * scale, outputs) if return_outputs else loss * scale
         mask = inputs.get("attention_mask")
         given = self._cache.get(stages[0], keys, mask) if self._cache is not None else None
         with self._engine.step(
@@ -388,6 +402,8 @@ class MMSTTrainer(StageCheckpoints):
             self._early_norms.append(norm)
 
     def _clip_grad_norm(self, model):
+        if self._coupled is not None:
+            return self._coupled.clip(self.args.max_grad_norm)
         if not self.args.stage_clipping:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
@@ -395,11 +411,24 @@ class MMSTTrainer(StageCheckpoints):
 
     def _get_grad_norm(self, model, grad_norm=None):
         """As the host's, of all stages, those that have stepped already among them."""
+        if self._coupled is not None and grad_norm is None:
+            grad_norm = self._coupled.clip(math.inf)
         norm = super()._get_grad_norm(model, grad_norm)
         if self._early_norms:
             norm = torch.linalg.vector_norm(torch.stack([norm, *self._early_norms]))
             self._early_norms.clear()
         return norm
+
+    @property
+    def _coupled(self) -> CoupledResidency | None:
+        return self._residency if isinstance(self._residency, CoupledResidency) else None
+
+    def training_step(self, *args, **kwargs):
+        """As the host's; in the coupled order, the layer that the backward pass ended at is put to rest."""
+        loss = super().training_step(*args, **kwargs)
+        if self._coupled is not None:
+            self._coupled.settle()
+        return loss
 
     def _criterion(self, logits: torch.Tensor, labels: torch.Tensor, num_items: Any = None) -> torch.Tensor:
         """The task's loss of a head's logits, as the host takes it of the model's."""
@@ -498,6 +527,10 @@ class _StageCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer._views is not None:
             self.trainer._views.epoch = int(state.epoch)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer._coupled is not None:
+            self.trainer._coupled.step(self.trainer.optimizer)
 
     def on_step_end(self, args, state, control, **kwargs):
         stages = self.trainer._order.at(state.global_step - 1).stages

@@ -10,6 +10,7 @@ from zoo import Samples, make
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "model_cards" / "results"
+MEMORY = ROOT / "model_cards" / "memory"
 METHODS = {"end_to_end": "end to end", "greedy": "greedy (w = 0)", "mmst": "MMST (w = 0.3)"}
 
 
@@ -32,10 +33,35 @@ def test_the_table_is_what_the_recipes_wrote():
     assert README.partition("<!-- results -->\n")[2].partition("\n<!-- /results -->")[0] == table()
 
 
+def memory_table():
+    head = "| model | method | peak MiB | planned MiB of tensors | peak | step | epoch |\n|---|---|---|---|---|---|---|"
+    lines = [head]
+    for path in sorted(MEMORY.glob("*.json")):
+        found = json.loads(path.read_text())
+        first = found["rows"][0]
+        model = f"{found['model']}, batch {found['batch_size']}, K = {found['num_stages']}"
+        for row in found["rows"]:
+            ratios = [f"{row[key] / first[key]:.2f}" for key in ("peak_bytes", "step_seconds", "epoch_seconds")]
+            mib = [f"{row[key] / 2**20:.0f}" for key in ("peak_bytes", "planned_bytes")]
+            lines.append("| " + " | ".join([model, row["method"], *mib, *ratios]) + " |")
+    return "\n".join(lines)
+
+
+def test_the_memory_table_is_what_the_benchmark_wrote():
+    assert README.partition("<!-- memory -->\n")[2].partition("\n<!-- /memory -->")[0] == memory_table()
+
+
+def test_one_resident_stage_takes_what_is_promised():
+    rows = {row["method"]: row for row in json.loads((MEMORY / "vit_base_cpu.json").read_text())["rows"]}
+    peak = {method: row["peak_bytes"] for method, row in rows.items()}
+    assert peak["resident"] <= 0.25 * peak["end-to-end"]
+    assert peak["resident"] <= 0.6 * peak["end-to-end+checkpointing"]
+
+
 def test_every_result_names_its_command_versions_and_device():
     paths = list(RESULTS.glob("*.json"))
     assert len(paths) == 6
-    for path in paths:
+    for path in [*paths, *MEMORY.glob("*.json")]:
         found = json.loads(path.read_text())
         assert found["command"].startswith("recipes/")
         assert {"torch", "transformers", "accelerate"} <= found["versions"].keys()
