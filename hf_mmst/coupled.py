@@ -62,7 +62,7 @@ class CoupledResidency(Residency):
             return
         gradients = [_gradient(p) for p in self._learning(name)]
         if name not in self._gradients:
-            self._gradients[name] = Shelf(gradients, self._device, self._folder)
+            self._gradients[name] = self.shelf(gradients, self._device, self._folder)
         elif name in self._filled:
             before = self._gradients[name].take()
             self._gradients[name].put([old.add_(new) for old, new in zip(before, gradients, strict=True)])

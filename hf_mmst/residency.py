@@ -77,6 +77,8 @@ class Residency:
         folder (`str`): for the memory-mapped files, see [`Shelf`].
     """
 
+    shelf: type[Shelf] = Shelf
+
     def __init__(self, model: nn.Module, partition: Partition, device: torch.device, folder: str):
         self._model, self._partition, self._device, self._folder = model, partition, device, folder
         self._optimizer: torch.optim.Optimizer | None = None
@@ -86,7 +88,7 @@ class Residency:
         self._parameters = {name: list(model.get_submodule(name).parameters()) for name in partition.layers}
         self._shelves: dict[str, Shelf] = {}
         for name, parameters in self._parameters.items():
-            self._shelves[name] = Shelf([p.data for p in parameters], device, folder)
+            self._shelves[name] = self.shelf([p.data for p in parameters], device, folder)
             self._rest(name)
         inside = {id(p) for parameters in self._parameters.values() for p in parameters}
         for tensor in [*(p for p in model.parameters() if id(p) not in inside), *model.buffers()]:
@@ -97,7 +99,7 @@ class Residency:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
         if optimizer is not self._optimizer:
             self._optimizer, self._states, self._taken = optimizer, {}, set()
-            optimizer.register_step_pre_hook(self._before_step)
+            optimizer.register_step_pre_hook(lambda *_: self.take_states())
 
     def activate(self, stages: Collection[int]) -> None:
         """Bring the layers of `stages` to the device and put all others to rest."""
@@ -156,12 +158,14 @@ class Residency:
         for parameter, tensor in zip(self._parameters[name], self._shelves[name].tensors, strict=True):
             parameter.data = tensor
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, _args, _kwargs) -> None:
+    def take_states(self) -> None:
+        """Bring the states of parameters that have gradients to the device."""
+        assert self._optimizer is not None
         for keys, shelf in self._states.items():
             if keys not in self._taken and any(parameter.grad is not None for parameter, _ in keys):
                 self._taken.add(keys)
                 for (parameter, name), tensor in zip(keys, shelf.take(), strict=True):
-                    optimizer.state[parameter][name] = tensor
+                    self._optimizer.state[parameter][name] = tensor
 
     def _rest_states(self) -> None:
         """Put the states that are on the device on the shelf that they came from, or, new ones, on a new one."""
@@ -169,18 +173,19 @@ class Residency:
             return
         state = self._optimizer.state
         known = {key for keys in self._states for key in keys}
-        new = tuple(
-            (parameter, name)
-            for parameter, values in state.items()
-            for name, value in values.items()
-            if torch.is_tensor(value) and value.numel() > 1 and (parameter, name) not in known
-        )
+        owner = {id(p): name for name, parameters in self._parameters.items() for p in parameters}
+        new: dict[str | None, list[tuple[torch.Tensor, str]]] = {}  # by layer, so that one can be taken by itself
+        for parameter, values in state.items():
+            for name, value in values.items():
+                if torch.is_tensor(value) and value.numel() > 1 and (parameter, name) not in known:
+                    new.setdefault(owner.get(id(parameter)), []).append((parameter, name))
         for keys in self._taken:
             self._states[keys].put([state[parameter][name] for parameter, name in keys])
-        if new:
-            tensors = [state[parameter][name] for parameter, name in new]
-            self._states[new] = Shelf(tensors, self._device, self._folder)
-        for keys in [*self._taken, *([new] if new else [])]:
+        fresh = [tuple(keys) for keys in new.values()]
+        for keys in fresh:
+            tensors = [state[parameter][name] for parameter, name in keys]
+            self._states[keys] = self.shelf(tensors, self._device, self._folder)
+        for keys in [*self._taken, *fresh]:
             for (parameter, name), tensor in zip(keys, self._states[keys].tensors, strict=True):
                 state[parameter][name] = tensor
         self._taken.clear()

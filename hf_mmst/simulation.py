@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
+from .coupled import CoupledResidency
 from .heads import StageHeads
 from .hidden_states import hidden_states_of
 from .partition import Partition, find_layers
 from .probe import on_meta, profile_layers
+from .residency import Residency, Shelf
 from .stagewise import Stagewise
 from .stepping import clip_by_stage, parameters_by_stage, step_stage
 
@@ -30,7 +32,7 @@ class Way:
 
     Attributes:
         num_stages (`int`): K; 1 is end-to-end training.
-        stage_order (`str`): `"simultaneous"` or `"sequential"`.
+        stage_order (`str`): `"simultaneous"`, `"sequential"` or `"coupled"`.
         stage_residency (`str`): `"all"` or `"stage"`.
         feature_cache (`str`): `"none"` or `"disk"`.
         stage_clipping (`bool`): whether stages step by themselves.
@@ -104,6 +106,8 @@ class Simulation:
         """The most memory that a step takes, over the stages if they learn one at a time."""
         if way.lora:
             return self._end_to_end(self._with_adapters(), way)
+        if way.stage_order == "coupled":
+            return self._coupled()
         if way.num_stages == 1:
             return self._end_to_end(self.model, way)
         partition = self.partition(way.num_stages)
@@ -145,45 +149,41 @@ class Simulation:
 
     def _end_to_end(self, model: nn.Module, way: Way) -> Peak:
         with self._mode, self._checkpointing(model, way):
-            learning = [p for p in model.parameters() if p.requires_grad]
-            optimizer = _with_states(learning)
-            tracker = FlatMemTracker()
-            tracker.track_external(model, optimizer, *self.inputs.values(), *self._ready)
+            parameters = list(model.parameters())
+            optimizer = _with_states([p for p in parameters if p.requires_grad])
+            tracker = self._tracker(parameters, optimizer)
             with tracker:
                 with self._autocast():
                     loss = model(**self.inputs).loss
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(learning, 1.0)
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
-            return self._read(tracker, list(model.parameters()), learning)
+            return self._read(tracker, parameters, optimizer)
 
-    def _stagewise(self, partition: Partition, stages, way: Way) -> Peak:
+    def _stagewise(self, partition: Partition, stages: Sequence[int], way: Way) -> Peak:
         widths = {layer.name: layer.width for layer in self.profile}
-        resident, first, last = way.stage_residency == "stage", stages[0], stages[-1]
-        with self._mode, self._checkpointing(self.model, way):
+        with self._mode, self._checkpointing(self.model, way), contextlib.ExitStack() as stack:
             with torch.device(self.device), _default_dtype(self.model):
                 heads = StageHeads([widths[name] for name in partition.boundaries[:-1]], self.config.num_labels)
             engine = Stagewise(self.model, partition, heads)
             shared = parameters_by_stage(self.model, partition, heads)
-            resting: set[nn.Parameter] = set()
-            if resident:
-                names = [name for k, stage in enumerate(partition.stages) if k not in stages for name in stage]
-                resting = {p for name in names for p in self.model.get_submodule(name).parameters()}
-            on_device = [p for own in shared for p in own if p not in resting]
-            with_states = shared[first] if resident else [p for own in shared[: last + 1] for p in own]
-            with_states = [p for p in with_states if p.requires_grad]
-            optimizer = _with_states(with_states)
-            given = self._input_of(engine, first) if way.feature_cache != "none" and first > 0 else None
-            tracker = FlatMemTracker()
-            tracker.track_external(*on_device, *self.model.buffers(), optimizer, *self.inputs.values(), *self._ready)
+            everything = [p for own in shared for p in own]
+            learned = (
+                everything if way.stage_residency == "stage" else [p for own in shared[: stages[-1] + 1] for p in own]
+            )
+            optimizer = _with_states([p for p in learned if p.requires_grad])
+            given = self._input_of(engine, stages[0]) if way.feature_cache != "none" and stages[0] > 0 else None
+            if way.stage_residency == "stage":
+                residency = stack.enter_context(self._residency(_Resident, partition, optimizer))
+                residency.activate(stages)
+                for parameter in shared[stages[0]]:  # its states have come with an earlier step
+                    parameter.grad = torch.empty_like(parameter)
+                residency.take_states()
+                for parameter in shared[stages[0]]:
+                    parameter.grad = None
+            tracker = self._tracker(everything, optimizer, *([] if given is None else given[1:]))
             early = way.stage_clipping and len(stages) > 1
-            if given is not None:
-                tracker.track_external(given[1])
-            with contextlib.ExitStack() as stack:
-                for name in self.layers:
-                    if resting & {*self.model.get_submodule(name).parameters()}:
-                        stack.enter_context(_streamed(self.model.get_submodule(name)))
-                stack.enter_context(tracker)
+            with tracker:
                 with (
                     self._autocast(),
                     engine.step(
@@ -200,7 +200,48 @@ class Simulation:
                 del loss, step
                 clip_by_stage(shared, 1.0)
                 optimizer.step()
-            return self._read(tracker, on_device, with_states)
+            return self._read(tracker, everything, optimizer)
+
+    def _coupled(self) -> Peak:
+        partition = Partition((tuple(self.layers),))
+        way = Way(activation_checkpointing=True)
+        with self._mode, self._checkpointing(self.model, way), contextlib.ExitStack() as stack:
+            parameters = list(self.model.parameters())
+            optimizer = _with_states([p for p in parameters if p.requires_grad])
+            residency = stack.enter_context(self._residency(_Coupled, partition, optimizer))
+            tracker = self._tracker(parameters, optimizer)
+            with tracker:
+                with self._autocast():
+                    loss = self.model(**self.inputs).loss
+                loss.backward()
+                del loss
+                residency.settle()
+                residency.clip(1.0)
+                residency.step(optimizer)
+                optimizer.step()
+            return self._read(tracker, parameters, optimizer)
+
+    @contextlib.contextmanager
+    def _residency(self, kind: Any, partition: Partition, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+        """A residency of the simulated model, with all layers and optimizer states at rest to begin with."""
+        before = {parameter: parameter.data for parameter in self.model.parameters()}
+        residency = kind(self.model, partition, torch.device(self.device), "")
+        residency.watch(optimizer)
+        residency.rest()
+        try:
+            with residency.streaming():
+                yield residency
+        finally:
+            for parameter, data in before.items():
+                parameter.data = data
+
+    def _tracker(self, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer, *others: torch.Tensor):
+        """A tracker that knows what is in memory when a step begins."""
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        begin = [*weights, *self.model.buffers(), *states, *self.inputs.values(), *self._ready, *others]
+        tracker = FlatMemTracker()
+        tracker.track_external(*begin)
+        return tracker
 
     def _input_of(self, engine: Stagewise, stage: int) -> tuple[int, torch.Tensor]:
         """The input of a stage, after a step that shows the engine what the layers before it return."""
@@ -212,10 +253,13 @@ class Simulation:
     def _criterion(self, logits: torch.Tensor) -> torch.Tensor:
         return ForSequenceClassificationLoss(self.inputs["labels"], logits, self.config)
 
-    def _read(self, tracker: MemTracker, weights: list[nn.Parameter], learning: list[nn.Parameter]) -> Peak:
+    def _read(self, tracker: MemTracker, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Peak:
         total = tracker.get_tracker_snapshot("peak")[torch.device(self.device)]["Total"]
-        self.model.zero_grad()
-        return Peak(sum(p.nbytes for p in weights), 2 * sum(p.nbytes for p in learning), total)
+        for parameter in weights:
+            parameter.grad = None
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        held = [sum(t.untyped_storage().nbytes() for t in group) for group in (weights, states)]
+        return Peak(held[0], held[1], total)
 
     def _weights(self, name: str) -> int:
         return sum(p.nbytes for p in self.model.get_submodule(name).parameters())
@@ -275,26 +319,26 @@ class _NoModules:
     def __exit__(self, *_): ...
 
 
-@contextlib.contextmanager
-def _streamed(layer: nn.Module) -> Iterator[None]:
-    """Within this context, the weights of `layer` are in memory while it runs."""
-    resting = [(parameter, parameter.data) for parameter in layer.parameters()]
+class _Nowhere(Shelf):
+    """A shelf in no memory at all."""
 
-    def take(*_):
-        for parameter, data in resting:
-            parameter.data = torch.empty_like(data)
+    def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device, folder: str):
+        self.device, self.tensors = device, [tensor.new_empty(()).expand(tensor.shape) for tensor in tensors]
 
-    def rest(*_):
-        for parameter, data in resting:
-            parameter.data = data
-        torch.clear_autocast_cache()
+    def take(self) -> list[torch.Tensor]:
+        return [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for tensor in self.tensors]
 
-    hooks = layer.register_forward_pre_hook(take), layer.register_forward_hook(rest)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def put(self, tensors: Sequence[torch.Tensor]) -> None: ...
+
+    def let_go(self) -> None: ...
+
+
+class _Resident(Residency):
+    shelf = _Nowhere
+
+
+class _Coupled(CoupledResidency):
+    shelf = _Nowhere
 
 
 def _with_states(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -71,6 +71,7 @@ METHODS = {
     "sequential": SEQUENTIAL,
     "resident": {**SEQUENTIAL, "stage_residency": "stage"},
     "resident+cache": {**SEQUENTIAL, "stage_residency": "stage", "feature_cache": "disk"},
+    "coupled": {"stage_order": "coupled"},
     "resident+checkpointing": {**SEQUENTIAL, "stage_residency": "stage", **CHECKPOINTING},
 }
 STAGEWISE = [name for name, settings in METHODS.items() if "stage_order" in settings]

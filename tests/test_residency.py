@@ -111,6 +111,17 @@ def test_only_the_stage_that_learns_is_in_memory(tmp_path):
     assert {next(trained.model.get_submodule(n).parameters()).data_ptr() for n in trained.partition.layers} == resting
 
 
+def test_after_resume_only_the_stage_that_learns_is_in_memory(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 31}
+    run(tmp_path, extra={"callbacks": [StopAt(31)]}, **settings).train()
+    watch = Watch()
+    watch.trainer = resumed = run(tmp_path, extra={"callbacks": [watch]}, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert any(watch.states)
+    for step, states in enumerate(watch.states, start=31):
+        assert states <= {*resumed.partition.stages[resumed._order.at(step).stages[0]]}
+
+
 def test_the_file_has_no_name_and_the_checkpoint_is_complete(tmp_path):
     trained = run(tmp_path)
     assert list(tmp_path.iterdir()) == []
