@@ -1,0 +1,383 @@
+# /// script
+# dependencies = ["hf-mmst[recipes]"]
+# ///
+"""
+Accuracy of stage-wise training beside its rivals: the same data, order of samples, epochs and seeds.
+
+    python recipes/benchmark_accuracy.py --task texts --num_stages 3 6 --output_dir outputs/texts
+    python recipes/benchmark_accuracy.py --task images --dataset_name FOLDER --model_name_or_path FOLDER --num_stages 12
+    python recipes/benchmark_accuracy.py --task scratch --dataset_name FOLDER --num_stages 2 4 8
+    python recipes/benchmark_accuracy.py --quick
+
+Each run is a process of its own. A method's learning rate is chosen on samples held out of the train split, with the
+first seed: the grid is walked upwards until accuracy falls. With it, the method trains once for each of the other seeds,
+and the test split is evaluated once after each. Every run is a line of OUTPUT_DIR/runs.jsonl; those that are there
+already are not run again, so that a benchmark that was stopped goes on.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from bert_text import DataArguments as TextArguments
+from bert_text import ModelArguments as TextModelArguments
+from bert_text import choose, load_texts
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from vit_cifar import DataArguments as ImageArguments
+from vit_cifar import ModelArguments as ImageModelArguments
+from vit_cifar import build, load_images, to_tensors
+
+from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
+from hf_mmst.memory import PeakMemory
+from hf_mmst.report import write_json
+
+GREEDY = {"transport_weight": 0.0}
+METHODS = {
+    "end-to-end": None,
+    "lora": None,
+    "freeze": None,
+    "greedy": GREEDY,
+    "transport": {},
+    "transport, w = 0.1": {"transport_weight": 0.1},
+    "transport, w = 1": {"transport_weight": 1.0},
+    "transport, w = 3": {"transport_weight": 3.0},
+    "transport, mean": {"transport_norm": "mean", "transport_weight": 1.0},
+    "transport, sum": {"transport_norm": "sum", "transport_weight": 1e-4},
+    "transport, paper": {"transport_schedule": "paper"},
+    "transport, multipliers": {"transport_schedule": "multipliers"},
+    "transport, adaptive": {"transport_schedule": "adaptive"},
+    "sequential": {"stage_order": "sequential"},
+    "multi_lap": {"stage_order": "multi_lap", "num_laps": 3},
+    "coupled": {"stage_order": "coupled"},
+}
+ONCE = ("end-to-end", "lora", "coupled")  # methods that the number of stages does not change
+KEY = ("method", "num_stages", "learning_rate", "seed", "split")
+TASKS = {
+    "texts": {"batch_size": 32, "epochs": 3, "learning_rates": [1e-4, 3e-4, 1e-3]},
+    "images": {"batch_size": 32, "epochs": 3, "learning_rates": [5e-5, 1e-4, 3e-4, 1e-3]},
+    "scratch": {"batch_size": 64, "epochs": 20, "learning_rates": [5e-4, 1e-3, 2e-3, 4e-3]},
+}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="texts", help="texts and images: fine-tuning; scratch: a ViT")
+    parser.add_argument("--dataset_name", help="as for bert_text.py and vit_cifar.py")
+    parser.add_argument("--model_name_or_path", help="as for bert_text.py and vit_cifar.py")
+    parser.add_argument("--max_seq_length", type=int, default=64, help="tokens of a text at most")
+    parser.add_argument("--num_train_samples", type=int, default=2000)
+    parser.add_argument("--num_validation_samples", type=int, default=500)
+    parser.add_argument("--num_test_samples", type=int, default=1500)
+    parser.add_argument("--num_stages", type=int, nargs="+", default=[3])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3, help="number of runs with the chosen learning rate")
+    parser.add_argument("--learning_rates", type=float, nargs="+", help="grid, in ascending order")
+    parser.add_argument("--epochs", type=float, help="of every stage")
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--hidden_layers", type=int, default=8, help="layers of the ViT from scratch")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast, if not fp32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark_accuracy"))
+    parser.add_argument("--quick", action="store_true", help="a few samples, methods and steps")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.quick:
+        args.methods, args.seeds, args.learning_rates, args.epochs = ["end-to-end", "greedy", "transport"], 1, [1e-4], 1
+        args.num_train_samples, args.num_validation_samples, args.num_test_samples = 64, 32, 32
+        args.max_seq_length = 16
+    for name, value in TASKS[args.task].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def make_texts(args: argparse.Namespace) -> tuple:
+    """Splits of tokenized texts, the function that makes the model, the collator."""
+    data = TextArguments(dataset_name=args.dataset_name)
+    dataset, name = choose(data, TextModelArguments(args.model_name_or_path), is_main=args.one["split"] == "validation")
+    splits = chosen(load_texts(dataset, data), args)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    splits = {
+        split: rows.map(
+            lambda batch: tokenizer(batch["text"], truncation=True, max_length=args.max_seq_length),
+            batched=True,
+            remove_columns="text",
+        )
+        for split, rows in splits.items()
+    }
+    labels = splits["train"].features["label"].num_classes
+    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=labels, ignore_mismatched_sizes=True)
+    return splits, model, DataCollatorWithPadding(tokenizer)
+
+
+def make_images(args: argparse.Namespace) -> tuple:
+    """Splits of images, augmented for training, the model, no collator."""
+    splits, _ = load_images(ImageArguments(dataset_name=args.dataset_name), args.one["split"] == "validation")
+    splits = chosen(splits, args)
+    name = None if args.task == "scratch" else args.model_name_or_path
+    model, processor = build(ImageModelArguments(name, num_hidden_layers=args.hidden_layers), splits, None)
+    transforms = {split: to_tensors(processor, model.config, augment=split == "train") for split in splits}
+    return {split: rows.with_transform(transforms[split]) for split, rows in splits.items()}, model, None
+
+
+def chosen(splits, args: argparse.Namespace) -> dict:
+    """The same samples for all methods and seeds; validation samples are none of those trained on."""
+    train = splits["train"].shuffle(seed=0)
+    sizes = args.num_train_samples, args.num_validation_samples
+    if sum(sizes) > len(train):
+        raise SystemExit(f"{len(train)} samples to train on are fewer than the {sizes[0]} + {sizes[1]} asked for")
+    test = splits["test"].shuffle(seed=0)
+    return {
+        "train": train.select(range(sizes[0])),
+        "validation": train.select(range(sizes[0], sum(sizes))),
+        "test": test.select(range(min(len(test), args.num_test_samples))),
+    }
+
+
+def adapt(model: torch.nn.Module, method: str, num_stages: int) -> torch.nn.Module:
+    """The model with what learns in the methods that train only a part of it."""
+    head = model.classifier if hasattr(model, "classifier") else model.score
+    if method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        names = [name for name, module in model.named_children() if module is head]
+        return get_peft_model(
+            model, LoraConfig(r=16, target_modules="all-linear", exclude_modules=names, modules_to_save=names)
+        )
+    if method == "freeze":
+        layers = find_layers(model)
+        learning = [head, *(model.get_submodule(name) for name in layers[-(len(layers) // num_stages) :])]
+        learning += [model.get_submodule(name) for name in ("bert.pooler", "vit.layernorm") if has(model, name)]
+        kept = {id(parameter) for module in learning for parameter in module.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in kept)
+    return model
+
+
+def has(model: torch.nn.Module, name: str) -> bool:
+    """Whether the model has a submodule of that name."""
+    with contextlib.suppress(AttributeError):
+        return model.get_submodule(name) is not None
+    return False
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """One run, in this process."""
+    run, settings = args.one, METHODS[args.one["method"]]
+    stagewise = settings is not None
+    with tempfile.TemporaryDirectory() as folder:
+        config = (MMSTConfig if stagewise else TrainingArguments)(
+            folder,
+            learning_rate=run["learning_rate"],
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=4 * args.batch_size,
+            lr_scheduler_type="linear" if args.task == "texts" else "cosine",
+            warmup_steps=0.1,
+            weight_decay=0.01 if args.task == "texts" else 0.05,
+            seed=run["seed"],
+            bf16=args.precision == "bf16",
+            fp16=args.precision == "fp16",
+            use_cpu=args.device == "cpu",
+            remove_unused_columns=args.task == "texts",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=args.device == "cuda",
+            dataloader_num_workers=8 if args.device == "cuda" and args.task != "texts" else 0,
+            **({"num_stages": run["num_stages"], **settings} if stagewise else {}),
+        )
+        set_seed(run["seed"])
+        begin = time.perf_counter()
+        with PeakMemory(args.device) as peak:
+            splits, model, collator = (make_texts if args.task == "texts" else make_images)(args)
+            trainer = (MMSTTrainer if stagewise else Trainer)(
+                adapt(model, run["method"], run["num_stages"]),
+                config,
+                data_collator=collator,
+                train_dataset=splits["train"],
+                compute_metrics=lambda found: {
+                    "accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())
+                },
+            )
+            trainer.train()
+        seconds = time.perf_counter() - begin
+        metrics = trainer.evaluate(splits[run["split"]])
+        names = [f"eval_stage_{k}" for k in range(1, (trainer.partition.num_stages if stagewise else 0) + 1)]
+    return {
+        **run,
+        "accuracy": metrics["eval_accuracy"],
+        "stage_accuracy": [metrics[f"{name}_accuracy"] for name in names],
+        "stage_transport": [metrics[f"{name}_transport"] for name in names],
+        "peak_bytes": peak.peak_bytes,
+        "train_seconds": seconds,
+    }
+
+
+class Runs:
+    """The runs of a benchmark, in a file that grows by a line for each."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.path = args, args.output_dir / "runs.jsonl"
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.all = [json.loads(line) for line in lines]
+
+    def get(self, **run) -> dict:
+        """The run with these settings, from the file or run now in a new process."""
+        for one in self.all:
+            if all(one[name] == run[name] for name in KEY):
+                return one
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(run)]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        )
+        if done.returncode != 0:
+            raise SystemExit(f"{run} ended with exit code {done.returncode}: see above")
+        found = json.loads(done.stdout.splitlines()[-1])
+        with open(self.path, "a") as file:
+            file.write(json.dumps(found) + "\n")
+        self.all.append(found)
+        print(f"{' '.join(map(str, run.values()))}: {found['accuracy']:.2%}", flush=True)
+        return found
+
+    def best_rate(self, method: str, num_stages: int) -> float:
+        """The learning rate of the highest accuracy on held-out samples, walking upwards until it falls."""
+        best = None
+        for rate in self.args.learning_rates:
+            found = self.get(method=method, num_stages=num_stages, learning_rate=rate, seed=0, split="validation")
+            if best is not None and found["accuracy"] < best["accuracy"]:
+                break
+            best = found
+        return best["learning_rate"]
+
+    def row(self, method: str, num_stages: int) -> dict:
+        """Mean and standard error over the seeds, of the model and of each stage."""
+        rate = self.best_rate(method, num_stages)
+        runs = [
+            self.get(method=method, num_stages=num_stages, learning_rate=rate, seed=seed, split="test")
+            for seed in range(1, self.args.seeds + 1)
+        ]
+        stages = [statistics.mean(found) for found in zip(*(run["stage_accuracy"] for run in runs), strict=True)]
+        moved = [statistics.mean(found) for found in zip(*(run["stage_transport"] for run in runs), strict=True)]
+        return {
+            "method": method,
+            "num_stages": num_stages,
+            "learning_rate": rate,
+            "accuracy": statistics.mean(run["accuracy"] for run in runs),
+            "standard_error": standard_error([run["accuracy"] for run in runs]),
+            "accuracies": [run["accuracy"] for run in runs],
+            "stage_accuracy": stages,
+            "stage_transport": moved,
+            "peak_bytes": round(statistics.mean(run["peak_bytes"] for run in runs)),
+            "train_seconds": statistics.mean(run["train_seconds"] for run in runs),
+        }
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean; 0 for a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def show(rows: list[dict]) -> None:
+    """A table."""
+    table = Table("K", "method", "lr", "accuracy", "stages before", "peak MiB", "s")
+    for row in rows:
+        table.add_row(
+            str(row["num_stages"]),
+            row["method"],
+            f"{row['learning_rate']:g}",
+            f"{100 * row['accuracy']:.2f} ± {100 * row['standard_error']:.2f}",
+            ", ".join(f"{100 * value:.1f}" for value in row["stage_accuracy"][:-1]) or "-",
+            f"{row['peak_bytes'] / 2**20:.0f}",
+            f"{row['train_seconds']:.0f}",
+        )
+    Console(width=140).print(table)
+
+
+def draw(rows: list[dict], folder: Path) -> None:
+    """Accuracy and movement of each stage, and accuracy against peak memory."""
+    from matplotlib.figure import Figure
+
+    for key, label, scale in (("stage_accuracy", "accuracy in %", 100), ("stage_transport", "relative movement", 1)):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        for row in rows:
+            if len(row[key]) > 1:
+                values = [scale * value for value in row[key]]
+                axes.plot(
+                    range(1, len(values) + 1), values, marker="o", label=f"{row['method']}, K = {row['num_stages']}"
+                )
+        axes.set_xlabel("stage")
+        axes.set_ylabel(label)
+        axes.legend(fontsize="x-small", ncols=2)
+        figure.savefig(folder / f"{key}.png", dpi=120)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        x, y = row["peak_bytes"] / 2**20, 100 * row["accuracy"]
+        axes.errorbar(x, y, yerr=100 * row["standard_error"], marker="o")
+        axes.annotate(f" {row['method']}, K = {row['num_stages']}", (x, y), fontsize="x-small")
+    axes.set_xlabel("peak memory in MiB")
+    axes.set_ylabel("accuracy in %")
+    figure.savefig(folder / "accuracy_against_memory.png", dpi=120)
+
+
+def main() -> None:
+    """Run what is missing, write and show."""
+    args = parse()
+    if args.one is not None:
+        print(json.dumps(measure(args)))
+        return
+    runs = Runs(args)
+    wanted = [
+        (method, 1 if method in ONCE else number)
+        for number in args.num_stages
+        for method in args.methods
+        if method not in ONCE or number == args.num_stages[0]
+    ]
+    rows = [runs.row(*one) for one in wanted]
+    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    settings = ("task", "num_train_samples", "num_validation_samples", "num_test_samples", "max_seq_length", "epochs")
+    write_json(
+        args.output_dir / "results.json",
+        {
+            "command": shlex.join(["recipes/benchmark_accuracy.py", *words]),
+            "versions": {one: version(one) for one in ("hf-mmst", "torch", "transformers", "accelerate", "peft")},
+            "device": {"type": args.device, "name": name, "processors": os.cpu_count()},
+            "seed": list(range(args.seeds + 1)),
+            "dataset": Path(args.dataset_name or "default").name,
+            "model": Path(args.model_name_or_path or "default").name,
+            **{key: getattr(args, key) for key in (*settings, "batch_size", "precision", "learning_rates")},
+            "rows": rows,
+        },
+    )
+    show(rows)
+    draw(rows, args.output_dir)
+    print(f"written to {args.output_dir / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()
