@@ -41,6 +41,13 @@ class MMSTConfig(TrainingArguments):
         head_pooling (`str`, *optional*, defaults to `"auto"`):
             How an auxiliary head pools the tokens: `"mean"` over the tokens (padding left out), `"cls"` the first
             token, `"auto"` the mean.
+        head_layers (`int`, *optional*, defaults to 0):
+            Number of the model's last layers that each auxiliary head has a copy of, so that a stage is judged by what
+            they make of its output. Each costs a stage the memory and time of one more layer.
+        head_learning_rate (`float`, *optional*):
+            Learning rate of the auxiliary heads; `learning_rate` if unset.
+        stage_learning_rate_decay (`float`, *optional*, defaults to 1.0):
+            Stage k of K learns at `learning_rate` times this to the power of K - k.
         transport_weight (`float`, *optional*, defaults to 0.3):
             Weight of the transport term in each stage's loss, 1 / (2 tau) in the paper's notation; 0 is greedy
             training. With `transport_norm="relative"` it has no unit and travels between models.
@@ -94,6 +101,15 @@ class MMSTConfig(TrainingArguments):
     num_laps: int = field(default=1, metadata={"help": "Laps of the multi_lap order."})
     head_pooling: HeadPooling = field(
         default="auto", metadata={"help": "Pooling of the auxiliary heads: mean over tokens, first token (cls), auto."}
+    )
+    head_layers: int = field(
+        default=0, metadata={"help": "Number of the model's last layers that each auxiliary head has a copy of."}
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the auxiliary heads; learning_rate if unset."}
+    )
+    stage_learning_rate_decay: float = field(
+        default=1.0, metadata={"help": "Stage k of K learns at learning_rate times this to the power of K - k."}
     )
     transport_weight: float = field(
         default=0.3, metadata={"help": "Weight of the transport term in each stage's loss; 0 is greedy training."}

@@ -1,5 +1,6 @@
 """A layer's input or output -> its hidden states: the one tensor that the next layer transforms."""
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ def hidden_states_of(value: Any) -> torch.Tensor:
 def with_hidden_states(output: Any, hidden: torch.Tensor) -> Any:
     """A value built as `output`, with `hidden` in the place of its hidden states."""
     return (with_hidden_states(output[0], hidden), *output[1:]) if isinstance(output, tuple | list) else hidden
+
+
+def call_with(layer: Callable, hidden: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What `layer` returns for these hidden states and, for the rest, the arguments of another layer's call."""
+    if args:
+        return layer(hidden, *args[1:], **kwargs)
+    return layer(**{**kwargs, next(iter(kwargs)): hidden})
 
 
 def detached(output: Any) -> Any:

@@ -23,6 +23,7 @@ from .coupled import CoupledResidency
 from .evaluation import StageMetrics, pack, unpack
 from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
 from .heads import HEADS, StageHeads
+from .learning_rates import rate_factors, split_groups
 from .memory import TurnPeaks
 from .order import Order, Segment
 from .partition import Partition, checkpoints_across, find_layers
@@ -111,7 +112,11 @@ class MMSTTrainer(StageCheckpoints):
         if num_stages > 1:
             self._refuse_task(model)
         self.heads = StageHeads(
-            widths, getattr(model.config, "num_labels", 0), self.args.head_pooling, seed=self.args.seed
+            widths,
+            getattr(model.config, "num_labels", 0),
+            self.args.head_pooling,
+            self.args.seed,
+            self._layers_of_heads(model, widths),
         )
         self.heads.to(device=self.args.device, dtype=_dtype(model))
         self._engine = Stagewise(model, self.partition, self.heads, self.args.transport_norm)
@@ -149,6 +154,18 @@ class MMSTTrainer(StageCheckpoints):
             partition = Partition.by_cost(layers, args.num_stages, [layer.flops for layer in profile])
         widths = {layer.name: layer.width for layer in profile}
         return partition, [widths[name] for name in partition.boundaries[:-1]]
+
+    def _layers_of_heads(self, model: nn.Module, widths: list[int]) -> list[nn.Module]:
+        number, layers = self.args.head_layers, self.partition.layers
+        if number == 0 or not widths:
+            return []
+        width = profile_layers(model, layers)[-1].width
+        if number > len(layers) or {*widths} != {width}:
+            raise ValueError(
+                f"head_layers={number}, but stages of widths {', '.join(map(str, [*widths, width]))} cannot all be "
+                f"judged by copies of the last of {len(layers)} layers. Set head_layers to 0."
+            )
+        return [model.get_submodule(name) for name in layers[-number:]]
 
     def _refuse_wrappers(self) -> None:
         for name in ("deepspeed", "fsdp"):
@@ -253,9 +270,18 @@ class MMSTTrainer(StageCheckpoints):
             missing = [p for p in self.heads.parameters() if id(p) not in known]
             if missing:
                 optimizer.add_param_group({"params": missing})
+        self._set_learning_rates(optimizer)
         if self._residency is not None:
             self._residency.watch(optimizer)
         return optimizer
+
+    def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        args = self.args
+        of_heads, decay = args.head_learning_rate or args.learning_rate, args.stage_learning_rate_decay
+        if len(self.heads) and (of_heads != args.learning_rate or decay != 1):
+            split_groups(
+                optimizer, rate_factors(self._stage_parameters, self.heads, decay, of_heads / args.learning_rate)
+            )
 
     def create_accelerator_and_postprocess(self):
         """As the host's; layers at rest are not moved to the device."""

@@ -1,0 +1,36 @@
+"""An optimizer's groups -> groups of one learning rate each, so that stages and heads can have their own."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+
+def rate_factors(
+    parameters: Sequence[Sequence[nn.Parameter]], heads: Sequence[nn.Module], decay: float, head_factor: float
+) -> dict[nn.Parameter, float]:
+    """
+    What the learning rate of each parameter is multiplied with: decay^(K - k) in stage k, `head_factor` in its head.
+
+    Layer-wise decay (ELECTRA, BEiT) with stages in the place of layers: early stages of a pretrained model, which hold
+    what is general, move less.
+
+    Args:
+        parameters (`Sequence[Sequence[nn.Parameter]]`): of each of the K stages, its head's among them.
+        heads (`Sequence[nn.Module]`): auxiliary heads of stages 1 .. K-1.
+        decay (`float`): between two stages.
+        head_factor (`float`): of the heads, in every stage.
+    """
+    factors = {p: decay ** (len(parameters) - 1 - k) for k, own in enumerate(parameters) for p in own}
+    return factors | {p: head_factor for head in heads for p in head.parameters()}
+
+
+def split_groups(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter, float]) -> None:
+    """Split the optimizer's groups so that each parameter learns at its group's rate times its factor (or 1)."""
+    groups = []
+    for group in optimizer.param_groups:
+        by_factor: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_factor.setdefault(factors.get(parameter, 1.0), []).append(parameter)
+        groups += [{**group, "params": own, "lr": group["lr"] * factor} for factor, own in by_factor.items()]
+    optimizer.param_groups = groups
