@@ -38,6 +38,10 @@ class MMSTConfig(TrainingArguments):
             `stage_residency` to `"stage"` and `activation_checkpointing` to `True`.
         num_laps (`int`, *optional*, defaults to 1):
             Laps R of the `"multi_lap"` order.
+        coupled_laps (`int`, *optional*, defaults to 0):
+            Laps after those, in which all stages learn together from the model's own loss, end to end, so that what
+            local losses missed is made up for: with R laps before and n of these, each lap has N / (R + n) epochs.
+            With `stage_residency="stage"`, which then sets `activation_checkpointing`, one layer is in device memory.
         head_pooling (`str`, *optional*, defaults to `"auto"`):
             How an auxiliary head pools the tokens: `"mean"` over the tokens (padding left out), `"cls"` the first
             token, `"auto"` the mean.
@@ -99,6 +103,7 @@ class MMSTConfig(TrainingArguments):
         },
     )
     num_laps: int = field(default=1, metadata={"help": "Laps of the multi_lap order."})
+    coupled_laps: int = field(default=0, metadata={"help": "Laps at the end in which all stages learn end to end."})
     head_pooling: HeadPooling = field(
         default="auto", metadata={"help": "Pooling of the auxiliary heads: mean over tokens, first token (cls), auto."}
     )
@@ -160,8 +165,12 @@ class MMSTConfig(TrainingArguments):
 
     def check_stages(self) -> None:
         """Check the fields of stage-wise training; called again when a hyper-parameter search has set one."""
-        _at_least_one("num_stages", self.num_stages, "1 trains end to end")
-        _at_least_one("num_laps", self.num_laps, "1 is a single lap")
+        _at_least(1, "num_stages", self.num_stages, "1 trains end to end")
+        _at_least(1, "num_laps", self.num_laps, "1 is a single lap")
+        _at_least(0, "head_layers", self.head_layers, "0 is a head without layers")
+        _at_least(0, "coupled_laps", self.coupled_laps, "0 leaves all learning to local losses")
+        for name in ("head_learning_rate", "stage_learning_rate_decay"):
+            _positive(name, getattr(self, name), optional=name == "head_learning_rate")
         for name, choices in _CHOICES.items():
             _one_of(name, getattr(self, name), choices)
         weight = self.transport_weight
@@ -181,12 +190,20 @@ class MMSTConfig(TrainingArguments):
                 f'num_laps={self.num_laps} has no effect with stage_order="{self.stage_order}". Set '
                 'stage_order="multi_lap", or num_laps=1.'
             )
+        if self.coupled_laps and self.stage_order == "coupled":
+            raise ValueError(
+                f'coupled_laps={self.coupled_laps} has no effect with stage_order="coupled", which is end to end all '
+                "along. Set coupled_laps=0, or another stage_order."
+            )
         if self.stage_order == "coupled":
-            self.stage_residency, self.activation_checkpointing = "stage", True
+            self.stage_residency = "stage"
+        if self.stage_residency == "stage" and (self.coupled_laps or self.stage_order == "coupled"):
+            self.activation_checkpointing = True
             if self.fp16:
+                setting = f"coupled_laps={self.coupled_laps}" if self.coupled_laps else 'stage_order="coupled"'
                 raise ValueError(
-                    'stage_order="coupled" steps each layer by itself, which a gradient scaler cannot follow. Set '
-                    "bf16=True in the place of fp16, or another stage_order."
+                    f"{setting} steps each layer by itself, which a gradient scaler cannot follow. Set bf16=True in "
+                    "the place of fp16, or another stage_order."
                 )
         if self.stage_residency == "stage" and self.stage_order == "simultaneous":
             raise ValueError(
@@ -200,7 +217,7 @@ class MMSTConfig(TrainingArguments):
                 '"sequential" or "multi_lap", or feature_cache="none".'
             )
         if self.cache_views is not None:
-            _at_least_one("cache_views", self.cache_views, "1 keeps one view of each sample")
+            _at_least(1, "cache_views", self.cache_views, "1 keeps one view of each sample")
             if self.dataloader_persistent_workers:
                 raise ValueError(
                     "Persistent workers do not learn which epoch it is, and with it which of the cache_views is due. "
@@ -261,9 +278,18 @@ def parse_bytes(name: str, value: int | str) -> int:
     return number
 
 
-def _at_least_one(name: str, value: object, hint: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} is not a whole number of at least 1. Set {name} to 1 or more ({hint}).")
+def _at_least(least: int, name: str, value: object, hint: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"{name}={value!r} is not a whole number of at least {least}. Set {name} to {least} or more ({hint})."
+        )
+
+
+def _positive(name: str, value: object, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} is not a positive number. Set it to one, or leave it unset.")
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -1,18 +1,23 @@
 """Number of the optimizer step -> which stages learn at it. Pure integers."""
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of optimizer steps in which the same stages learn: `steps` steps from step `start` on, in lap `lap`."""
+    """
+    A run of optimizer steps in which the same stages learn: `steps` steps from step `start` on, in lap `lap`.
+
+    Where they are `coupled`, they learn from the model's loss alone, end to end.
+    """
 
     lap: int
     stages: tuple[int, ...]
     start: int
     steps: int
+    coupled: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,28 +49,42 @@ class Order:
         return self.segments[self.index(step)]
 
     @classmethod
-    def build(cls, stage_order: str, num_stages: int, num_laps: int, total_steps: int) -> "Order":
+    def build(
+        cls, stage_order: str, num_stages: int, num_laps: int, total_steps: int, coupled_laps: int = 0
+    ) -> "Order":
         """
-        Share `total_steps` optimizer steps out evenly over laps and stages; the last gets the remainder.
+        Share `total_steps` optimizer steps out evenly over the turns of [`turns`]; the last gets the remainder.
 
         Args:
-            stage_order (`str`): `"simultaneous"`, `"sequential"`, `"multi_lap"` or `"coupled"` (one stage).
+            stage_order (`str`): `"simultaneous"`, `"sequential"`, `"multi_lap"` or `"coupled"`.
             num_stages (`int`): K.
             num_laps (`int`): R; 1 unless the order is `"multi_lap"`.
             total_steps (`int`): optimizer steps over all stages and laps.
+            coupled_laps (`int`): laps at the end in which all stages learn end to end.
 
         Raises:
-            `ValueError`: if there are fewer steps than stages times laps.
+            `ValueError`: if there are fewer steps than turns.
         """
-        if stage_order in ("simultaneous", "coupled") or num_stages == 1:
-            return cls((Segment(0, tuple(range(num_stages)), 0, total_steps),))
-        turns = [(lap, stage) for lap in range(num_laps) for stage in range(num_stages)]
+        turns = cls.turns(stage_order, num_stages, num_laps, coupled_laps)
         steps, rest = divmod(total_steps, len(turns))
         if steps == 0:
             raise ValueError(
-                f"{total_steps} optimizer steps cannot be shared out over {num_stages} stages and {num_laps} laps. "
-                f"Set max_steps to at least {len(turns)}, raise num_train_epochs, or lower num_laps or num_stages."
+                f"{total_steps} optimizer steps cannot be shared out over {len(turns)} turns of {num_stages} stages and "
+                f"{num_laps + coupled_laps} laps. Set max_steps to at least {len(turns)}, raise num_train_epochs, or "
+                "lower num_laps, coupled_laps or num_stages."
             )
-        segments = [Segment(lap, (stage,), i * steps, steps) for i, (lap, stage) in enumerate(turns)]
-        last = segments[-1]
-        return cls((*segments[:-1], Segment(last.lap, last.stages, last.start, steps + rest)))
+        segments = [Segment(lap, stages, i * steps, steps, coupled) for i, (lap, stages, coupled) in enumerate(turns)]
+        return cls((*segments[:-1], replace(segments[-1], steps=steps + rest)))
+
+    @staticmethod
+    def turns(
+        stage_order: str, num_stages: int, num_laps: int, coupled_laps: int = 0
+    ) -> list[tuple[int, tuple[int, ...], bool]]:
+        """The lap, stages and whether they are coupled, of each turn; arguments as in [`build`]."""
+        everything = tuple(range(num_stages))
+        if stage_order == "coupled":
+            return [(0, everything, True)]
+        at_once = stage_order == "simultaneous" or num_stages == 1
+        stages = [everything] if at_once else [(stage,) for stage in everything]
+        local = [(lap, some, False) for lap in range(num_laps) for some in stages]
+        return [*local, *((num_laps + lap, everything, True) for lap in range(coupled_laps))]

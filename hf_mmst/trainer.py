@@ -122,10 +122,11 @@ class MMSTTrainer(StageCheckpoints):
         self._engine = Stagewise(model, self.partition, self.heads, self.args.transport_norm)
         self._weights = TransportWeights(self.args.transport_schedule, self.args.transport_weight, num_stages)
         self._order = Order.build("simultaneous", num_stages, 1, 1)
+        self._segment = self._order.at(0)
         self._log_sums = torch.zeros(num_stages, 3)
         self._residency = None
         if self.args.stage_residency == "stage":
-            kind = CoupledResidency if self.args.stage_order == "coupled" else Residency
+            kind = CoupledResidency if self._couples() else Residency
             self._residency = kind(model, self.partition, self.args.device, self.args.output_dir)
         self._cut_model = model
         self._stage_parameters = parameters_by_stage(model, self.partition, self.heads)
@@ -140,13 +141,17 @@ class MMSTTrainer(StageCheckpoints):
                 return Partition(((),)), []
         layers = find_layers(model)
         profile = profile_layers(model, layers)
-        if args.stage_order == "coupled":
+        if args.stage_residency == "stage" and self._couples():
             apart = checkpoints_across(model, Partition.by_cost(layers, len(layers), [1] * len(layers))) is None
             if not apart or not isinstance(model.get_submodule(layers[0]), GradientCheckpointingLayer):
+                setting, remedy = 'stage_order="coupled"', "another stage_order"
+                if args.coupled_laps:
+                    setting, remedy = f"coupled_laps={args.coupled_laps}", 'stage_residency="all"'
                 raise ValueError(
                     f"The layers of {type(model).__name__}, {layers[0]} and so on, cannot each be checkpointed by "
-                    'itself, as stage_order="coupled" needs it. Set another stage_order.'
+                    f"itself, as {setting} needs it. Set {remedy}."
                 )
+        if args.stage_order == "coupled":
             return Partition((tuple(layers),)), []
         if args.stage_boundaries is not None:
             partition = Partition.by_names(layers, args.stage_boundaries)
@@ -236,11 +241,13 @@ class MMSTTrainer(StageCheckpoints):
             super().set_initial_training_values(args, dataloader)
         )
         self._cut()
-        if args.max_steps <= 0 and args.stage_order not in ("simultaneous", "coupled"):
-            num_stages = self.partition.num_stages
-            max_steps, samples = max_steps * num_stages, samples * num_stages
+        order = args.stage_order, self.partition.num_stages, args.num_laps
+        if args.max_steps <= 0:  # num_train_epochs is what every stage gets
+            laps = args.num_laps + args.coupled_laps
+            turns = len(Order.turns(*order, args.coupled_laps))
+            max_steps, samples = max_steps * turns // laps, samples * turns // laps
             epochs = -(-max_steps // steps_per_epoch)
-        self._order = Order.build(args.stage_order, self.partition.num_stages, args.num_laps, max_steps)
+        self._order = Order.build(*order, max_steps, args.coupled_laps)
         return epochs, steps_per_epoch, examples, samples, batch_size, batches, max_steps
 
     def _summary(self) -> str:
@@ -360,13 +367,13 @@ class MMSTTrainer(StageCheckpoints):
 
     def _begin_step(self, step: int) -> None:
         """Make ready for the stages that learn at optimizer step `step`."""
-        stages = self._order.at(step).stages
-        turns = len(self._order.segments) > 1
-        self.peaks.begin(f"stage_{stages[0] + 1}_peak_bytes" if turns else "peak_bytes")
-        if self._residency is not None and self._coupled is None:
-            self._residency.activate(stages)
-        if self._cache is not None:
-            self._cache.begin(stages[0])
+        self._segment = segment = self._order.at(step)
+        name = "coupled_" if segment.coupled else "" if len(segment.stages) > 1 else f"stage_{segment.stages[0] + 1}_"
+        self.peaks.begin(f"{name}peak_bytes" if len(self._order.segments) > 1 else "peak_bytes")
+        if self._residency is not None:
+            self._residency.activate(() if segment.coupled else segment.stages)
+        if self._cache is not None and not segment.coupled:
+            self._cache.begin(segment.stages[0])
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As the host's; remembers how many labels the optimizer step has in all."""
@@ -385,11 +392,11 @@ class MMSTTrainer(StageCheckpoints):
                 f"The batch has no labels, only {', '.join(inputs)}: every stage learns from them. Give the dataset a "
                 "column named label or labels, and set remove_unused_columns=False if it needs other names."
             )
-        stages = self._order.at(self.state.global_step).stages
+        stages = self._segment.stages
         share = _num_labels(labels) / (self._step_labels or _num_labels(labels))
         # The user's function has divided by num_items_in_batch.
         scale = share if self.compute_loss_func is None else 1.0
-        if self._coupled is not None:
+        if self._segment.coupled:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             return (loss * scale, outputs) if return_outputs else loss * scale
         mask = inputs.get("attention_mask")
@@ -430,7 +437,7 @@ class MMSTTrainer(StageCheckpoints):
     def _clip_grad_norm(self, model):
         if self._coupled is not None:
             return self._coupled.clip(self.args.max_grad_norm)
-        if not self.args.stage_clipping:
+        if not self.args.stage_clipping or self._segment.coupled:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         return clip_by_stage(self._stage_parameters, self.args.max_grad_norm)
@@ -445,9 +452,13 @@ class MMSTTrainer(StageCheckpoints):
             self._early_norms.clear()
         return norm
 
+    def _couples(self) -> bool:
+        return self.args.stage_order == "coupled" or self.args.coupled_laps > 0
+
     @property
     def _coupled(self) -> CoupledResidency | None:
-        return self._residency if isinstance(self._residency, CoupledResidency) else None
+        """What keeps one layer in device memory, while all of them learn end to end."""
+        return self._residency if isinstance(self._residency, CoupledResidency) and self._segment.coupled else None
 
     def training_step(self, *args, **kwargs):
         """As the host's; in the coupled order, the layer that the backward pass ended at is put to rest."""
@@ -559,8 +570,8 @@ class _StageCallback(TrainerCallback):
             self.trainer._coupled.step(self.trainer.optimizer)
 
     def on_step_end(self, args, state, control, **kwargs):
-        stages = self.trainer._order.at(state.global_step - 1).stages
-        self.trainer._weights.step(stages, self.trainer._mean)
+        if not self.trainer._segment.coupled:
+            self.trainer._weights.step(self.trainer._segment.stages, self.trainer._mean)
         self.trainer._begin_step(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):

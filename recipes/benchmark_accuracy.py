@@ -10,7 +10,7 @@ Accuracy of stage-wise training beside its rivals: the same data, order of sampl
     python recipes/benchmark_accuracy.py --quick
 
 Each run is a process of its own. A method's learning rate is chosen on samples held out of the train split, with the
-first seed: the grid is walked upwards until accuracy falls. With it, the method trains once for each of the other seeds,
+first seed: the grid is walked upwards until accuracy falls. With it, the method trains once for each other seed,
 and the test split is evaluated once after each. Every run is a line of OUTPUT_DIR/runs.jsonl; those that are there
 already are not run again, so that a benchmark that was stopped goes on.
 """

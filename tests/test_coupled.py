@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_trainer import StopAt, arguments, assert_same, losses, weights
+from test_trainer import StopAt, arguments, assert_same, losses, trainer, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from zoo import Samples, make
 
@@ -104,6 +104,66 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path):
     assert_same(weights(type(trained.model).from_pretrained(tmp_path)), weights(trained.model))
 
 
+LAPS = [
+    {"stage_order": "simultaneous", "coupled_laps": 1},
+    {"stage_order": "sequential", "coupled_laps": 1, "feature_cache": "disk", "dropout": False},
+    {"stage_order": "multi_lap", "num_laps": 2, "coupled_laps": 2},
+]
+
+
+@pytest.mark.parametrize("settings", LAPS)
+def test_coupled_laps_are_end_to_end_from_where_the_stages_are(settings, tmp_path):
+    """One batch, plain SGD: the last turn's steps are those of plain Trainer that begins with its weights."""
+    data = {"data": Samples("bert", 8), "max_steps": 16, "optim": "sgd", "lr_scheduler_type": "constant"}
+    settings = {**settings, "dropout": False, "learning_rate": 0.05}
+    whole = trainer(tmp_path / "whole", "bert", **data, **settings)
+    whole.train()
+    steps = sum(segment.steps for segment in whole._order.segments if segment.coupled)
+    local = trainer(tmp_path / "local", "bert", extra={"callbacks": [StopAt(16 - steps)]}, **data, **settings)
+    local.train()
+    args = arguments(tmp_path / "plain", TrainingArguments, **{k: v for k, v in data.items() if k != "data"})
+    args.max_steps, args.learning_rate = steps, 0.05
+    plain = Trainer(local.model, args, train_dataset=data["data"])
+    plain.train()
+    for key, tensor in weights(plain.model).items():
+        torch.testing.assert_close(weights(whole.model)[key], tensor, rtol=1e-5, atol=1e-7)
+    assert [segment.coupled for segment in whole._order.segments][-settings["coupled_laps"] :] == [True] * settings[
+        "coupled_laps"
+    ]
+    assert "coupled_peak_bytes" in whole.peaks.by_name
+
+
+@pytest.mark.parametrize("settings", LAPS[1:])
+def test_coupled_laps_resume_and_take_one_layer_at_a_time(settings, tmp_path):
+    settings = {"dropout": True, **settings, "num_train_epochs": 6, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"max_grad_norm": 0.0}
+    runs = {}
+    for kind, residency, stop in (("all", "all", 99), ("stage", "stage", 99), ("resumed", "stage", 50)):
+        own = {**settings, "stage_residency": residency, "activation_checkpointing": True}
+        own["save_steps"] = 50 if kind == "resumed" else 1000
+        set_seed(0)
+        runs[kind] = trainer(tmp_path / kind, "bert", extra={"callbacks": [StopAt(stop)]}, **own)
+        runs[kind].train()
+        if kind == "resumed":
+            assert runs[kind]._order.at(50).coupled
+            runs[kind] = trainer(tmp_path / kind, "bert", **own)
+            runs[kind].train(resume_from_checkpoint=True)
+    assert_same(weights(runs["stage"].model), weights(runs["all"].model))
+    assert_same(weights(runs["resumed"].model), weights(runs["stage"].model))
+
+
+def test_epochs_of_coupled_laps(tmp_path):
+    """Each of R + n laps has N / (R + n) epochs of 4 steps, for every stage."""
+    for settings, steps in (
+        ({"coupled_laps": 1}, 16),
+        ({"coupled_laps": 1, "stage_order": "sequential"}, 8 * 3 + 8),
+        ({"coupled_laps": 2, "stage_order": "multi_lap", "num_laps": 2}, 2 * 4 * 3 + 2 * 4),
+    ):
+        run = trainer(tmp_path, num_train_epochs=4, **settings)
+        run.train()
+        assert run.state.global_step == run.state.max_steps == steps
+
+
 def test_frozen_layers_stay_as_they_were(tmp_path):
     model = make("bert")
     model.bert.embeddings.requires_grad_(False)
@@ -118,5 +178,11 @@ def test_what_cannot_be_is_refused(tmp_path):
         arguments(tmp_path, stage_order="coupled", fp16=True)
     with pytest.raises(ValueError, match="cannot each be checkpointed by itself.*Set another stage_order"):
         run(tmp_path, "swin")
+    with pytest.raises(ValueError, match="coupled_laps=1 steps each layer by itself.* Set bf16=True"):
+        arguments(tmp_path, stage_order="sequential", stage_residency="stage", coupled_laps=1, fp16=True)
+    with pytest.raises(ValueError, match='coupled_laps=1 has no effect with stage_order="coupled".*coupled_laps=0'):
+        arguments(tmp_path, stage_order="coupled", coupled_laps=1)
+    with pytest.raises(ValueError, match='as coupled_laps=1 needs it. Set stage_residency="all"'):
+        trainer(tmp_path, "swin", stage_order="sequential", stage_residency="stage", coupled_laps=1)
     with pytest.raises(ValueError, match='feature_cache="disk".*stage_order="coupled" all of them learn'):
         arguments(tmp_path, stage_order="coupled", feature_cache="disk")
