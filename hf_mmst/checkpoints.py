@@ -95,11 +95,17 @@ class StageCheckpoints(Trainer):
             super()._load_best_model()
 
     def _load_stages(self, folder: str) -> Stages:
-        stages = load_stages(folder)
+        stages = load_stages(folder, self._core())
         if stages.partition != self.partition:
             raise ValueError(
                 f"{folder} was cut into stages after {', '.join(stages.partition.boundaries)}, this run after "
                 f"{', '.join(self.partition.boundaries)}. Set stage_boundaries to the former, or start anew."
+            )
+        number, own = len(stages.heads.layers), len(self.heads.layers)
+        if number != own:
+            raise ValueError(
+                f"{folder} has stage heads with {number} layers, this run with {own}. Set head_layers to {number}, or "
+                "start anew."
             )
         self.heads.load_state_dict(stages.heads.state_dict())
         return stages

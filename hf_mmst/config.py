@@ -45,9 +45,11 @@ class MMSTConfig(TrainingArguments):
         head_pooling (`str`, *optional*, defaults to `"auto"`):
             How an auxiliary head pools the tokens: `"mean"` over the tokens (padding left out), `"cls"` the first
             token, `"auto"` the mean.
-        head_layers (`int`, *optional*, defaults to 0):
-            Number of the model's last layers that each auxiliary head has a copy of, so that a stage is judged by what
-            they make of its output. Each costs a stage the memory and time of one more layer.
+        head_layers (`int`, *optional*):
+            Number of the model's last layers of which the auxiliary heads share a frozen copy, so that a stage is
+            judged by what pretrained later layers make of its output. It costs the weights and activations of that
+            many layers. Unset: 1 for a model that was loaded with `from_pretrained`, if all its layers are of one
+            width; else 0.
         head_learning_rate (`float`, *optional*):
             Learning rate of the auxiliary heads; `learning_rate` if unset.
         stage_learning_rate_decay (`float`, *optional*, defaults to 1.0):
@@ -107,8 +109,12 @@ class MMSTConfig(TrainingArguments):
     head_pooling: HeadPooling = field(
         default="auto", metadata={"help": "Pooling of the auxiliary heads: mean over tokens, first token (cls), auto."}
     )
-    head_layers: int = field(
-        default=0, metadata={"help": "Number of the model's last layers that each auxiliary head has a copy of."}
+    head_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of the model's last layers of which the heads share a frozen copy; if unset, 1 for a "
+            "pretrained model, else 0."
+        },
     )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the auxiliary heads; learning_rate if unset."}
@@ -167,7 +173,8 @@ class MMSTConfig(TrainingArguments):
         """Check the fields of stage-wise training; called again when a hyper-parameter search has set one."""
         _at_least(1, "num_stages", self.num_stages, "1 trains end to end")
         _at_least(1, "num_laps", self.num_laps, "1 is a single lap")
-        _at_least(0, "head_layers", self.head_layers, "0 is a head without layers")
+        if self.head_layers is not None:
+            _at_least(0, "head_layers", self.head_layers, "0 is a head without layers")
         _at_least(0, "coupled_laps", self.coupled_laps, "0 leaves all learning to local losses")
         for name in ("head_learning_rate", "stage_learning_rate_decay"):
             _positive(name, getattr(self, name), optional=name == "head_learning_rate")

@@ -1,7 +1,7 @@
 """Hidden states of a stage and the padding mask -> the task's logits, for every stage but the last."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,46 +14,28 @@ HEADS = "mmst_heads"  # the name by which the model has the heads while it train
 
 class StageHead(nn.Module):
     """
-    Auxiliary classifier F_k of a stage: layers, if any, LayerNorm, pooling over tokens, Linear.
+    The part of an auxiliary classifier F_k that is the stage's own: LayerNorm, pooling over tokens, Linear.
 
-    Without layers it is the paper's head for Transformers. The tokens are normalised before they are pooled, so that
-    the only large tensor that is saved for the backward pass is the hidden state itself, which the transport term needs
-    as well. With layers, copies of the model's last ones, a stage is judged by what these make of its output (AugLocal,
-    Ma et al., 2024, with pretrained weights).
+    The tokens are normalised before they are pooled, so that the only large tensor that is saved for the backward pass
+    is the hidden state itself, which the transport term needs as well.
 
     Args:
         width (`int`): features D of the hidden states.
         num_labels (`int`): number of logits.
         pooling (`str`): `"mean"` over the tokens that are not padding, or `"cls"`, the first token.
-        layers (`Sequence[nn.Module]`): copied, weights and all.
+        norm (`nn.LayerNorm`, *optional*): whose weights the norm begins with.
     """
 
-    def __init__(self, width: int, num_labels: int, pooling: str = "mean", layers: Sequence[nn.Module] = ()):
+    def __init__(self, width: int, num_labels: int, pooling: str = "mean", norm: nn.LayerNorm | None = None):
         super().__init__()
         self.pooling = pooling
-        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers)
         self.norm = nn.LayerNorm(width)
+        if norm is not None:
+            self.norm.load_state_dict(norm.state_dict(), strict=False)  # one without a bias has none to give
         self.classifier = nn.Linear(width, num_labels)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        args: Sequence[Any] = (None,),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> torch.Tensor:
-        """
-        Args:
-            hidden_states (`torch.Tensor`): `[B, N, D]` or `[B, D, H, W]`.
-            mask (`torch.Tensor`, *optional*): `[B, N]`, 1 for tokens that count.
-            args, kwargs: what the stage's last layer was called with, hidden states first; the head's layers get the
-                rest of it.
-
-        Returns:
-            `torch.Tensor`: logits, `[B, num_labels]`.
-        """
-        for layer in self.layers:
-            hidden_states = hidden_states_of(call_with(layer, hidden_states, args, kwargs or {}))
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `[B, num_labels]` of hidden states `[B, N, D]` or `[B, D, H, W]` and a mask `[B, N]` (1: token)."""
         if hidden_states.dim() == 4:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         tokens = self.norm(hidden_states.to(self.norm.weight.dtype))
@@ -65,16 +47,21 @@ class StageHead(nn.Module):
         return self.classifier((tokens * kept).sum(1) / kept.sum(1).clamp(min=1))
 
 
-class StageHeads(nn.ModuleList):
+class StageHeads(nn.Module):
     """
-    The auxiliary heads of stages 1 .. K-1, in order. The last stage keeps the model's own head.
+    The auxiliary classifiers of stages 1 .. K-1, in order. The last stage keeps the model's own head.
+
+    Without `layers` they are the paper's for Transformers. With them, which are frozen copies of the model's last
+    layers that all stages share, a stage is judged by what pretrained later layers make of its output (auxiliary
+    networks of later layers: AugLocal, Ma et al., 2024), so that it keeps to what they can read.
 
     Args:
         widths (`Sequence[int]`): features D of the hidden states at the end of each of those stages.
         num_labels (`int`): number of logits.
         pooling (`str`): `"auto"`, `"mean"` or `"cls"`; `"auto"` is `"mean"`.
         seed (`int`): seed of the initial weights; the global random state is left as it was.
-        layers (`Sequence[nn.Module]`): layers that each head has a copy of.
+        layers (`Sequence[nn.Module]`): copied, and frozen.
+        norm (`nn.LayerNorm`, *optional*): the model's last norm, from which those of the heads begin.
     """
 
     def __init__(
@@ -84,9 +71,58 @@ class StageHeads(nn.ModuleList):
         pooling: str = "auto",
         seed: int = 0,
         layers: Sequence[nn.Module] = (),
+        norm: nn.LayerNorm | None = None,
     ):
-        self.widths, self.num_labels, self.num_layers = tuple(widths), num_labels, len(layers)
+        super().__init__()
+        self.widths, self.num_labels = tuple(widths), num_labels
         self.pooling = "mean" if pooling == "auto" else pooling
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers).requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            super().__init__(StageHead(width, num_labels, self.pooling, layers) for width in widths)
+            self.heads = nn.ModuleList(StageHead(width, num_labels, self.pooling, norm) for width in widths)
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.heads)
+
+    def forward(
+        self,
+        stage: int,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        args: Sequence[Any] = (None,),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """
+        What a stage's output is classified as.
+
+        Args:
+            stage (`int`): from 0.
+            hidden_states (`torch.Tensor`): `[B, N, D]` or `[B, D, H, W]`.
+            mask (`torch.Tensor`, *optional*): `[B, N]`, 1 for tokens that count.
+            args, kwargs: what the stage's last layer was called with, hidden states first; `layers` get the rest of it.
+
+        Returns:
+            `torch.Tensor`: logits, `[B, num_labels]`.
+        """
+        for layer in self.layers:
+            hidden_states = hidden_states_of(call_with(layer, hidden_states, args, kwargs or {}))
+        return self.heads[stage](hidden_states, mask)
+
+
+def num_head_layers(given: int | None, model: Any, widths: Sequence[int]) -> int:
+    """
+    The number of layers of the heads: the given one, or else 1 for a pretrained model of one width.
+
+    Raises:
+        `ValueError`: if the model's last layers cannot take the outputs of all stages, `widths` wide.
+    """
+    fitting = len({*widths}) == 1
+    if given and not fitting:
+        raise ValueError(
+            f"head_layers={given}, but the last layers of {type(model).__name__} cannot take all stages' outputs, "
+            f"which are {', '.join(map(str, dict.fromkeys(widths)))} wide. Set head_layers to 0."
+        )
+    return int(fitting and bool(getattr(model.config, "name_or_path", ""))) if given is None else given

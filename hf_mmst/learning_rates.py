@@ -1,13 +1,13 @@
 """An optimizer's groups -> groups of one learning rate each, so that stages and heads can have their own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 
 def rate_factors(
-    parameters: Sequence[Sequence[nn.Parameter]], heads: Sequence[nn.Module], decay: float, head_factor: float
+    parameters: Sequence[Sequence[nn.Parameter]], heads: Iterable[nn.Module], decay: float, head_factor: float
 ) -> dict[nn.Parameter, float]:
     """
     What the learning rate of each parameter is multiplied with: decay^(K - k) in stage k, `head_factor` in its head.
@@ -17,7 +17,7 @@ def rate_factors(
 
     Args:
         parameters (`Sequence[Sequence[nn.Parameter]]`): of each of the K stages, its head's among them.
-        heads (`Sequence[nn.Module]`): auxiliary heads of stages 1 .. K-1.
+        heads (`Iterable[nn.Module]`): auxiliary heads of stages 1 .. K-1.
         decay (`float`): between two stages.
         head_factor (`float`): of the heads, in every stage.
     """

@@ -69,9 +69,9 @@ class Order:
         steps, rest = divmod(total_steps, len(turns))
         if steps == 0:
             raise ValueError(
-                f"{total_steps} optimizer steps cannot be shared out over {len(turns)} turns of {num_stages} stages "
-                f"and {num_laps + coupled_laps} laps. Set max_steps to at least {len(turns)}, raise num_train_epochs, or "
-                "lower num_laps, coupled_laps or num_stages."
+                f"{total_steps} optimizer steps cannot be shared out over {len(turns)} turns of {num_stages} stages in "
+                f"{num_laps + coupled_laps} laps. Set max_steps to at least {len(turns)}, raise num_train_epochs, "
+                "or lower num_laps, coupled_laps or num_stages."
             )
         segments = [Segment(lap, stages, i * steps, steps, coupled) for i, (lap, stages, coupled) in enumerate(turns)]
         return cls((*segments[:-1], replace(segments[-1], steps=steps + rest)))

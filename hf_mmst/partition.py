@@ -118,6 +118,14 @@ def find_layers(model: nn.Module) -> list[str]:
     return layers
 
 
+def last_norm(model: nn.Module, last_layer: str, width: int) -> nn.LayerNorm | None:
+    """The LayerNorm of that width that was registered last after the layers, if there is one."""
+    modules = list(model.named_modules())
+    end = max(i for i, (name, _) in enumerate(modules) if f"{name}.".startswith(f"{last_layer}."))
+    norms = [m for _, m in modules[end + 1 :] if isinstance(m, nn.LayerNorm) and m.normalized_shape == (width,)]
+    return norms[-1] if norms and norms[-1].elementwise_affine else None
+
+
 def checkpoints_across(model: nn.Module, partition: Partition) -> str | None:
     """Name of a module that activation checkpointing runs twice as a whole, end of a stage and all, if there is one."""
     for name, module in model.named_modules():

@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
 )
 from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .config import MMSTConfig, parse_bytes
 from .partition import checkpoints_across
@@ -40,6 +41,7 @@ class Row:
         peak ([`Peak`]): bytes in device memory.
         compute (`float`): floating-point operations per epoch of every stage, as a ratio to end-to-end training.
         resting_bytes (`int`): bytes of weights and optimizer states that rest in host memory (CUDA) or on disk (CPU).
+        moved_bytes (`int`): bytes that come from there or go there in a step, on average over the stages.
         cache_bytes (`int`): bytes of the feature cache on disk, for each sample.
     """
 
@@ -48,6 +50,7 @@ class Row:
     peak: Peak
     compute: float
     resting_bytes: int = 0
+    moved_bytes: int = 0
     cache_bytes: int = 0
 
 
@@ -60,7 +63,7 @@ class Plan:
         rows (`list[Row]`): the ways of training that were tried.
         layers (`list[LayerMemory]`): what each layer takes in end-to-end training.
         budget (`int`, *optional*): bytes.
-        chosen (`Row`, *optional*): the stage-wise way with the least compute that fits; `None` if none does.
+        chosen (`Row`, *optional*): of the ways of this package the one with the least compute that fits, if any.
         reason (`str`): why it was chosen, or what is missing.
     """
 
@@ -79,16 +82,16 @@ class Plan:
         """The rows, as a table of the rich library."""
         from rich.table import Table
 
-        numbers = "peak MiB", "weights", "states", "the rest", "compute", "at rest", "cache/sample"
+        numbers = "peak MiB", "weights", "states", "the rest", "compute", "at rest", "moved/step", "cache/sample"
         table = Table("", "way of training", *numbers)
         for row in self.rows:
             peak = row.peak
             rest = peak.total - peak.weights - peak.states
             mib = [f"{value / 2**20:,.0f}" for value in (peak.total, peak.weights, peak.states, rest)]
-            resting = f"{row.resting_bytes / 2**20:,.0f}" if row.resting_bytes else "-"
+            elsewhere = [f"{n / 2**20:,.0f}" if n else "-" for n in (row.resting_bytes, row.moved_bytes)]
             cache = f"{row.cache_bytes / 2**20:,.2f}" if row.cache_bytes else "-"
             mark = ">" if row is self.chosen else "" if _fits(row, self.budget) else "x"
-            table.add_row(mark, row.name, *mib, f"{row.compute:.2f}", resting, cache)
+            table.add_row(mark, row.name, *mib, f"{row.compute:.2f}", *elsewhere, cache)
         return table
 
     def layer_table(self) -> "Table":
@@ -115,14 +118,16 @@ def plan(
     device: str = "cpu",
     num_stages: int | None = None,
     without: Collection[str] = (),
+    head_layers: int | None = None,
     **shape: int,
 ) -> Plan:
     """
     Estimate the memory of ways of training a model, without allocating it, and choose one that fits.
 
     Each way's step is run on tensors that have no data (see [`Simulation`]); the last of these rows are for comparison.
-    Ways are tried from the least compute to the most: all stages at once, each stage stepping by itself, one stage
-    resident, the same with checkpointing; in each, few stages rather than many.
+    Ways are tried from the least compute to the most: all stages at once, each stage stepping by itself, end to end
+    with one layer resident (the coupled order), one stage resident, the same with checkpointing; with stages, few
+    rather than many.
 
     Args:
         model (`nn.Module`, `PretrainedConfig` or `str`): a model, a configuration, or a name or folder of one.
@@ -131,7 +136,9 @@ def plan(
         precision (`str`): `"fp32"`, or autocast to `"bf16"` or `"fp16"`.
         device (`str`): `"cpu"` or `"cuda"`.
         num_stages (`int`, *optional*): the only K to try; several by default.
-        without (`Collection[str]`): settings that must keep their defaults, such as `"stage_residency"`.
+        without (`Collection[str]`): settings that must keep their defaults, such as `"stage_residency"`, or orders
+            that must not be chosen, such as `"coupled"`.
+        head_layers (`int`, *optional*): of the auxiliary heads, see [`MMSTConfig`].
         shape: `seq_len` of texts, `image_size` of images, if `batch` is a number.
 
     Raises:
@@ -146,7 +153,7 @@ def plan(
     if "labels" not in batch:
         samples = len(next(iter(batch.values())))
         batch = {**batch, "labels": torch.zeros(samples, dtype=torch.long, device="meta")}
-    simulation = Simulation(model, batch, precision, device)
+    simulation = Simulation(model, batch, precision, device, head_layers)
     if num_stages is not None and num_stages > len(simulation.layers):
         raise ValueError(f"num_stages={num_stages} is more than the {len(simulation.layers)} layers. Set it to fewer.")
     rows: dict[Way, Row] = {}
@@ -162,16 +169,20 @@ def plan(
     whole = rows[Way()].peak
     chosen = None
     for family in _families(simulation):
-        if {*_settings(family)} & {*without}:
+        if {family.stage_order, *_changed(family)} & {*without}:
             continue
-        if family.activation_checkpointing if limit is None else _least(family, whole) > limit:
+        if limit is not None and _least(family, whole) > limit and chosen is None:
             continue
-        ways = [replace(family, num_stages=number) for number in numbers]
-        if fits(ways[-1]) and limit is not None:  # more stages take less
+        if limit is None and family.activation_checkpointing and family.stage_order != "coupled":
+            continue
+        ways = [family]
+        if family.stage_order != "coupled":
+            ways = [replace(family, num_stages=number) for number in numbers]
+        if fits(ways[-1]) and limit is not None and chosen is None:  # more stages take less
             chosen = ways[bisect_left(ways[:-1], True, key=fits)]
-            break
-    for way in [way for way in rows if way.stage_residency == "stage" and way in (chosen, ways[-1])]:
-        fits(replace(way, feature_cache="disk"))
+    for way in [*rows]:
+        if way == chosen or not way.activation_checkpointing:
+            fits(replace(way, feature_cache="disk" if way.stage_order == "sequential" else "none"))
     found = sorted(rows.values(), key=lambda row: (row.way.num_stages > 1, -row.peak.total))
     best = None if chosen is None else rows[chosen]
     return Plan(found, simulation.by_layer, limit, best, _reason(found, limit, best))
@@ -192,7 +203,9 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Ro
         precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         device="cuda" if args.device.type == "cuda" else "cpu",
         without=(["stage_clipping"] if not steps_at_once else [])
-        + (["stage_residency"] if args.world_size > 1 else []),
+        + (["stage_residency"] if args.world_size > 1 else [])
+        + (["coupled"] if args.fp16 else []),
+        head_layers=args.head_layers,
     )
     if found.chosen is None:
         raise ValueError(f'memory_budget="{args.memory_budget}": {found.reason}')
@@ -201,6 +214,7 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Ro
     args.memory_budget = None
     for name, value in found.settings.items():
         setattr(args, name, value)
+    args.check_stages()
     return found.chosen
 
 
@@ -217,8 +231,11 @@ def _families(simulation: Simulation) -> Iterator[Way]:
     resident = Way(stage_order="sequential", stage_residency="stage")
     yield Way()
     yield Way(stage_clipping=True)
+    separable = checkpoints_across(simulation.model, simulation.partition(len(simulation.layers))) is None
+    if separable and isinstance(simulation.model.get_submodule(simulation.layers[0]), GradientCheckpointingLayer):
+        yield Way(stage_order="coupled", stage_residency="stage", activation_checkpointing=True)
     yield resident
-    if not checkpoints_across(simulation.model, simulation.partition(len(simulation.layers))):
+    if separable:
         yield replace(resident, activation_checkpointing=True)
 
 
@@ -238,6 +255,8 @@ def _row(simulation: Simulation, way: Way) -> Row:
 
 
 def _name(way: Way) -> str:
+    if way.stage_order == "coupled":
+        return "end to end, one layer resident"
     words = ["LoRA (r = 16)" if way.lora else "end to end"] if way.num_stages == 1 else [f"K = {way.num_stages}"]
     if way.num_stages > 1:
         words.append("one stage resident" if way.stage_residency == "stage" else "all stages at once")
@@ -253,7 +272,7 @@ def _name(way: Way) -> str:
 def _compute(simulation: Simulation, way: Way) -> float:
     """Forward passes are counted once, backward passes twice, or once where only activations need gradients."""
     passes = (2 if way.lora else 3) + way.activation_checkpointing
-    if way.stage_order == "simultaneous":
+    if way.stage_order != "sequential":
         return passes / 3
     costs = {layer.name: layer.flops for layer in simulation.profile}
     stages = [sum(costs[name] for name in stage) for stage in simulation.partition(way.num_stages).stages]
@@ -262,19 +281,29 @@ def _compute(simulation: Simulation, way: Way) -> float:
     return (passes + again / sum(stages)) / 3
 
 
-def _elsewhere(simulation: Simulation, way: Way) -> tuple[int, int]:
-    """Bytes at rest, and bytes of the feature cache for each sample."""
-    resting = cache = 0
-    layers = {layer.name: layer for layer in simulation.by_layer} if way.stage_order == "sequential" else {}
+def _elsewhere(simulation: Simulation, way: Way) -> tuple[int, int, int]:
+    """Bytes at rest, bytes moved in a step, and bytes of the feature cache for each sample."""
+    resting = moved = cache = 0
+    layers = {layer.name: layer for layer in simulation.by_layer} if way.stage_order != "simultaneous" else {}
     if way.stage_residency == "stage":
         resting = sum(layer.weights + layer.states for layer in layers.values())
+    if way.stage_order == "coupled":  # weights: forward, backward, step and back; gradients: with clipping, five times
+        moved = sum(4 * layer.weights + 5 * layer.gradients + 2 * layer.states for layer in layers.values())
+    elif resting and way.feature_cache == "none":
+        stages = simulation.partition(way.num_stages).stages
+        after = [(way.num_stages - 1 - k) * layers[name].weights for k, stage in enumerate(stages) for name in stage]
+        moved = sum(after) // way.num_stages
     if way.feature_cache != "none":
         boundaries = simulation.partition(way.num_stages).boundaries[:-1]
         cache = 2 * max(layers[name].output for name in boundaries) // len(simulation.inputs["labels"])
-    return resting, cache
+    return resting, moved, cache
 
 
 def _settings(way: Way) -> dict[str, Any]:
+    return {"stage_order": "coupled"} if way.stage_order == "coupled" else _changed(way)
+
+
+def _changed(way: Way) -> dict[str, Any]:
     plain = Way()
     names = [field.name for field in fields(Way) if field.name != "lora"]
     return {name: getattr(way, name) for name in names if getattr(way, name) != getattr(plain, name)}
@@ -295,11 +324,12 @@ def _reason(rows: list[Row], limit: int | None, chosen: Row | None) -> str:
             f"is not in tensors: {need - limit / 2**20:,.0f} MiB more. Set the budget to {need}MiB, or use a smaller "
             "batch or lower precision."
         )
-    fitting = [row.name for row in rows if row.way.num_stages == 1 and _fits(row, limit)]
-    others = f" So do {' and '.join(fitting)}, without stages." if fitting else " End-to-end training does not."
+    plain = [row for row in rows if row.way.num_stages == 1 and row.way.stage_residency == "all"]
+    fitting = [row.name for row in plain if _fits(row, limit)]
+    others = f" So do {' and '.join(fitting)}, without stages." if fitting else " Plain end-to-end training does not."
     return (
         f"{chosen.name} fits in {limit / 2**20:,.0f} MiB with {chosen.peak.total / 2**20:,.0f} MiB and 5 % to spare, "
-        f"at the least compute of the stage-wise ways that do.{others}"
+        f"at the least compute of this package's ways that do.{others}"
     )
 
 

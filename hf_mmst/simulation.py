@@ -14,7 +14,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from .coupled import CoupledResidency
-from .heads import StageHeads
+from .heads import StageHeads, num_head_layers
 from .hidden_states import hidden_states_of
 from .partition import Partition, find_layers
 from .probe import on_meta, profile_layers
@@ -82,15 +82,22 @@ class Simulation:
         inputs (`Mapping[str, torch.Tensor]`): a batch with labels, of which only the shapes count.
         precision (`str`): `"fp32"`, or autocast to `"bf16"` or `"fp16"`.
         device (`str`): where tensors are counted; `"cuda"` only where there is one.
+        head_layers (`int`, *optional*): see [`MMSTConfig`].
     """
 
     def __init__(
-        self, model: nn.Module, inputs: Mapping[str, torch.Tensor], precision: str = "fp32", device: str = "cpu"
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, torch.Tensor],
+        precision: str = "fp32",
+        device: str = "cpu",
+        head_layers: int | None = None,
     ):
         self.device, self.dtype = device, PRECISIONS[precision]
         self.config: Any = model.config
         self.layers = find_layers(model)
         self.profile = profile_layers(model, self.layers)
+        self.head_layers = num_head_layers(head_layers, model, [layer.width for layer in self.profile])
         self._mode = FakeTensorMode()
         self.model = self._without_data(model).train()
         with self._mode:
@@ -164,7 +171,10 @@ class Simulation:
         widths = {layer.name: layer.width for layer in self.profile}
         with self._mode, self._checkpointing(self.model, way), contextlib.ExitStack() as stack:
             with torch.device(self.device), _default_dtype(self.model):
-                heads = StageHeads([widths[name] for name in partition.boundaries[:-1]], self.config.num_labels)
+                last = [self.model.get_submodule(name) for name in self.layers[len(self.layers) - self.head_layers :]]
+                heads = StageHeads(
+                    [widths[name] for name in partition.boundaries[:-1]], self.config.num_labels, layers=last
+                )
             engine = Stagewise(self.model, partition, heads)
             shared = parameters_by_stage(self.model, partition, heads)
             everything = [p for own in shared for p in own]
@@ -181,7 +191,8 @@ class Simulation:
                 residency.take_states()
                 for parameter in shared[stages[0]]:
                     parameter.grad = None
-            tracker = self._tracker(everything, optimizer, *([] if given is None else given[1:]))
+            begin = [*heads.layers.parameters(), *([] if given is None else given[1:])]
+            tracker = self._tracker(everything, optimizer, *begin)
             early = way.stage_clipping and len(stages) > 1
             with tracker:
                 with (

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.initialization import no_init_weights
 
 from .files import replace
 from .heads import StageHeads
@@ -46,6 +48,7 @@ def save_stages(folder: str | os.PathLike, stages: Stages, weights: dict[str, An
             "widths": stages.heads.widths,
             "num_labels": stages.heads.num_labels,
             "pooling": stages.heads.pooling,
+            "num_layers": len(stages.heads.layers),
         },
         "config": stages.config,
         "transport_state": stages.transport_state,
@@ -53,16 +56,19 @@ def save_stages(folder: str | os.PathLike, stages: Stages, weights: dict[str, An
     replace(Path(folder) / JSON_NAME, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def load_stages(folder: str | os.PathLike) -> Stages:
+def load_stages(folder: str | os.PathLike, model: nn.Module | None = None) -> Stages:
     """
     Read the stages of a checkpoint.
 
     Args:
         folder (`str` or `os.PathLike`): a folder written by [`MMSTTrainer`], the model's own or `checkpoint-*`.
+        model (`nn.Module`, *optional*):
+            The model, for heads with layers like its own; by default one of the architecture in the folder's
+            `config.json` is made, without weights. A folder of adapters has none.
 
     Raises:
         `FileNotFoundError`: if the folder holds no stages.
-        `ValueError`: if they were written by a later version of the format.
+        `ValueError`: if they were written by a later version of the format, or the heads' layers cannot be made.
     """
     path = Path(folder) / JSON_NAME
     if not path.is_file():
@@ -76,7 +82,26 @@ def load_stages(folder: str | os.PathLike) -> Stages:
             f"{path} has format_version {content['format_version']}, this version of hf_mmst reads up to "
             f"{FORMAT_VERSION}. Upgrade hf_mmst."
         )
-    heads = StageHeads(**content["heads"])
-    heads.load_state_dict(load_file(Path(folder) / HEADS_NAME))
     partition = Partition(tuple(tuple(stage) for stage in content["stages"]))
+    number = content["heads"].pop("num_layers")
+    layers: list[nn.Module] = []
+    if number > 0:
+        model = _architecture(Path(folder)) if model is None else model
+        layers = [model.get_submodule(name) for name in partition.layers[-number:]]
+    heads = StageHeads(**content["heads"], layers=layers)
+    heads.load_state_dict(load_file(Path(folder) / HEADS_NAME))
     return Stages(partition, heads, content["config"], content["transport_state"])
+
+
+def _architecture(folder: Path) -> nn.Module:
+    """A model as in the folder's `config.json`, with buffers but without weights."""
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no config.json, so the layers of its stages' heads cannot be made. Pass the model that it "
+            "belongs to as model."
+        )
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with no_init_weights():
+        return getattr(transformers, config.architectures[0])(config)

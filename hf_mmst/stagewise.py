@@ -152,7 +152,7 @@ class Stagewise:
                 view.movements.append(torch.stack(moved).sum(0) if moved else y.new_zeros(len(y)).float())
                 moved.clear()
                 if self._stage_of[name] < len(self.heads):
-                    view.logits.append(self.heads[self._stage_of[name]](y, kept, args, kwargs).float())
+                    view.logits.append(self.heads(self._stage_of[name], y, kept, args, kwargs).float())
 
         with self._hooked(None, after_layer):
             yield view
@@ -239,7 +239,7 @@ class _Walk:
             self.found.transport = term
         if stage == self.engine.partition.num_stages - 1:
             return None
-        logits = self.engine.heads[stage](y, mask, args, kwargs).float()
+        logits = self.engine.heads(stage, y, mask, args, kwargs).float()
         if stage == self.last:
             raise _StopForward(logits)
         self._learn(stage, self.criterion(logits), term)

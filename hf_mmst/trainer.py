@@ -22,17 +22,19 @@ from .config import MMSTConfig
 from .coupled import CoupledResidency
 from .evaluation import StageMetrics, pack, unpack
 from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
-from .heads import HEADS, StageHeads
+from .heads import HEADS, StageHeads, num_head_layers
 from .learning_rates import rate_factors, split_groups
 from .memory import TurnPeaks
 from .order import Order, Segment
-from .partition import Partition, checkpoints_across, find_layers
+from .partition import Partition, checkpoints_across, find_layers, last_norm
 from .planner import plan_for
 from .probe import profile_layers
 from .residency import Residency
 from .stagewise import StageStep, Stagewise
 from .stepping import clip_by_stage, parameters_by_stage, step_stage, steps_elementwise
 from .transport import TransportWeights
+
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what the host sets on a layer
 
 
 class MMSTTrainer(StageCheckpoints):
@@ -116,7 +118,7 @@ class MMSTTrainer(StageCheckpoints):
             getattr(model.config, "num_labels", 0),
             self.args.head_pooling,
             self.args.seed,
-            self._layers_of_heads(model, widths),
+            *self._last_layers(model, widths),
         )
         self.heads.to(device=self.args.device, dtype=_dtype(model))
         self._engine = Stagewise(model, self.partition, self.heads, self.args.transport_norm)
@@ -160,17 +162,18 @@ class MMSTTrainer(StageCheckpoints):
         widths = {layer.name: layer.width for layer in profile}
         return partition, [widths[name] for name in partition.boundaries[:-1]]
 
-    def _layers_of_heads(self, model: nn.Module, widths: list[int]) -> list[nn.Module]:
-        number, layers = self.args.head_layers, self.partition.layers
-        if number == 0 or not widths:
-            return []
-        width = profile_layers(model, layers)[-1].width
-        if number > len(layers) or {*widths} != {width}:
+    def _last_layers(self, model: nn.Module, widths: list[int]) -> tuple[list[nn.Module], nn.LayerNorm | None]:
+        """What of the model the auxiliary heads have a copy of."""
+        layers = self.partition.layers
+        if not widths:
+            return [], None
+        number = num_head_layers(self.args.head_layers, model, [*widths, profile_layers(model, layers)[-1].width])
+        if number > len(layers):
             raise ValueError(
-                f"head_layers={number}, but stages of widths {', '.join(map(str, [*widths, width]))} cannot all be "
-                f"judged by copies of the last of {len(layers)} layers. Set head_layers to 0."
+                f"head_layers={number}, but the model has {len(layers)} layers. Set head_layers to that or less."
             )
-        return [model.get_submodule(name) for name in layers[-number:]]
+        norm = last_norm(model, layers[-1], widths[-1]) if number > 0 else None
+        return [model.get_submodule(name) for name in layers[len(layers) - number :]], norm
 
     def _refuse_wrappers(self) -> None:
         for name in ("deepspeed", "fsdp"):
@@ -262,7 +265,7 @@ class MMSTTrainer(StageCheckpoints):
         return (
             f"hf_mmst: {len(layers)} stages of {_joined(layers)} layers, {self.args.stage_order}; trainable "
             f"parameters {_joined(trainable)} in the layers, {others:,} around them, "
-            f"{sum(p.numel() for p in self.heads.parameters()):,} in auxiliary heads"
+            f"{sum(p.numel() for p in self.heads.parameters() if p.requires_grad):,} in auxiliary heads"
         )
 
     def create_optimizer(self, model=None):
@@ -270,11 +273,14 @@ class MMSTTrainer(StageCheckpoints):
         self._cut()
         core = self._core()
         core.add_module(HEADS, self.heads)
+        for layer in self.heads.layers:  # checkpointed as the model's own
+            own = vars(core.get_submodule(self.partition.layers[-1]))
+            vars(layer).update({name: own[name] for name in CHECKPOINTING if name in own})
         given = self.optimizer
         optimizer = super().create_optimizer(model)
         if given is not None and len(self.heads):
             known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            missing = [p for p in self.heads.parameters() if id(p) not in known]
+            missing = [p for p in self.heads.parameters() if p.requires_grad and id(p) not in known]
             if missing:
                 optimizer.add_param_group({"params": missing})
         self._set_learning_rates(optimizer)

@@ -24,16 +24,23 @@ def train_step(model, name, partition, heads, batch, weights, norm="relative"):
         for m in stage:
             x, z = layer(m, z)
             term = term + plain_transport(x, z, mask, norm)
-        logits = tail(z) if k == partition.num_stages - 1 else heads[k](z, mask)
+        read = z
+        for m in heads.layers:
+            _, read = layer(m, read)
+        logits = tail(z) if k == partition.num_stages - 1 else heads.heads[k](read, mask)
         loss = cross_entropy(logits, batch["labels"]) + weights[k] * term
         loss.backward()
         losses.append(loss.item())
     return losses
 
 
+def named(model, layer):
+    return model.get_submodule(layer) if isinstance(layer, str) else layer
+
+
 def vit(model, batch):
     def layer(name, z):
-        return z, model.get_submodule(name)(z)
+        return z, named(model, name)(z)
 
     return model.vit.embeddings(batch["pixel_values"]), layer, lambda z: model.classifier(model.vit.layernorm(z)[:, 0])
 
@@ -42,7 +49,7 @@ def bert(model, batch):
     blocked = (1.0 - batch["attention_mask"][:, None, None, :].float()) * torch.finfo(torch.float32).min
 
     def layer(name, z):
-        return z, model.get_submodule(name)(z, blocked)
+        return z, named(model, name)(z, blocked)
 
     return model.bert.embeddings(batch["input_ids"]), layer, lambda z: model.classifier(model.bert.pooler(z))
 

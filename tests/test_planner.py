@@ -13,7 +13,7 @@ from zoo import make
 from hf_mmst import MMSTConfig, MMSTTrainer, plan
 from hf_mmst.command import main
 from hf_mmst.config import parse_bytes
-from hf_mmst.planner import _build
+from hf_mmst.planner import _build, _changed
 from hf_mmst.probe import dummy_inputs
 from hf_mmst.residency import Shelf
 from hf_mmst.simulation import FlatMemTracker, Simulation, Way
@@ -25,6 +25,7 @@ CONFIGS = {
     "swin": SwinConfig(image_size=128, embed_dim=48, window_size=4, num_labels=5),
 }
 RESIDENT = Way(num_stages=3, stage_order="sequential", stage_residency="stage")
+COUPLED = Way(stage_order="coupled", stage_residency="stage", activation_checkpointing=True)
 COMBINATIONS = [
     ("vit", Way(), "fp32"),
     ("vit", Way(activation_checkpointing=True), "fp32"),
@@ -35,6 +36,8 @@ COMBINATIONS = [
     ("bert", Way(num_stages=2), "fp32"),
     ("bert", Way(num_stages=6, stage_clipping=True, activation_checkpointing=True), "fp32"),
     ("bert", RESIDENT, "bf16"),
+    ("vit", COUPLED, "fp32"),
+    ("bert", COUPLED, "bf16"),
     ("swin", Way(), "fp32"),
     ("swin", Way(num_stages=4), "fp32"),
     ("swin", Way(num_stages=6, stage_order="sequential"), "bf16"),
@@ -84,7 +87,11 @@ def test_within_3_percent_of_real_training(name, way, precision, tmp_path, monke
         monkeypatch.setattr(Shelf, name_of_method, uncounted(method))
     monkeypatch.setattr(FlatMemTracker, "_track_optimizer_states", lambda *_: None)
     settings = {field: value for field, value in vars(way).items() if field != "lora"}
-    cls, config = (MMSTTrainer, MMSTConfig) if way.num_stages > 1 else (Trainer, TrainingArguments)
+    cls, config = (
+        (MMSTTrainer, MMSTConfig)
+        if _changed(way).keys() - {"activation_checkpointing"}
+        else (Trainer, TrainingArguments)
+    )
     if config is TrainingArguments:
         settings = {"activation_checkpointing": way.activation_checkpointing}
     steps = 2 * (way.num_stages if way.stage_order == "sequential" else 1)
@@ -123,17 +130,19 @@ def test_a_budget_chooses_the_least_compute_that_fits():
     everything = {row.way: row for row in plan(config, 64).rows}
     peaks = sorted({row.peak.total for row in everything.values()})
     assert len(peaks) > 4
-    compute = []
+    compute, orders = [], set()
     for peak in peaks:
         found = plan(config, 64, int(peak * 1.06))
         if found.chosen is not None:
             assert found.chosen.peak.total * 1.05 <= peak * 1.06
             assert found.settings.items() <= {**vars(found.chosen.way)}.items()
             assert "fits in" in found.reason
-            assert f"num_stages={found.chosen.way.num_stages}" in found.config()
+            assert all(f"{name}={value!r}" in found.config() for name, value in found.settings.items())
+            orders.add(found.chosen.way.stage_order)
             compute.append(found.chosen.compute)
     assert compute == sorted(compute, reverse=True)
     assert len({*compute}) > 1
+    assert orders == {"simultaneous", "coupled", "sequential"}
 
 
 def test_a_budget_that_cannot_be_met_says_what_can():
@@ -201,15 +210,32 @@ def test_the_command(tmp_path, capsys):
     assert main(["plan", str(tmp_path)]) in (1, 2)
 
 
-@pytest.mark.parametrize(("share", "order"), [(0.9, "simultaneous"), (0.35, "sequential")])
-def test_a_budget_in_the_arguments_plans_before_training(share, order, tmp_path, capsys):
-    model = build("vit")
-    whole = simulation(model, "fp32").peak(Way()).total
-    args = arguments(tmp_path, memory_budget=str(int(share * whole)), per_device_train_batch_size=BATCH, num_stages=4)
+def test_what_is_moved_is_counted():
+    rows = {row.name: row for row in plan(CONFIGS["vit"], 8).rows}
+    weights = rows["end to end, one layer resident"].resting_bytes // 3  # beside AdamW's two states
+    assert rows["end to end, one layer resident"].moved_bytes == (4 + 5 + 4) * weights
+    assert rows["K = 6, one stage resident"].moved_bytes == pytest.approx(weights * 2.5 / 6, rel=0.01)
+    assert rows["K = 6, one stage resident, features cached"].moved_bytes == 0
+    assert rows["end to end"].moved_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        Way(2),
+        COUPLED,
+        Way(6, "sequential", "stage"),
+    ],
+)
+def test_a_budget_in_the_arguments_plans_before_training(way, tmp_path, capsys):
+    model, order = build("vit"), way.stage_order
+    batch = {**dummy_inputs(model, 64), "labels": torch.zeros(64, dtype=torch.long)}
+    budget = str(int(1.06 * Simulation(model, batch).peak(way).total))
+    args = arguments(tmp_path, memory_budget=budget, per_device_train_batch_size=64, max_steps=6)
     trained = MMSTTrainer(model, args, train_dataset=Zeros(model))
     assert args.stage_order == order
     assert args.memory_budget is None
-    assert trained.partition.num_stages == args.num_stages
+    assert trained.partition.num_stages == (1 if order == "coupled" else args.num_stages)
     trained.train()
     said = capsys.readouterr().out
     assert "fits in" in said

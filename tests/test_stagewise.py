@@ -12,12 +12,13 @@ from hf_mmst import Partition, StageHeads, Stagewise, find_layers
 from hf_mmst.probe import profile_layers
 
 
-def build(name, num_stages=3, norm="relative", **kwargs):
+def build(name, num_stages=3, norm="relative", head_layers=0, **kwargs):
     model = make(name, **kwargs)
     layers = find_layers(model)
     partition = Partition.by_cost(layers, num_stages)
     widths = {profile.name: profile.width for profile in profile_layers(model, layers)}
-    heads = StageHeads([widths[n] for n in partition.boundaries[:-1]], NUM_LABELS)
+    last = [model.get_submodule(n) for n in layers[len(layers) - head_layers :]]
+    heads = StageHeads([widths[n] for n in partition.boundaries[:-1]], NUM_LABELS, layers=last)
     return model, partition, heads, Stagewise(model, partition, heads, norm)
 
 
@@ -42,10 +43,15 @@ def assert_close(found, expected):
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("norm", ["relative", "mean", "sum"])
-@pytest.mark.parametrize("name", ["vit", "bert", "swin"])
-def test_gradients_equal_the_reference(name, norm):
-    model, partition, heads, engine = build(name, norm=norm)
+@pytest.mark.parametrize(
+    ("name", "norm", "head_layers"),
+    [
+        *((name, norm, 0) for name in ("vit", "bert", "swin") for norm in ("relative", "mean", "sum")),
+        *((name, "relative", number) for name in ("vit", "bert") for number in (1, 2)),
+    ],
+)
+def test_gradients_equal_the_reference(name, norm, head_layers):
+    model, partition, heads, engine = build(name, norm=norm, head_layers=head_layers)
     inputs, weights = batch(name), [0.5, 0.0, 2.0]
     losses = train_step(model, name, partition, heads, inputs, weights, norm)
     expected = gradients(model, heads)
@@ -53,6 +59,22 @@ def test_gradients_equal_the_reference(name, norm):
     assert_close(gradients(model, heads), expected)
     found = [float(step.losses[k] + weights[k] * step.transports[k]) for k in range(3)]
     assert found == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["deit", "dinov2", "roberta", "distilbert", "beit"])
+def test_the_heads_layers_are_called_as_the_models_own(name):
+    """With the identity for a head, and the last layer's own copy behind the second last: what the model computes."""
+    model, partition, heads, engine = build(name, num_stages=4, head_layers=1)
+    heads.heads[2] = torch.nn.Identity()
+    heads.heads[2].forward = lambda hidden, mask: hidden
+    inputs, found = batch(name), []
+    model.eval()
+    hook = model.get_submodule(partition.layers[-1]).register_forward_hook(lambda *a: found.append(a[2]))
+    with torch.no_grad(), engine.observe(inputs.get("attention_mask")) as view:
+        model(**inputs)
+    hook.remove()
+    expected = found[0][0] if isinstance(found[0], tuple) else found[0]
+    torch.testing.assert_close(view.logits[2], expected)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -340,7 +340,7 @@ def test_evaluation_and_prediction_show_every_stage(tmp_path):
         hidden = []
         run.model.get_submodule(run.partition.boundaries[0]).register_forward_hook(lambda *a: hidden.append(a[2]))
         logits = run.model.eval()(**inputs).logits
-        head = run.heads[0](hidden[0], inputs["attention_mask"])
+        head = run.heads(0, hidden[0], inputs["attention_mask"])
     np.testing.assert_allclose(found.predictions, 2 * logits.numpy(), rtol=1e-4, atol=1e-5)
     right = (head.argmax(-1) == inputs["labels"]).float().mean().item()
     assert metrics["eval_stage_1_accuracy"] == pytest.approx(right)
