@@ -38,7 +38,8 @@ class Row:
         name (`str`): in words.
         way ([`Way`]): its settings.
         peak ([`Peak`]): bytes in device memory.
-        compute (`float`): floating-point operations per epoch of every stage, as a ratio to end-to-end training.
+        compute (`float`): floating-point operations per epoch of every stage, as a ratio to end-to-end training; about
+            the ratio of the times.
         resting_bytes (`int`): bytes of weights and optimizer states that rest in host memory (CUDA) or on disk (CPU).
         cache_bytes (`int`): bytes of the feature cache on disk, for each sample.
     """
@@ -62,6 +63,8 @@ class Plan:
         budget (`int`, *optional*): bytes.
         chosen (`Row`, *optional*): the stage-wise way with the least compute that fits; `None` if none does.
         reason (`str`): why it was chosen, or what is missing.
+        precision (`str`): `"fp32"`, `"bf16"` or `"fp16"`: that of all rows.
+        batch_size (`int`): samples on one device, in all rows.
     """
 
     rows: list[Row]
@@ -69,6 +72,8 @@ class Plan:
     budget: int | None
     chosen: Row | None
     reason: str
+    precision: str
+    batch_size: int
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -79,8 +84,11 @@ class Plan:
         """The rows, as a table of the rich library."""
         from rich.table import Table
 
-        numbers = "peak MiB", "weights", "states", "the rest", "compute", "at rest", "cache/sample"
-        table = Table("", "way of training", *numbers)
+        numbers = "peak MiB", "weights", "states", "the rest", "time", "MiB at rest", "cache MiB/sample"
+        title = (
+            f"Memory in MiB and time as a ratio to end to end, {self.batch_size} samples at once in {self.precision}"
+        )
+        table = Table("", "way of training", *numbers, title=title)
         for row in self.rows:
             peak = row.peak
             rest = peak.total - peak.weights - peak.states
@@ -103,8 +111,12 @@ class Plan:
 
     def config(self) -> str:
         """The chosen settings, to be pasted; empty if none was chosen."""
-        words = "".join(f", {name}={value!r}" for name, value in self.settings.items())
-        return f'MMSTConfig("output"{words})' if words else ""
+        if self.chosen is None:
+            return ""
+        settings = {**self.settings, "per_device_train_batch_size": self.batch_size}
+        if self.precision != "fp32":
+            settings[self.precision] = True
+        return f'MMSTConfig("output", {", ".join(f"{name}={value!r}" for name, value in settings.items())})'
 
 
 def plan(
@@ -128,7 +140,8 @@ def plan(
         model (`nn.Module`, `PretrainedConfig` or `str`): a model, a configuration, or a name or folder of one.
         batch (`int` or `Mapping[str, torch.Tensor]`): the number of samples on one device, or such a batch with labels.
         budget (`int` or `str`, *optional*): bytes, or as in `"4GiB"`. Without one, nothing is chosen.
-        precision (`str`): `"fp32"`, or autocast to `"bf16"` or `"fp16"`.
+        precision (`str`): `"fp32"`, or autocast to `"bf16"` or `"fp16"`; `"auto"`: bf16 where that fits with less
+            compute than fp32, or where fp32 does not fit.
         device (`str`): `"cpu"` or `"cuda"`.
         num_stages (`int`, *optional*): the only K to try; several by default.
         without (`Collection[str]`): settings that must keep their defaults, such as `"stage_residency"`.
@@ -137,10 +150,13 @@ def plan(
     Raises:
         `ValueError`: for a budget or precision that cannot be read, or a model that cannot be cut.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is not known. Set precision to one of {', '.join(PRECISIONS)}.")
+    if precision not in ("auto", *PRECISIONS):
+        raise ValueError(f"precision={precision!r} is not known. Set precision to auto or {', '.join(PRECISIONS)}.")
     limit = None if budget is None else parse_bytes("budget", budget)
     model = model if isinstance(model, nn.Module) else _build(model)
+    if precision == "auto":
+        plans = [plan(model, batch, budget, one, device, num_stages, without, **shape) for one in ("fp32", "bf16")]
+        return min(plans, key=lambda found: math.inf if found.chosen is None else found.chosen.compute)
     if isinstance(batch, int):
         batch = dummy_inputs(model, batch, "meta", **shape)
     if "labels" not in batch:
@@ -174,7 +190,8 @@ def plan(
         fits(replace(way, feature_cache="disk"))
     found = sorted(rows.values(), key=lambda row: (row.way.num_stages > 1, -row.peak.total))
     best = None if chosen is None else rows[chosen]
-    return Plan(found, simulation.by_layer, limit, best, _reason(found, limit, best))
+    reason = _reason(found, limit, best)
+    return Plan(found, simulation.by_layer, limit, best, reason, precision, len(batch["labels"]))
 
 
 def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Row:
@@ -208,6 +225,7 @@ def _rivals(simulation: Simulation) -> Iterator[Way]:
     yield Way()
     if not checkpoints_across(simulation.model, simulation.partition(len(simulation.layers))):
         yield Way(activation_checkpointing=True)
+        yield Way(stage_order="coupled")
     if find_spec("peft") is not None:
         yield Way(lora=True)
 
@@ -239,6 +257,8 @@ def _row(simulation: Simulation, way: Way) -> Row:
 
 def _name(way: Way) -> str:
     words = ["LoRA (r = 16)" if way.lora else "end to end"] if way.num_stages == 1 else [f"K = {way.num_stages}"]
+    if way.stage_order == "coupled":
+        words.append("one layer resident")
     if way.num_stages > 1:
         words.append("one stage resident" if way.stage_residency == "stage" else "all stages at once")
     if way.stage_clipping:
@@ -252,8 +272,8 @@ def _name(way: Way) -> str:
 
 def _compute(simulation: Simulation, way: Way) -> float:
     """Forward passes are counted once, backward passes twice, or once where only activations need gradients."""
-    passes = (2 if way.lora else 3) + way.activation_checkpointing
-    if way.stage_order == "simultaneous":
+    passes = (2 if way.lora else 3) + (way.activation_checkpointing or way.stage_order == "coupled")
+    if way.stage_order != "sequential":
         return passes / 3
     costs = {layer.name: layer.flops for layer in simulation.profile}
     stages = [sum(costs[name] for name in stage) for stage in simulation.partition(way.num_stages).stages]
@@ -265,7 +285,9 @@ def _compute(simulation: Simulation, way: Way) -> float:
 def _elsewhere(simulation: Simulation, way: Way) -> tuple[int, int]:
     """Bytes at rest, and bytes of the feature cache for each sample."""
     resting = cache = 0
-    layers = {layer.name: layer for layer in simulation.by_layer} if way.stage_order == "sequential" else {}
+    layers = {layer.name: layer for layer in simulation.by_layer} if way.stage_order != "simultaneous" else {}
+    if way.stage_order == "coupled":
+        resting = sum(layer.weights + layer.gradients + layer.states for layer in layers.values())
     if way.stage_residency == "stage":
         resting = sum(layer.weights + layer.states for layer in layers.values())
     if way.feature_cache != "none":
@@ -287,19 +309,23 @@ def _fits(row: Row, limit: int | None) -> bool:
 def _reason(rows: list[Row], limit: int | None, chosen: Row | None) -> str:
     if limit is None:
         return "No budget was given, so nothing was chosen."
+    fitting = [row.name for row in rows if row.way.num_stages == 1 and _fits(row, limit)]
+    if chosen is None and fitting:
+        return f"No stage-wise way fits in {limit / 2**20:,.0f} MiB. These do: {'; '.join(fitting)}."
     if chosen is None:
-        least = min(rows, key=lambda row: row.peak.total)
+        least = min(rows, key=lambda row: (row.way.num_stages == 1, row.peak.total))
         need = math.ceil(least.peak.total * HEADROOM / 2**20)
         return (
-            f"Nothing fits in {limit / 2**20:,.0f} MiB. The least, {least.name}, needs {need:,} MiB with 5 % for what "
-            f"is not in tensors: {need - limit / 2**20:,.0f} MiB more. Set the budget to {need}MiB, or use a smaller "
-            "batch or lower precision."
+            f"Nothing fits in {limit / 2**20:,.0f} MiB. The least stage-wise way, {least.name}, needs {need:,} MiB, "
+            f"with 5 % for what is not in tensors: {need - limit / 2**20:,.0f} MiB more. Set the budget to {need}MiB, "
+            "or use a smaller batch or lower precision."
         )
-    fitting = [row.name for row in rows if row.way.num_stages == 1 and _fits(row, limit)]
-    others = f" So do {' and '.join(fitting)}, without stages." if fitting else " End-to-end training does not."
+    others = f" So do, without stages: {'; '.join(fitting)}." if fitting else " End-to-end training does not."
+    elsewhere = f", and has {chosen.resting_bytes / 2**20:,.0f} MiB at rest" if chosen.resting_bytes else ""
     return (
         f"{chosen.name} fits in {limit / 2**20:,.0f} MiB with {chosen.peak.total / 2**20:,.0f} MiB and 5 % to spare, "
-        f"at the least compute of the stage-wise ways that do.{others}"
+        f"at the least compute of the stage-wise ways that do: {chosen.compute:.2f} times that of end-to-end "
+        f"training{elsewhere}.{others}"
     )
 
 
