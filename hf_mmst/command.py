@@ -4,10 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
-from .planner import plan
-from .simulation import PRECISIONS
+CHOICES = ("auto", "fp32", "bf16", "fp16")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -30,10 +27,20 @@ def main(args: Sequence[str] | None = None) -> int:
     shape = command.add_mutually_exclusive_group()
     shape.add_argument("--image-size", type=int, help="side of an image, in pixels; the model's own by default")
     shape.add_argument("--seq-len", type=int, help="tokens of a text (default: 128)")
-    command.add_argument("--precision", choices=PRECISIONS, default="fp32", help="autocast, if not fp32 (default)")
+    command.add_argument(
+        "--precision",
+        choices=CHOICES,
+        default="fp32",
+        help="autocast, if not fp32 (default); auto: bf16 where that takes less compute in the budget",
+    )
     command.add_argument("--num-stages", type=int, help="the only number of stages to try")
     command.add_argument("--layers", action="store_true", help="show what each layer takes, too")
     given = parser.parse_args(args)
+
+    from rich.console import Console
+
+    from .planner import plan
+
     sizes = {"image_size": given.image_size, "seq_len": given.seq_len or 128}
     try:
         found = plan(

@@ -33,6 +33,13 @@ class CoupledResidency(Residency):
         self._filled: set[str] = set()
         self._in_backward: str | None = None
 
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """As [`Residency.watch`]; the states go back to rest after each step, those around the layers among them."""
+        before = self._optimizer
+        super().watch(optimizer)
+        if self._optimizer is not None and self._optimizer is not before:
+            self._optimizer.register_step_post_hook(lambda *_: self._rest_states())
+
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
         """As [`Residency.streaming`], and in the backward pass, too."""
@@ -106,7 +113,6 @@ class CoupledResidency(Residency):
             self._rest(name)
             for parameter in self._parameters[name]:
                 parameter.grad = None
-            self._rest_states()
         self._filled.clear()
         for parameter, gradient in around:
             parameter.grad = gradient

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
+import psutil
 import torch
 
 
@@ -26,7 +27,8 @@ class PeakMemory:
 
     Attributes:
         peak_bytes (`int`): CUDA: most bytes allocated by tensors; CPU: most resident bytes of this process, above what
-            it held before (Linux; 0 elsewhere). Within the block: so far, as of the last [`read`].
+            it held before. Within the block: so far, as of the last [`read`]. Where a process cannot reset its own peak
+            (other systems than Linux, some containers), a peak below an earlier one is seen only if it lasts to a read.
         reserved_bytes (`int`, *optional*): CUDA: most bytes that the caching allocator held; `None` on the CPU.
     """
 
@@ -37,7 +39,7 @@ class PeakMemory:
         self.peak_bytes = 0
         self.reserved_bytes: int | None = None
         self._baseline = _AT_IMPORT
-        self._above = above
+        self._above, self._highest_before = above, 0
 
     def read(self) -> int:
         """The peak so far."""
@@ -45,7 +47,9 @@ class PeakMemory:
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
             self.reserved_bytes = max(self.reserved_bytes or 0, torch.cuda.max_memory_reserved(self.device))
         else:
-            self.peak_bytes = max(self.peak_bytes, _resident_bytes("VmHWM") - self._baseline)
+            highest = _highest_bytes()
+            found = highest if highest > self._highest_before else _resident_bytes()
+            self.peak_bytes = max(self.peak_bytes, found - self._baseline)
         return self.peak_bytes
 
     def __enter__(self) -> "PeakMemory":
@@ -55,9 +59,10 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             with contextlib.suppress(OSError):  # set the process's recorded peak back to what it holds now
-                Path("/proc/self/clear_refs").write_text("5")
+                _CLEAR_REFS.write_text("5")
+            self._highest_before = _highest_bytes()
             if self._above == "entry":
-                self._baseline = _resident_bytes("VmRSS")
+                self._baseline = _resident_bytes()
         self._open.append(self)
         return self
 
@@ -77,12 +82,15 @@ class TurnPeaks:
 
     Attributes:
         by_name (`dict[str, int]`): bytes, as in [`PeakMemory`], above the import; the most, if a name comes again.
+        reserved_by_name (`dict[str, int]`): CUDA: what the allocator held, "reserved" in the place of "peak".
     """
 
     def __init__(self, device: torch.device | str):
         self.device = device
         self.by_name: dict[str, int] = {}
+        self.reserved_by_name: dict[str, int] = {}
         self._turn: tuple[str, PeakMemory] | None = None
+        self._unread: set[str] = set()
 
     def begin(self, name: str) -> None:
         """End the turn and begin that of `name`, unless that has begun already."""
@@ -91,29 +99,53 @@ class TurnPeaks:
             self._turn = name, PeakMemory(self.device, above="import").__enter__()
 
     def read(self) -> dict[str, int]:
-        """The name and peak of the turn so far."""
-        if self._turn is None:
-            return {}
-        name, peak = self._turn
-        self.by_name[name] = max(self.by_name.get(name, 0), peak.read())
-        return {name: self.by_name[name]}
+        """The names and peaks of the turns that have ended since the last call, and of the turn so far."""
+        self._note()
+        everything = self.by_name | self.reserved_by_name
+        found = {name: everything[name] for name in sorted(self._unread)}
+        self._unread.clear()
+        return found
+
+    def _note(self) -> None:
+        if self._turn is not None:
+            name, peak = self._turn
+            _raise_to(self.by_name, name, peak.read())
+            self._unread.add(name)
+            if peak.reserved_bytes is not None:
+                reserved = name.replace("peak", "reserved")
+                _raise_to(self.reserved_by_name, reserved, peak.reserved_bytes)
+                self._unread.add(reserved)
 
     def end(self) -> None:
         """End the turn, if one has begun."""
         if self._turn is not None:
             self._turn[1].__exit__(None, None, None)
-            self.read()
+            self._note()
             self._turn = None
 
 
 _STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-def _resident_bytes(field: str) -> int:
-    if not _STATUS.exists():
-        return 0
-    match = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+def _raise_to(most: dict[str, int], name: str, value: int) -> None:
+    most[name] = max(most.get(name, 0), value)
+
+
+def _resident_bytes() -> int:
+    """What the process holds now."""
+    return _status("VmRSS") or psutil.Process().memory_info().rss
+
+
+def _highest_bytes() -> int:
+    """The most that it has held since that was last reset; 0 if the system does not say."""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    text = _STATUS.read_text() if _STATUS.exists() else ""
+    match = re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
 
 
-_AT_IMPORT = _resident_bytes("VmRSS")
+_AT_IMPORT = _resident_bytes()

@@ -103,6 +103,14 @@ def find_layers(model: nn.Module) -> list[str]:
     checkpointed = {name: module for name, module in lists.items() if _holds_checkpointed_layers(module)}
     candidates = checkpointed or lists
     if not candidates:
+        single = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == 1]
+        if single:
+            name, module = max(single, key=lambda one: _num_parameters(one[1]))
+            raise ValueError(
+                f"{name} of {type(model).__name__} holds one layer only, a {type(module[0]).__name__}, within which no "
+                "stage can end, however often it runs. Set num_stages to 1, or pass an encoder of several layers that "
+                "share no weights, such as ViT or BERT."
+            )
         raise ValueError(
             f"No list of layers was found in {type(model).__name__}, so it has no encoder to cut into stages. Pass a "
             "model with an encoder, such as AutoModelForImageClassification or AutoModelForSequenceClassification."

@@ -39,7 +39,8 @@ class Row:
         name (`str`): in words.
         way ([`Way`]): its settings.
         peak ([`Peak`]): bytes in device memory.
-        compute (`float`): floating-point operations per epoch of every stage, as a ratio to end-to-end training.
+        compute (`float`): floating-point operations per epoch of every stage, as a ratio to end-to-end training; about
+            the ratio of the times.
         resting_bytes (`int`): bytes of weights and optimizer states that rest in host memory (CUDA) or on disk (CPU).
         moved_bytes (`int`): bytes that come from there or go there in a step, on average over the stages.
         cache_bytes (`int`): bytes of the feature cache on disk, for each sample.
@@ -65,6 +66,8 @@ class Plan:
         budget (`int`, *optional*): bytes.
         chosen (`Row`, *optional*): of the ways of this package the one with the least compute that fits, if any.
         reason (`str`): why it was chosen, or what is missing.
+        precision (`str`): `"fp32"`, `"bf16"` or `"fp16"`: that of all rows.
+        batch_size (`int`): samples on one device, in all rows.
     """
 
     rows: list[Row]
@@ -72,6 +75,8 @@ class Plan:
     budget: int | None
     chosen: Row | None
     reason: str
+    precision: str
+    batch_size: int
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,8 +87,20 @@ class Plan:
         """The rows, as a table of the rich library."""
         from rich.table import Table
 
-        numbers = "peak MiB", "weights", "states", "the rest", "compute", "at rest", "moved/step", "cache/sample"
-        table = Table("", "way of training", *numbers)
+        numbers = (
+            "peak MiB",
+            "weights",
+            "states",
+            "the rest",
+            "time",
+            "MiB at rest",
+            "MiB moved/step",
+            "cache MiB/sample",
+        )
+        title = (
+            f"Memory in MiB and time as a ratio to end to end, {self.batch_size} samples at once in {self.precision}"
+        )
+        table = Table("", "way of training", *numbers, title=title)
         for row in self.rows:
             peak = row.peak
             rest = peak.total - peak.weights - peak.states
@@ -106,8 +123,12 @@ class Plan:
 
     def config(self) -> str:
         """The chosen settings, to be pasted; empty if none was chosen."""
-        words = "".join(f", {name}={value!r}" for name, value in self.settings.items())
-        return f'MMSTConfig("output"{words})' if words else ""
+        if self.chosen is None:
+            return ""
+        settings = {**self.settings, "per_device_train_batch_size": self.batch_size}
+        if self.precision != "fp32":
+            settings[self.precision] = True
+        return f'MMSTConfig("output", {", ".join(f"{name}={value!r}" for name, value in settings.items())})'
 
 
 def plan(
@@ -133,7 +154,8 @@ def plan(
         model (`nn.Module`, `PretrainedConfig` or `str`): a model, a configuration, or a name or folder of one.
         batch (`int` or `Mapping[str, torch.Tensor]`): the number of samples on one device, or such a batch with labels.
         budget (`int` or `str`, *optional*): bytes, or as in `"4GiB"`. Without one, nothing is chosen.
-        precision (`str`): `"fp32"`, or autocast to `"bf16"` or `"fp16"`.
+        precision (`str`): `"fp32"`, or autocast to `"bf16"` or `"fp16"`; `"auto"`: bf16 where that fits with less
+            compute than fp32, or where fp32 does not fit.
         device (`str`): `"cpu"` or `"cuda"`.
         num_stages (`int`, *optional*): the only K to try; several by default.
         without (`Collection[str]`): settings that must keep their defaults, such as `"stage_residency"`, or orders
@@ -144,10 +166,14 @@ def plan(
     Raises:
         `ValueError`: for a budget or precision that cannot be read, or a model that cannot be cut.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is not known. Set precision to one of {', '.join(PRECISIONS)}.")
+    if precision not in ("auto", *PRECISIONS):
+        raise ValueError(f"precision={precision!r} is not known. Set precision to auto or {', '.join(PRECISIONS)}.")
     limit = None if budget is None else parse_bytes("budget", budget)
     model = model if isinstance(model, nn.Module) else _build(model)
+    if precision == "auto":
+        settings: Any = {"device": device, "num_stages": num_stages, "without": without, "head_layers": head_layers}
+        plans = [plan(model, batch, budget, one, **settings, **shape) for one in ("fp32", "bf16")]
+        return min(plans, key=lambda found: math.inf if found.chosen is None else found.chosen.compute)
     if isinstance(batch, int):
         batch = dummy_inputs(model, batch, "meta", **shape)
     if "labels" not in batch:
@@ -169,11 +195,11 @@ def plan(
     whole = rows[Way()].peak
     chosen = None
     for family in _families(simulation):
-        if {family.stage_order, *_changed(family)} & {*without}:
+        if {family.stage_order, *_settings(family)} & {*without}:
             continue
-        if limit is not None and _least(family, whole) > limit and chosen is None:
+        if (limit is None or chosen is not None) and family.activation_checkpointing:
             continue
-        if limit is None and family.activation_checkpointing and family.stage_order != "coupled":
+        if limit is not None and _least(family, whole) > limit:
             continue
         ways = [family]
         if family.stage_order != "coupled":
@@ -185,7 +211,8 @@ def plan(
             fits(replace(way, feature_cache="disk" if way.stage_order == "sequential" else "none"))
     found = sorted(rows.values(), key=lambda row: (row.way.num_stages > 1, -row.peak.total))
     best = None if chosen is None else rows[chosen]
-    return Plan(found, simulation.by_layer, limit, best, _reason(found, limit, best))
+    reason = _reason(found, limit, best)
+    return Plan(found, simulation.by_layer, limit, best, reason, precision, len(batch["labels"]))
 
 
 def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Row:
@@ -204,7 +231,7 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Ro
         device="cuda" if args.device.type == "cuda" else "cpu",
         without=(["stage_clipping"] if not steps_at_once else [])
         + (["stage_residency"] if args.world_size > 1 else [])
-        + (["coupled"] if args.fp16 else []),
+        + (["coupled"] if args.world_size > 1 or args.fp16 else []),
         head_layers=args.head_layers,
     )
     if found.chosen is None:
@@ -233,7 +260,7 @@ def _families(simulation: Simulation) -> Iterator[Way]:
     yield Way(stage_clipping=True)
     separable = checkpoints_across(simulation.model, simulation.partition(len(simulation.layers))) is None
     if separable and isinstance(simulation.model.get_submodule(simulation.layers[0]), GradientCheckpointingLayer):
-        yield Way(stage_order="coupled", stage_residency="stage", activation_checkpointing=True)
+        yield Way(stage_order="coupled")
     yield resident
     if separable:
         yield replace(resident, activation_checkpointing=True)
@@ -245,7 +272,7 @@ def _stage_numbers(num_layers: int) -> list[int]:
 
 def _least(way: Way, whole: Peak) -> int:
     """Bytes that a way of training takes whatever the number of stages."""
-    if way.stage_residency == "stage":
+    if way.stage_residency == "stage" or way.stage_order == "coupled":
         return 0
     return whole.weights + whole.states + (0 if way.stage_clipping else whole.states // 2)  # gradients
 
@@ -255,9 +282,9 @@ def _row(simulation: Simulation, way: Way) -> Row:
 
 
 def _name(way: Way) -> str:
-    if way.stage_order == "coupled":
-        return "end to end, one layer resident"
     words = ["LoRA (r = 16)" if way.lora else "end to end"] if way.num_stages == 1 else [f"K = {way.num_stages}"]
+    if way.stage_order == "coupled":
+        words.append("one layer resident")
     if way.num_stages > 1:
         words.append("one stage resident" if way.stage_residency == "stage" else "all stages at once")
     if way.stage_clipping:
@@ -271,7 +298,7 @@ def _name(way: Way) -> str:
 
 def _compute(simulation: Simulation, way: Way) -> float:
     """Forward passes are counted once, backward passes twice, or once where only activations need gradients."""
-    passes = (2 if way.lora else 3) + way.activation_checkpointing
+    passes = (2 if way.lora else 3) + (way.activation_checkpointing or way.stage_order == "coupled")
     if way.stage_order != "sequential":
         return passes / 3
     costs = {layer.name: layer.flops for layer in simulation.profile}
@@ -287,7 +314,9 @@ def _elsewhere(simulation: Simulation, way: Way) -> tuple[int, int, int]:
     layers = {layer.name: layer for layer in simulation.by_layer} if way.stage_order != "simultaneous" else {}
     if way.stage_residency == "stage":
         resting = sum(layer.weights + layer.states for layer in layers.values())
-    if way.stage_order == "coupled":  # weights: forward, backward, step and back; gradients: with clipping, five times
+    if way.stage_order == "coupled":
+        resting = sum(layer.weights + layer.gradients + layer.states for layer in layers.values())
+        # Weights in the forward and backward pass, to the step and back; gradients five times, as they are clipped.
         moved = sum(4 * layer.weights + 5 * layer.gradients + 2 * layer.states for layer in layers.values())
     elif resting and way.feature_cache == "none":
         stages = simulation.partition(way.num_stages).stages
@@ -300,10 +329,6 @@ def _elsewhere(simulation: Simulation, way: Way) -> tuple[int, int, int]:
 
 
 def _settings(way: Way) -> dict[str, Any]:
-    return {"stage_order": "coupled"} if way.stage_order == "coupled" else _changed(way)
-
-
-def _changed(way: Way) -> dict[str, Any]:
     plain = Way()
     names = [field.name for field in fields(Way) if field.name != "lora"]
     return {name: getattr(way, name) for name in names if getattr(way, name) != getattr(plain, name)}
@@ -316,20 +341,24 @@ def _fits(row: Row, limit: int | None) -> bool:
 def _reason(rows: list[Row], limit: int | None, chosen: Row | None) -> str:
     if limit is None:
         return "No budget was given, so nothing was chosen."
+    plain = [row for row in rows if row.way.num_stages == 1 and row.way.stage_order != "coupled"]
+    fitting = [row.name for row in plain if _fits(row, limit)]
+    if chosen is None and fitting:
+        return f"No way of this package fits in {limit / 2**20:,.0f} MiB. These do: {'; '.join(fitting)}."
     if chosen is None:
-        least = min(rows, key=lambda row: row.peak.total)
+        least = min((row for row in rows if row not in plain), key=lambda row: row.peak.total)
         need = math.ceil(least.peak.total * HEADROOM / 2**20)
         return (
-            f"Nothing fits in {limit / 2**20:,.0f} MiB. The least, {least.name}, needs {need:,} MiB with 5 % for what "
-            f"is not in tensors: {need - limit / 2**20:,.0f} MiB more. Set the budget to {need}MiB, or use a smaller "
-            "batch or lower precision."
+            f"Nothing fits in {limit / 2**20:,.0f} MiB. The least of this package's ways, {least.name}, needs {need:,} "
+            f"MiB, with 5 % for what is not in tensors: {need - limit / 2**20:,.0f} MiB more. Set the budget to "
+            f"{need}MiB, or use a smaller batch or lower precision."
         )
-    plain = [row for row in rows if row.way.num_stages == 1 and row.way.stage_residency == "all"]
-    fitting = [row.name for row in plain if _fits(row, limit)]
-    others = f" So do {' and '.join(fitting)}, without stages." if fitting else " Plain end-to-end training does not."
+    others = f" So do, without stages: {'; '.join(fitting)}." if fitting else " End-to-end training does not."
+    elsewhere = f", and has {chosen.resting_bytes / 2**20:,.0f} MiB at rest" if chosen.resting_bytes else ""
     return (
         f"{chosen.name} fits in {limit / 2**20:,.0f} MiB with {chosen.peak.total / 2**20:,.0f} MiB and 5 % to spare, "
-        f"at the least compute of this package's ways that do.{others}"
+        f"at the least compute of this package's ways that do: {chosen.compute:.2f} times that of end-to-end "
+        f"training{elsewhere}.{others}"
     )
 
 

@@ -47,15 +47,17 @@ class Shelf:
 
     def take(self) -> list[torch.Tensor]:
         """Copies of the tensors in device memory."""
-        taken = [tensor.to(self.device, copy=True, non_blocking=True) for tensor in self.tensors]
-        self.let_go()
+        taken = []
+        for tensor in self.tensors:
+            taken.append(tensor.to(self.device, copy=True, non_blocking=True))
+            self.let_go()  # one at a time, else all would be in memory twice
         return taken
 
     def put(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrite what is on the shelf."""
         for resting, tensor in zip(self.tensors, tensors, strict=True):
             resting.copy_(tensor)
-        self.let_go()
+            self.let_go()
 
     def let_go(self) -> None:
         """Let the file's pages leave this process's memory; what they hold stays."""

@@ -28,9 +28,6 @@ class Says(TrainerCallback):
 def run(folder, kind):
     from test_trainer import trainer
 
-    from hf_mmst import feature_cache
-
-    feature_cache.SHARD_BYTES = 1  # each batch of features is written at once
     settings = {"save_strategy": "steps", "save_steps": 1, **KINDS[kind]}
     trained = trainer(folder, extra={"callbacks": [Says()]}, **settings)
     last = get_last_checkpoint(folder) if folder.is_dir() else None
@@ -41,5 +38,8 @@ def run(folder, kind):
 if __name__ == "__main__":
     from pathlib import Path
 
+    from hf_mmst import feature_cache
+
+    feature_cache.SHARD_BYTES = 1  # each batch of features is written at once
     torch.set_num_threads(1)
     run(Path(sys.argv[1]), sys.argv[2])

@@ -86,14 +86,33 @@ def test_the_cut_by_names():
             "attend causally",
         ),
         (lambda: LlamaForSequenceClassification(LlamaConfig(**WIDTH, vocab_size=9)), "it is a decoder"),
-        (lambda: AlbertForSequenceClassification(AlbertConfig(**TEXT, embedding_size=8)), "No list of layers"),
-        (lambda: make("vit", num_hidden_layers=1), "No list of layers was found"),
+        (
+            lambda: AlbertForSequenceClassification(AlbertConfig(**TEXT, embedding_size=8)),
+            "albert_layer_groups of Albert.* holds one layer only, a AlbertLayerGroup.*Set num_stages to 1.*share no",
+        ),
+        (lambda: make("vit", num_hidden_layers=1), "vit.layers of ViT.* holds one layer only, a ViTLayer.*num_stages"),
         (lambda: torch.nn.Linear(2, 2), "No list of layers was found in Linear"),
     ],
 )
 def test_what_has_no_encoder_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         find_layers(build())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: GPT2ForSequenceClassification(GPT2Config(n_layer=2, n_embd=8, n_head=2, pad_token_id=0)), "a decoder"),
+        (lambda: AlbertForSequenceClassification(AlbertConfig(**TEXT, embedding_size=8)), "holds one layer only"),
+        (
+            lambda: AlbertForSequenceClassification(AlbertConfig(**TEXT, embedding_size=8, num_hidden_groups=2)),
+            "layers that are shared, skipped or run out of order cannot be cut",
+        ),
+    ],
+)
+def test_the_trainer_refuses_decoders_and_shared_layers(model, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        MMSTTrainer(model(), config(tmp_path, num_stages=2))
 
 
 def test_layers_that_run_twice_are_refused():

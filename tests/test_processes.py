@@ -15,7 +15,7 @@ def launch(num_processes, *arguments):
     program = [sys.executable]
     if num_processes > 1:
         program += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    done = subprocess.run([*program, str(WORKER), *arguments], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*program, str(WORKER), *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return [load_file(f"{arguments[-1]}.{rank}") for rank in range(num_processes)]
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "model_cards" / "results"
 MEMORY = ROOT / "model_cards" / "memory"
+PLANNER = ROOT / "model_cards" / "planner.json"
 METHODS = {"end_to_end": "end to end", "greedy": "greedy (w = 0)", "mmst": "MMST (w = 0.3)"}
 
 
@@ -42,13 +43,38 @@ def memory_table():
         model = f"{found['model']}, batch {found['batch_size']}, K = {found['num_stages']}"
         for row in found["rows"]:
             ratios = [f"{row[key] / first[key]:.2f}" for key in ("peak_bytes", "step_seconds", "epoch_seconds")]
-            mib = [f"{row[key] / 2**20:.0f}" for key in ("peak_bytes", "planned_bytes")]
+            mib = [f"{row[key] / 2**20:.0f}" if row[key] else "-" for key in ("peak_bytes", "planned_bytes")]
             lines.append("| " + " | ".join([model, row["method"], *mib, *ratios]) + " |")
     return "\n".join(lines)
 
 
 def test_the_memory_table_is_what_the_benchmark_wrote():
     assert README.partition("<!-- memory -->\n")[2].partition("\n<!-- /memory -->")[0] == memory_table()
+
+
+def planner_table():
+    lines = ["| model | precision | settings | planned MiB | measured MiB | ratio |\n|---|---|---|---|---|---|"]
+    for row in json.loads(PLANNER.read_text())["rows"]:
+        settings = ", ".join(f"`{name}={value!r}`" for name, value in row["settings"].items()) or "end to end"
+        planned, measured = row["planned_bytes"], row["measured_bytes"]
+        numbers = [f"{planned / 2**20:.1f}", f"{measured / 2**20:.1f}", f"{planned / measured:.3f}"]
+        lines.append("| " + " | ".join([row["model"], row["precision"], settings, *numbers]) + " |")
+    return "\n".join(lines)
+
+
+def test_the_planner_table_is_what_the_benchmark_wrote():
+    assert README.partition("<!-- planner -->\n")[2].partition("\n<!-- /planner -->")[0] == planner_table()
+    rows = json.loads(PLANNER.read_text())["rows"]
+    assert len(rows) >= 12
+    assert {row["model"] for row in rows} == {"vit", "bert", "swin"}
+    assert all(abs(row["planned_bytes"] / row["measured_bytes"] - 1) <= 0.03 for row in rows)
+
+
+def test_all_stages_at_once_take_hardly_more_time_than_end_to_end():
+    rows = json.loads((MEMORY / "vit_base_cpu_k4_alternating.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == 2 * ["end-to-end", "simultaneous"]
+    for whole, stages in (rows[:2], rows[2:]):
+        assert stages["step_seconds"] <= 1.10 * whole["step_seconds"]
 
 
 def test_one_resident_stage_takes_what_is_promised():
@@ -61,7 +87,7 @@ def test_one_resident_stage_takes_what_is_promised():
 def test_every_result_names_its_command_versions_and_device():
     paths = list(RESULTS.glob("*.json"))
     assert len(paths) == 6
-    for path in [*paths, *MEMORY.glob("*.json")]:
+    for path in [*paths, *MEMORY.glob("*.json"), PLANNER]:
         found = json.loads(path.read_text())
         assert found["command"].startswith("recipes/")
         assert {"torch", "transformers", "accelerate"} <= found["versions"].keys()

@@ -20,9 +20,11 @@ KEYS = {
 
 
 def run(recipe, folder, *flags, launcher=("-m", "accelerate.commands.launch")):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home")}
+    for name in ("HF_DATASETS_CACHE", "HF_METRICS_CACHE", "HF_EVALUATE_CACHE", "ACCELERATE_CONFIG_FILE"):
+        env.pop(name, None)  # these would go before HF_HOME
     command = [sys.executable, *launcher, str(RECIPES / recipe), "--output_dir", str(folder / "out"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250, env=env, cwd=RECIPES.parent)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, cwd=RECIPES.parent)
 
 
 def results(done, folder):

@@ -13,6 +13,7 @@ from zoo import make
 from hf_mmst.residency import Shelf
 
 RESTING = [order for order in ORDERS if order != "simultaneous"]
+MIXED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True}
 
 
 def run(folder, name="bert", model=None, order="multi_lap", residency="stage", extra=None, **kwargs):
@@ -34,7 +35,7 @@ def moments(trained):
 
 @pytest.mark.parametrize("order", RESTING)
 @pytest.mark.parametrize("name", ["vit", "bert", "swin"])
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True}])
+@pytest.mark.parametrize("settings", [{}, MIXED])
 def test_the_numbers_are_those_of_all_stages_in_memory(name, order, settings, tmp_path):
     trained = {}
     for residency in ("all", "stage"):
@@ -52,7 +53,15 @@ def test_the_numbers_are_those_of_all_stages_in_memory(name, order, settings, tm
 
 
 @pytest.mark.parametrize("stop", [7, 13, 31])
-@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": True}, {"optim": "adafactor"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"activation_checkpointing": True},
+        {"optim": "adafactor"},
+        {**MIXED, "lr_scheduler_type": "cosine", "warmup_steps": 2, "num_train_epochs": 8},
+    ],
+)
 def test_resume_is_bitwise_the_uninterrupted_run(stop, settings, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": stop, **settings}
     straight = run(tmp_path / "straight", **settings)

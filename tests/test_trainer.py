@@ -490,11 +490,10 @@ def test_kills_at_any_moment_leave_a_checkpoint_that_resumes(kind, seed, tmp_pat
     folder, chance = tmp_path / "killed", random.Random(seed)
     for _ in range(3):
         command = [sys.executable, str(Path(__file__).parent / "killed.py"), str(folder), kind]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        while child.stdout.readline() not in ("begins\n", ""):
-            pass
-        time.sleep(chance.uniform(0.02, 0.5))
-        child.kill()
-        child.wait()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            said = iter(child.stdout.readline, "")
+            assert "begins\n" in said, f"{' '.join(command)} ended before it began to train"
+            time.sleep(chance.uniform(0.02, 0.5))
+            child.kill()
     resumed = killed_run(folder, kind)
     assert_same(weights(resumed.model), weights(killed_run(tmp_path / "straight", kind).model))

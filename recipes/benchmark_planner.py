@@ -1,0 +1,183 @@
+# /// script
+# dependencies = ["hf-mmst[recipes]"]
+# ///
+"""
+What the planner says of a way of training beside what the training takes, both in bytes of tensors on a CPU.
+
+    python recipes/benchmark_planner.py
+
+Small models train for two steps of each stage. What is measured is PyTorch's own account of the real tensors, from the
+optimizer states to the last gradient; tensors at rest, which lie in files, are not in it.
+"""
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.data import Dataset
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
+
+from hf_mmst import MMSTConfig, MMSTTrainer
+from hf_mmst.probe import dummy_inputs
+from hf_mmst.report import write_json
+from hf_mmst.residency import Shelf
+from hf_mmst.simulation import FlatMemTracker, Simulation, Way
+
+SIZE = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 768}
+MODELS = {
+    "vit": lambda: ViTForImageClassification(ViTConfig(**SIZE, image_size=96, num_labels=5)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**SIZE, vocab_size=2000, num_labels=5)),
+    "swin": lambda: SwinForImageClassification(
+        SwinConfig(image_size=128, embed_dim=48, window_size=4, num_labels=5),
+    ),
+}
+RESIDENT = {"stage_order": "sequential", "stage_residency": "stage"}
+COMBINATIONS = [
+    ("vit", "fp32", Way()),
+    ("vit", "fp32", Way(activation_checkpointing=True)),
+    ("vit", "bf16", Way(num_stages=3)),
+    ("vit", "fp32", Way(num_stages=6, stage_clipping=True)),
+    ("vit", "fp32", Way(num_stages=3, **RESIDENT)),
+    ("vit", "fp32", Way(stage_order="coupled")),
+    ("bert", "bf16", Way()),
+    ("bert", "fp32", Way(num_stages=2)),
+    ("bert", "fp32", Way(num_stages=6, stage_clipping=True, activation_checkpointing=True)),
+    ("bert", "bf16", Way(num_stages=3, **RESIDENT)),
+    ("bert", "fp32", Way(num_stages=6, **RESIDENT, activation_checkpointing=True)),
+    ("swin", "fp32", Way()),
+    ("swin", "fp32", Way(num_stages=4)),
+    ("swin", "bf16", Way(num_stages=6, stage_order="sequential")),
+]
+BATCH = 8
+SEQ_LEN = 64
+
+
+class Zeros(Dataset):
+    """Samples of the model's input size."""
+
+    def __init__(self, model):
+        self.sample = {**dummy_inputs(model, 1, seq_len=SEQ_LEN), "labels": torch.zeros(1, dtype=torch.long)}
+
+    def __len__(self):
+        return 8 * BATCH
+
+    def __getitem__(self, index):
+        return {name: value[0] for name, value in self.sample.items()}
+
+
+def make(name: str):
+    """A model whose weights depend on the name alone."""
+    set_seed(0)
+    return MODELS[name]()
+
+
+def simulation(model, precision: str) -> Simulation:
+    """The planner's view of the model and a batch."""
+    batch = {**dummy_inputs(model, BATCH, seq_len=SEQ_LEN), "labels": torch.zeros(BATCH, dtype=torch.long)}
+    return Simulation(model, batch, precision)
+
+
+def measured_bytes(model, precision: str, way: Way, folder: str) -> int:
+    """The most bytes that tensors take while the model trains."""
+    stagewise = way.num_stages > 1 or way.stage_order == "coupled"
+    settings = {"activation_checkpointing": way.activation_checkpointing}
+    if stagewise:
+        settings = {field: value for field, value in vars(way).items() if field != "lora"}
+    args = (MMSTConfig if stagewise else TrainingArguments)(
+        folder,
+        max_steps=2 * (way.num_stages if way.stage_order == "sequential" else 1),
+        per_device_train_batch_size=BATCH,
+        bf16=precision == "bf16",
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **settings,
+    )
+    trainer = (MMSTTrainer if stagewise else Trainer)(model, args, train_dataset=Zeros(model))
+    tracker = FlatMemTracker()
+    resting = trainer.partition.layers if stagewise and args.stage_residency == "stage" else ()
+    inside = {p for name in resting for p in model.get_submodule(name).parameters()}
+    tracker.track_external(*(p for p in model.parameters() if p not in inside), *model.buffers())
+    if stagewise:
+        tracker.track_external(trainer.heads)
+    with ExitStack() as stack:
+        for name in ("__init__", "put"):  # what is at rest is not in memory
+            stack.enter_context(mock.patch.object(Shelf, name, _uncounted(getattr(Shelf, name))))
+        # Optimizer states that are in memory are seen when they are made or taken.
+        stack.enter_context(mock.patch.object(FlatMemTracker, "_track_optimizer_states", return_value=None))
+        stack.enter_context(tracker)
+        trainer.train()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+def main() -> None:
+    """Plan, measure, write and show all combinations."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark_planner"))
+    args = parser.parse_args()
+    rows = []
+    for name, precision, way in COMBINATIONS:
+        model = make(name)
+        planned = simulation(model, precision).peak(way).total
+        with tempfile.TemporaryDirectory() as folder:
+            measured = measured_bytes(model, precision, way, folder)
+        settings = {field: value for field, value in vars(way).items() if value != getattr(Way(), field)}
+        row = {"model": name, "precision": precision, "settings": settings}
+        rows.append({**row, "planned_bytes": planned, "measured_bytes": measured})
+    write_json(
+        args.output_dir / "results.json",
+        {
+            "command": shlex.join(["recipes/benchmark_planner.py", *map(_last_part, sys.argv[1:])]),
+            "versions": {one: version(one) for one in ("hf-mmst", "torch", "transformers", "accelerate")},
+            "device": {"type": "cpu", "name": platform.machine(), "processors": os.cpu_count()},
+            "seed": 0,
+            "batch_size": BATCH,
+            "rows": rows,
+        },
+    )
+    table = Table("model", "precision", "way of training", "planned MiB", "measured MiB", "ratio")
+    for row in rows:
+        planned, measured = row["planned_bytes"], row["measured_bytes"]
+        way = ", ".join(f"{name}={value}" for name, value in row["settings"].items()) or "end to end"
+        numbers = f"{planned / 2**20:.2f}", f"{measured / 2**20:.2f}", f"{planned / measured:.3f}"
+        table.add_row(row["model"], row["precision"], way, *numbers)
+    Console(width=160).print(table)
+    print(f"written to {args.output_dir / 'results.json'}")
+
+
+def _uncounted(method):
+    def call(*args):
+        with _disable_current_modes():
+            method(*args)
+
+    return call
+
+
+def _last_part(word: str) -> str:
+    return Path(word).name if Path(word).is_absolute() else word
+
+
+if __name__ == "__main__":
+    main()
