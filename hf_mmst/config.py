@@ -46,10 +46,10 @@ class MMSTConfig(TrainingArguments):
             How an auxiliary head pools the tokens: `"mean"` over the tokens (padding left out), `"cls"` the first
             token, `"auto"` the mean.
         head_layers (`int`, *optional*):
-            Number of the model's last layers of which the auxiliary heads share a frozen copy, so that a stage is
-            judged by what pretrained later layers make of its output. It costs the weights and activations of that
-            many layers. Unset: 1 for a model that was loaded with `from_pretrained`, if all its layers are of one
-            width; else 0.
+            Number of the model's last layers of which the auxiliary heads share a copy, so that a stage is judged by
+            what they make of its output. It costs the memory of that many more layers, once, and their time in each
+            stage but the last. Unset: 1 for a model that was loaded with `from_pretrained`, if all its layers are of
+            one width; else 0.
         head_learning_rate (`float`, *optional*):
             Learning rate of the auxiliary heads; `learning_rate` if unset.
         stage_learning_rate_decay (`float`, *optional*, defaults to 1.0):
@@ -112,7 +112,7 @@ class MMSTConfig(TrainingArguments):
     head_layers: int | None = field(
         default=None,
         metadata={
-            "help": "Number of the model's last layers of which the heads share a frozen copy; if unset, 1 for a "
+            "help": "Number of the model's last layers of which the heads share a copy; if unset, 1 for a "
             "pretrained model, else 0."
         },
     )

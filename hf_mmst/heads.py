@@ -51,16 +51,16 @@ class StageHeads(nn.Module):
     """
     The auxiliary classifiers of stages 1 .. K-1, in order. The last stage keeps the model's own head.
 
-    Without `layers` they are the paper's for Transformers. With them, which are frozen copies of the model's last
-    layers that all stages share, a stage is judged by what pretrained later layers make of its output (auxiliary
-    networks of later layers: AugLocal, Ma et al., 2024), so that it keeps to what they can read.
+    Without `layers` they are the paper's for Transformers. With them, a stage is judged by what copies of the model's
+    last layers make of its output (auxiliary networks of later layers: AugLocal, Ma et al., 2024, here with pretrained
+    weights). All stages share the copies, which learn from the losses of all.
 
     Args:
         widths (`Sequence[int]`): features D of the hidden states at the end of each of those stages.
         num_labels (`int`): number of logits.
         pooling (`str`): `"auto"`, `"mean"` or `"cls"`; `"auto"` is `"mean"`.
         seed (`int`): seed of the initial weights; the global random state is left as it was.
-        layers (`Sequence[nn.Module]`): copied, and frozen.
+        layers (`Sequence[nn.Module]`): copied, weights and all.
         norm (`nn.LayerNorm`, *optional*): the model's last norm, from which those of the heads begin.
     """
 
@@ -76,7 +76,7 @@ class StageHeads(nn.Module):
         super().__init__()
         self.widths, self.num_labels = tuple(widths), num_labels
         self.pooling = "mean" if pooling == "auto" else pooling
-        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers).requires_grad_(False)
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.heads = nn.ModuleList(StageHead(width, num_labels, self.pooling, norm) for width in widths)

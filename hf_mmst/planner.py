@@ -171,8 +171,10 @@ def plan(
     limit = None if budget is None else parse_bytes("budget", budget)
     model = model if isinstance(model, nn.Module) else _build(model)
     if precision == "auto":
-        settings: Any = {"device": device, "num_stages": num_stages, "without": without, "head_layers": head_layers}
-        plans = [plan(model, batch, budget, one, **settings, **shape) for one in ("fp32", "bf16")]
+        plans = [
+            plan(model, batch, budget, one, device, num_stages, without, head_layers, **shape)
+            for one in ("fp32", "bf16")
+        ]
         return min(plans, key=lambda found: math.inf if found.chosen is None else found.chosen.compute)
     if isinstance(batch, int):
         batch = dummy_inputs(model, batch, "meta", **shape)

@@ -6,6 +6,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -176,11 +177,11 @@ class Residency:
         state = self._optimizer.state
         known = {key for keys in self._states for key in keys}
         owner = {id(p): name for name, parameters in self._parameters.items() for p in parameters}
-        new: dict[str | None, list[tuple[torch.Tensor, str]]] = {}  # by layer, so that one can be taken by itself
+        new: dict[Any, list[tuple[torch.Tensor, str]]] = {}  # by layer, or else by parameter: what is taken together
         for parameter, values in state.items():
             for name, value in values.items():
                 if torch.is_tensor(value) and value.numel() > 1 and (parameter, name) not in known:
-                    new.setdefault(owner.get(id(parameter)), []).append((parameter, name))
+                    new.setdefault(owner.get(id(parameter), id(parameter)), []).append((parameter, name))
         for keys in self._taken:
             self._states[keys].put([state[parameter][name] for parameter, name in keys])
         fresh = [tuple(keys) for keys in new.values()]

@@ -178,21 +178,23 @@ class Simulation:
             engine = Stagewise(self.model, partition, heads)
             shared = parameters_by_stage(self.model, partition, heads)
             everything = [p for own in shared for p in own]
-            learned = (
-                everything if way.stage_residency == "stage" else [p for own in shared[: stages[-1] + 1] for p in own]
-            )
+            learned = everything
+            if way.stage_residency == "all" and stages[-1] < way.num_stages - 1:
+                learned = [*(p for own in shared[: stages[-1] + 1] for p in own), *heads.layers.parameters()]
             optimizer = _with_states([p for p in learned if p.requires_grad])
             given = self._input_of(engine, stages[0]) if way.feature_cache != "none" and stages[0] > 0 else None
             if way.stage_residency == "stage":
                 residency = stack.enter_context(self._residency(_Resident, partition, optimizer))
                 residency.activate(stages)
-                for parameter in shared[stages[0]]:  # its states have come with an earlier step
+                learning = [*shared[stages[0]]]
+                if stages[0] < way.num_stages - 1:
+                    learning += heads.layers.parameters()
+                for parameter in learning:  # its states have come with an earlier step
                     parameter.grad = torch.empty_like(parameter)
                 residency.take_states()
-                for parameter in shared[stages[0]]:
+                for parameter in learning:
                     parameter.grad = None
-            begin = [*heads.layers.parameters(), *([] if given is None else given[1:])]
-            tracker = self._tracker(everything, optimizer, *begin)
+            tracker = self._tracker(everything, optimizer, *([] if given is None else given[1:]))
             early = way.stage_clipping and len(stages) > 1
             with tracker:
                 with (

@@ -235,6 +235,7 @@ class MMSTTrainer(StageCheckpoints):
             if self._cache is not None:
                 self._cache.flush()
             self._core()._modules.pop(HEADS, None)
+            vars(self._core()).pop("_ddp_params_and_buffers_to_ignore", None)
             if self._residency is not None:
                 self._residency.rest()
 
@@ -273,6 +274,9 @@ class MMSTTrainer(StageCheckpoints):
         self._cut()
         core = self._core()
         core.add_module(HEADS, self.heads)
+        # Every stage's loss steps back through these, which DistributedDataParallel takes for an error.
+        shared = [f"{HEADS}.layers.{name}" for name, _ in self.heads.layers.named_parameters()]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(core, shared)
         for layer in self.heads.layers:  # checkpointed as the model's own
             own = vars(core.get_submodule(self.partition.layers[-1]))
             vars(layer).update({name: own[name] for name in CHECKPOINTING if name in own})
@@ -469,6 +473,10 @@ class MMSTTrainer(StageCheckpoints):
     def training_step(self, *args, **kwargs):
         """As the host's; in the coupled order, the layer that the backward pass ended at is put to rest."""
         loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            for parameter in self.heads.layers.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self._mean(parameter.grad)
         if self._coupled is not None:
             self._coupled.settle()
         return loss

@@ -29,6 +29,8 @@ def launch(num_processes, *arguments):
         ("bert", "sequential", "plain"),
         ("bert", "simultaneous", "checkpointing"),
         ("vit", "simultaneous", "adaptive"),
+        ("bert", "simultaneous", "head_layers"),
+        ("vit", "sequential", "head_layers"),
     ],
 )
 def test_two_processes_equal_one(name, order, mode, tmp_path):

@@ -12,6 +12,7 @@ from hf_mmst import MMSTConfig, MMSTTrainer
 MODES = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
+    "head_layers": {"head_layers": 1, "max_grad_norm": 0.5},
     "checkpointing": {"activation_checkpointing": True},
     "adaptive": {"transport_schedule": "adaptive", "save_steps": 15, "save_strategy": "steps", "max_steps": 33},
 }
