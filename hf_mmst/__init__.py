@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .stages import load_stages as load_stages
     from .stagewise import Stagewise as Stagewise
     from .trainer import MMSTTrainer as MMSTTrainer
+    from .trials import pilot as pilot
 
 _MODULE_OF = {
     "MMSTConfig": "config",
@@ -24,6 +25,7 @@ _MODULE_OF = {
     "Stagewise": "stagewise",
     "find_layers": "partition",
     "load_stages": "stages",
+    "pilot": "trials",
     "plan": "planner",
 }
 

@@ -40,6 +40,7 @@ def test_the_public_names():
         "Stagewise",
         "find_layers",
         "load_stages",
+        "pilot",
         "plan",
     ]
     for name in hf_mmst.__all__:

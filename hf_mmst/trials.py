@@ -1,0 +1,251 @@
+"""A model, data and a budget -> short trials of cuts, heads and weights, and the settings to train with in earnest."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+from .config import MMSTConfig, parse_bytes
+from .order import Order
+from .simulation import Simulation, Way
+from .trainer import MMSTTrainer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WAY = {field.name for field in fields(Way)}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """
+    What one trial found.
+
+    Attributes:
+        settings (`dict[str, Any]`): fields of [`MMSTConfig`] that were tried.
+        metric (`float`, *optional*): on the held-out samples; `None` if the trial was too large to be run.
+        planned_bytes (`int`): most bytes of tensors in a training step, of the full batch size.
+        epoch_seconds (`float`, *optional*): of an epoch of every stage on all samples, as measured in the trial.
+    """
+
+    settings: dict[str, Any]
+    metric: float | None
+    planned_bytes: int
+    epoch_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """
+    The trials, from the best to the worst, and then those that were too large.
+
+    Attributes:
+        trials (`list[Trial]`): each set of settings once.
+        metric_name (`str`): of what they are ranked by.
+    """
+
+    trials: list[Trial]
+    metric_name: str
+
+    @property
+    def chosen(self) -> Trial | None:
+        """The best trial that fits; `None` if none does."""
+        return self.trials[0] if self.trials and self.trials[0].metric is not None else None
+
+    def config(self) -> str:
+        """The chosen settings, to be pasted; empty if none was."""
+        if self.chosen is None:
+            return ""
+        return f'MMSTConfig("output", {", ".join(f"{k}={v!r}" for k, v in self.chosen.settings.items())})'
+
+    def table(self) -> "Table":
+        """The trials, as a table of the rich library."""
+        from rich.table import Table
+
+        names = list(dict.fromkeys(name for trial in self.trials for name in trial.settings))
+        table = Table("", *names, self.metric_name, "planned MiB", "epoch s")
+        for trial in self.trials:
+            table.add_row(
+                ">" if trial is self.chosen else "x" if trial.metric is None else "",
+                *(str(trial.settings.get(name, "")) for name in names),
+                "-" if trial.metric is None else f"{trial.metric:.4f}",
+                f"{trial.planned_bytes / 2**20:,.0f}",
+                "-" if trial.epoch_seconds is None else f"{trial.epoch_seconds:,.0f}",
+            )
+        return table
+
+
+def pilot(
+    model_init: Callable[[], nn.Module],
+    args: MMSTConfig,
+    train_dataset: Dataset,
+    compute_metrics: Callable | None = None,
+    *,
+    eval_dataset: Dataset | None = None,
+    data_collator: Callable | None = None,
+    processing_class: Any = None,
+    budget: int | str | None = None,
+    num_trials: int = 12,
+    max_steps: int = 60,
+    max_samples: int = 2000,
+    metric: str = "eval_accuracy",
+    greater_is_better: bool = True,
+    space: Mapping[str, Sequence[Any]] | None = None,
+) -> Pilot:
+    """
+    Try small, then roll out: short runs on some of the samples, drawn by optuna's sampler, each from a new model.
+
+    A short run ranks settings; it does not say how good the full run will be. The samples that trials are ranked on are
+    held out of the others, so that no test set is touched.
+
+    Args:
+        model_init (`Callable[[], nn.Module]`): makes the model, each time with the same weights.
+        args ([`MMSTConfig`]): of the full run; what is not tried is taken from there.
+        train_dataset (`Dataset`): with a length; trials are trained on up to `max_samples` of it.
+        compute_metrics (`Callable`, *optional*): as for `Trainer`. Not needed for `metric="eval_loss"`.
+        eval_dataset (`Dataset`, *optional*): what trials are ranked on; a fifth of the samples, held out, by default.
+        data_collator, processing_class: as for `Trainer`.
+        budget (`int` or `str`, *optional*): bytes of device memory, as in `"4GiB"`; what needs more is not run.
+        num_trials (`int`): at most; settings that were drawn before are not run again.
+        max_steps (`int`): optimizer steps of each trial, over all stages.
+        max_samples (`int`): of the dataset, chosen with `args.seed`.
+        metric (`str`): name of the metric to rank by, as [`MMSTTrainer.evaluate`] returns it.
+        greater_is_better (`bool`): whether more of it is better.
+        space (`Mapping[str, Sequence[Any]]`, *optional*): values to try of fields of [`MMSTConfig`]; by default several
+            numbers of stages, `head_layers` 0 and 1, five weights of the transport term, `coupled_laps` 0 and 1.
+
+    Returns:
+        [`Pilot`]
+
+    Raises:
+        `ValueError`: for a field that does not exist, a budget that cannot be read, or a metric that is not there.
+    """
+    import optuna
+
+    limit = None if budget is None else parse_bytes("budget", budget)
+    model = model_init()
+    simulation = _simulation(model, args, train_dataset, data_collator, processing_class)
+    space = dict(space or _space(simulation))
+    for name in space:
+        if name not in {field.name for field in fields(MMSTConfig)}:
+            raise ValueError(f"space names {name!r}, which is no field of MMSTConfig. Set space to fields and values.")
+    train, held_out = _samples(train_dataset, eval_dataset, max_samples, args.seed)
+    found: dict[tuple, Trial] = {}
+
+    def objective(trial: Any) -> float:
+        settings = {name: trial.suggest_categorical(name, list(values)) for name, values in space.items()}
+        key = tuple(settings.items())
+        if key not in found:
+            planned = _planned(simulation, args, settings)
+            found[key] = Trial(settings, None, planned, None)
+            if limit is None or planned <= limit:
+                found[key] = run(settings, planned)
+        value = found[key].metric
+        if value is None:
+            raise optuna.TrialPruned
+        return value
+
+    def run(settings: dict[str, Any], planned: int) -> Trial:
+        trainer = MMSTTrainer(
+            model_init(),
+            _arguments(args, settings, max_steps),
+            data_collator,
+            train,
+            held_out,
+            processing_class,
+            compute_metrics=compute_metrics,
+        )
+        trainer.train()
+        metrics = trainer.evaluate()
+        if metric not in metrics:
+            raise ValueError(f"There is no metric {metric!r}. Set metric to one of {', '.join(sorted(metrics))}.")
+        runtime = next(entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry)
+        steps = math.ceil(len(train_dataset) / trainer.args.train_batch_size)  # type: ignore[arg-type]
+        return Trial(settings, metrics[metric], planned, runtime / max_steps * steps * _turns(trainer))
+
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(
+            direction="maximize" if greater_is_better else "minimize",
+            sampler=optuna.samplers.TPESampler(seed=args.seed, n_startup_trials=max(2, num_trials // 2)),
+        )
+        study.optimize(objective, n_trials=num_trials)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    sign = -1 if greater_is_better else 1
+    ranked = sorted(found.values(), key=lambda one: math.inf if one.metric is None else sign * one.metric)
+    return Pilot(ranked, metric)
+
+
+def _space(simulation: Simulation) -> dict[str, list[Any]]:
+    count = len(simulation.layers)
+    one_width = len({layer.width for layer in simulation.profile}) == 1
+    return {
+        "num_stages": sorted({min(number, count) for number in (2, 4, 8, count)}),
+        "head_layers": [0, 1] if one_width else [0],
+        "transport_weight": [0.0, 0.1, 0.3, 1.0, 3.0],
+        "coupled_laps": [0, 1],
+    }
+
+
+def _samples(train: Any, held_out: Any, max_samples: int, seed: int) -> tuple[Any, Any]:
+    def pick(indices: list[int]) -> Any:
+        return train.select(indices) if hasattr(train, "select") else Subset(train, indices)
+
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:max_samples].tolist()
+    if held_out is not None:
+        return pick(order), held_out
+    cut = max(1, len(order) // 5)
+    return pick(order[cut:]), pick(order[:cut])
+
+
+def _simulation(model: nn.Module, args: MMSTConfig, dataset: Any, collate: Any, processing_class: Any) -> Simulation:
+    """With a batch of the full run's size."""
+    trainer = MMSTTrainer(model, _arguments(args, {}, 1), collate, dataset, processing_class=processing_class)
+    batch = next(iter(trainer.get_train_dataloader()))
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+    return Simulation(model, tensors, precision, "cuda" if args.device.type == "cuda" else "cpu", args.head_layers)
+
+
+def _planned(simulation: Simulation, args: MMSTConfig, settings: Mapping[str, Any]) -> int:
+    """The most over local and coupled laps."""
+    chosen = _arguments(args, settings, 1)
+    simulation.head_layers = settings.get("head_layers", simulation.head_layers)
+    way = {name: getattr(chosen, name) for name in WAY if hasattr(chosen, name)}
+    way["stage_order"] = "sequential" if chosen.stage_order == "multi_lap" else chosen.stage_order
+    ways = [Way(**way)]
+    if chosen.coupled_laps and chosen.stage_residency == "stage":
+        ways.append(Way(stage_order="coupled"))
+    elif chosen.coupled_laps:
+        ways.append(Way(activation_checkpointing=bool(chosen.activation_checkpointing)))
+    return max(simulation.peak(one).total for one in ways)
+
+
+def _arguments(args: MMSTConfig, settings: Mapping[str, Any], max_steps: int) -> MMSTConfig:
+    """Those of the full run with some others, for a trial that leaves nothing behind."""
+    chosen = copy.deepcopy(args)
+    short = {
+        "max_steps": max_steps,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": [],
+        "push_to_hub": False,
+    }
+    for name, value in {**short, "memory_budget": None, "load_best_model_at_end": False, **settings}.items():
+        setattr(chosen, name, value)
+    chosen.check_stages()
+    return chosen
+
+
+def _turns(trainer: MMSTTrainer) -> float:
+    """Epochs that all stages together take for one of each."""
+    args = trainer.args
+    turns = Order.turns(args.stage_order, trainer.partition.num_stages, args.num_laps, args.coupled_laps)
+    return len(turns) / (args.num_laps + args.coupled_laps)

@@ -1,0 +1,68 @@
+"""Short trials that choose settings: what is tried, what does not fit, and what nothing is left of."""
+
+import pytest
+from datasets import Dataset
+from test_trainer import accuracy, arguments
+from zoo import Samples, make
+
+from hf_mmst import pilot
+from hf_mmst.trials import _samples
+
+SPACE = {"num_stages": [1, 2, 4], "transport_weight": [0.0, 1.0]}
+
+
+def run(folder, **settings):
+    settings = {"num_trials": 6, "max_steps": 4, "space": SPACE, "compute_metrics": accuracy, **settings}
+    return pilot(lambda: make("vit"), arguments(folder), Samples("vit", 40), **settings)
+
+
+def test_the_best_trial_is_the_config_to_paste(tmp_path):
+    found = run(tmp_path)
+    assert 1 < len(found.trials) <= 6
+    assert len({str(trial.settings) for trial in found.trials}) == len(found.trials)
+    assert [t.metric for t in found.trials] == sorted((t.metric for t in found.trials), reverse=True)
+    best = found.chosen.settings
+    expected = f"num_stages={best['num_stages']}, transport_weight={best['transport_weight']}"
+    assert found.config() == f'MMSTConfig("output", {expected})'
+    assert all(trial.epoch_seconds > 0 for trial in found.trials)
+    assert found.table().row_count == len(found.trials)
+    again = run(tmp_path)
+    assert [(t.settings, t.metric) for t in again.trials] == [(t.settings, t.metric) for t in found.trials]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_needs_more_than_the_budget_is_not_run(tmp_path):
+    peaks = sorted({trial.planned_bytes for trial in run(tmp_path).trials})
+    found = run(tmp_path, budget=peaks[0])
+    assert {trial.planned_bytes for trial in found.trials if trial.metric is not None} == {peaks[0]}
+    assert any(trial.metric is None and trial.epoch_seconds is None for trial in found.trials)
+    none = run(tmp_path, budget="1KiB")
+    assert none.chosen is None
+    assert none.config() == ""
+
+
+def test_the_default_space_is_of_the_model(tmp_path):
+    found = run(tmp_path, space=None, num_trials=3, metric="eval_loss", greater_is_better=False, compute_metrics=None)
+    for trial in found.trials:
+        assert trial.settings.keys() == {"num_stages", "head_layers", "transport_weight", "coupled_laps"}
+        assert trial.settings["num_stages"] in (2, 4)
+    assert [t.metric for t in found.trials] == sorted(t.metric for t in found.trials)
+
+
+def test_samples_to_rank_on_are_held_out():
+    data = Dataset.from_dict({"index": list(range(40))})
+    train, held_out = _samples(data, None, 20, seed=0)
+    assert (len(train), len(held_out)) == (16, 4)
+    assert not {*train["index"]} & {*held_out["index"]}
+    train, own = _samples(data, held_out, 20, seed=0)
+    assert own is held_out
+    assert len(train) == 20
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="space names 'stages', which is no field of MMSTConfig"):
+        run(tmp_path, space={"stages": [1]})
+    with pytest.raises(ValueError, match="There is no metric 'eval_f1'. Set metric to one of eval_accuracy"):
+        run(tmp_path, metric="eval_f1")
+    with pytest.raises(ValueError, match='Set budget to one with a unit, as in "4GiB"'):
+        run(tmp_path, budget="much")
