@@ -51,23 +51,33 @@ from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
 from hf_mmst.memory import PeakMemory
 from hf_mmst.report import write_json
 
-GREEDY = {"transport_weight": 0.0}
+PAPER = {"head_layers": 0}  # pooling heads, as in the paper, whatever the model
 METHODS = {
     "end-to-end": None,
     "lora": None,
     "freeze": None,
-    "greedy": GREEDY,
-    "transport": {},
-    "transport, w = 0.1": {"transport_weight": 0.1},
-    "transport, w = 1": {"transport_weight": 1.0},
-    "transport, w = 3": {"transport_weight": 3.0},
-    "transport, mean": {"transport_norm": "mean", "transport_weight": 1.0},
-    "transport, sum": {"transport_norm": "sum", "transport_weight": 1e-4},
-    "transport, paper": {"transport_schedule": "paper"},
-    "transport, multipliers": {"transport_schedule": "multipliers"},
-    "transport, adaptive": {"transport_schedule": "adaptive"},
-    "sequential": {"stage_order": "sequential"},
-    "multi_lap": {"stage_order": "multi_lap", "num_laps": 3},
+    "greedy": {**PAPER, "transport_weight": 0.0},
+    "transport": PAPER,
+    "transport, w = 0.1": {**PAPER, "transport_weight": 0.1},
+    "transport, w = 1": {**PAPER, "transport_weight": 1.0},
+    "transport, w = 3": {**PAPER, "transport_weight": 3.0},
+    "transport, mean": {**PAPER, "transport_norm": "mean", "transport_weight": 1.0},
+    "transport, sum": {**PAPER, "transport_norm": "sum", "transport_weight": 1e-4},
+    "transport, paper": {**PAPER, "transport_schedule": "paper"},
+    "transport, multipliers": {**PAPER, "transport_schedule": "multipliers"},
+    "transport, adaptive": {**PAPER, "transport_schedule": "adaptive"},
+    "transport, head rate": {**PAPER, "head_rate": 10},
+    "transport, rate decay": {**PAPER, "stage_learning_rate_decay": 0.8},
+    "transport, sequential": {**PAPER, "stage_order": "sequential"},
+    "transport, multi_lap": {**PAPER, "stage_order": "multi_lap", "num_laps": 3},
+    "transport, coupled lap": {**PAPER, "coupled_laps": 1},
+    "layers": {"head_layers": 1},
+    "layers, greedy": {"head_layers": 1, "transport_weight": 0.0},
+    "layers, two": {"head_layers": 2},
+    "layers, head rate": {"head_layers": 1, "head_rate": 10},
+    "layers, head rate, greedy": {"head_layers": 1, "head_rate": 10, "transport_weight": 0.0},
+    "layers, head rate, coupled lap": {"head_layers": 1, "head_rate": 10, "coupled_laps": 1},
+    "layers, coupled lap": {"head_layers": 1, "coupled_laps": 1},
     "coupled": {"stage_order": "coupled"},
 }
 ONCE = ("end-to-end", "lora", "coupled")  # methods that the number of stages does not change
@@ -186,6 +196,9 @@ def measure(args: argparse.Namespace) -> dict:
     """One run, in this process."""
     run, settings = args.one, METHODS[args.one["method"]]
     stagewise = settings is not None
+    if stagewise and "head_rate" in settings:
+        settings = {**settings, "head_learning_rate": settings["head_rate"] * run["learning_rate"]}
+        del settings["head_rate"]
     with tempfile.TemporaryDirectory() as folder:
         config = (MMSTConfig if stagewise else TrainingArguments)(
             folder,
