@@ -168,6 +168,8 @@ def plan(
     rows: dict[Way, Row] = {}
 
     def fits(way: Way) -> bool:
+        if limit is not None and _held(simulation, way) > limit:
+            return False
         if way not in rows:
             rows[way] = _row(simulation, way)
         return _fits(rows[way], limit)
@@ -187,7 +189,8 @@ def plan(
             chosen = ways[bisect_left(ways[:-1], True, key=fits)]
             break
     for way in [way for way in rows if way.stage_residency == "stage" and way in (chosen, ways[-1])]:
-        fits(replace(way, feature_cache="disk"))
+        cached = replace(way, feature_cache="disk")
+        rows[cached] = _row(simulation, cached, rows[way].peak)  # what is read takes the place of what was computed
     found = sorted(rows.values(), key=lambda row: (row.way.num_stages > 1, -row.peak.total))
     best = None if chosen is None else rows[chosen]
     reason = _reason(found, limit, best)
@@ -251,8 +254,16 @@ def _least(way: Way, whole: Peak) -> int:
     return whole.weights + whole.states + (0 if way.stage_clipping else whole.states // 2)  # gradients
 
 
-def _row(simulation: Simulation, way: Way) -> Row:
-    return Row(_name(way), way, simulation.peak(way), _compute(simulation, way), *_elsewhere(simulation, way))
+def _held(simulation: Simulation, way: Way) -> int:
+    """Bytes that a resident stage surely takes: what its layers hold when its forward pass ends; 0 for other ways."""
+    if way.stage_residency != "stage" or way.activation_checkpointing:
+        return 0
+    held = {layer.name: layer.weights + layer.states + layer.activations for layer in simulation.by_layer}
+    return max(sum(held[name] for name in stage) for stage in simulation.partition(way.num_stages).stages)
+
+
+def _row(simulation: Simulation, way: Way, peak: Peak | None = None) -> Row:
+    return Row(_name(way), way, peak or simulation.peak(way), _compute(simulation, way), *_elsewhere(simulation, way))
 
 
 def _name(way: Way) -> str:
