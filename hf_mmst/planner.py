@@ -221,6 +221,10 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Ro
     args.memory_budget = None
     for name, value in found.settings.items():
         setattr(args, name, value)
+    if args.stage_order == "simultaneous" and args.feature_cache != "none":
+        args.feature_cache = "none"
+        if args.process_index == 0:
+            print("hf_mmst: all stages learn on each batch, so there is nothing to keep in a feature cache")
     return found.chosen
 
 
