@@ -217,7 +217,8 @@ class MMSTConfig(TrainingArguments):
                 'stage_residency="stage" keeps one stage in device memory, but with stage_order="simultaneous" all of '
                 'them learn on each batch. Set stage_order to "sequential" or "multi_lap", or stage_residency="all".'
             )
-        if self.feature_cache != "none" and self.stage_order in ("simultaneous", "coupled"):
+        planned = self.memory_budget is not None  # the order is not known yet
+        if self.feature_cache != "none" and self.stage_order in ("simultaneous", "coupled") and not planned:
             raise ValueError(
                 f'feature_cache="{self.feature_cache}" keeps what a stage gets while the stages before it rest, but '
                 f'with stage_order="{self.stage_order}" all of them learn on each batch. Set stage_order to '

@@ -187,6 +187,8 @@ def plan(
     rows: dict[Way, Row] = {}
 
     def fits(way: Way) -> bool:
+        if limit is not None and _held(simulation, way) > limit:
+            return False
         if way not in rows:
             rows[way] = _row(simulation, way)
         return _fits(rows[way], limit)
@@ -209,8 +211,9 @@ def plan(
         if fits(ways[-1]) and limit is not None and chosen is None:  # more stages take less
             chosen = ways[bisect_left(ways[:-1], True, key=fits)]
     for way in [*rows]:
-        if way == chosen or not way.activation_checkpointing:
-            fits(replace(way, feature_cache="disk" if way.stage_order == "sequential" else "none"))
+        if way.stage_order == "sequential" and (way == chosen or not way.activation_checkpointing):
+            cached = replace(way, feature_cache="disk")
+            rows[cached] = _row(simulation, cached, rows[way].peak)  # what is read takes the place of what was computed
     found = sorted(rows.values(), key=lambda row: (row.way.num_stages > 1, -row.peak.total))
     best = None if chosen is None else rows[chosen]
     reason = _reason(found, limit, best)
@@ -243,6 +246,10 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Ro
     args.memory_budget = None
     for name, value in found.settings.items():
         setattr(args, name, value)
+    if args.stage_order != "sequential" and args.feature_cache != "none":
+        args.feature_cache = "none"
+        if args.process_index == 0:
+            print("hf_mmst: all stages learn on each batch, so there is nothing to keep in a feature cache")
     args.check_stages()
     return found.chosen
 
@@ -279,8 +286,16 @@ def _least(way: Way, whole: Peak) -> int:
     return whole.weights + whole.states + (0 if way.stage_clipping else whole.states // 2)  # gradients
 
 
-def _row(simulation: Simulation, way: Way) -> Row:
-    return Row(_name(way), way, simulation.peak(way), _compute(simulation, way), *_elsewhere(simulation, way))
+def _held(simulation: Simulation, way: Way) -> int:
+    """Bytes that a resident stage surely takes: what its layers hold when its forward pass ends; 0 for other ways."""
+    if way.stage_residency != "stage" or way.activation_checkpointing:
+        return 0
+    held = {layer.name: layer.weights + layer.states + layer.activations for layer in simulation.by_layer}
+    return max(sum(held[name] for name in stage) for stage in simulation.partition(way.num_stages).stages)
+
+
+def _row(simulation: Simulation, way: Way, peak: Peak | None = None) -> Row:
+    return Row(_name(way), way, peak or simulation.peak(way), _compute(simulation, way), *_elsewhere(simulation, way))
 
 
 def _name(way: Way) -> str:

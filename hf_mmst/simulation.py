@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from .coupled import CoupledResidency
@@ -99,6 +100,7 @@ class Simulation:
         self.profile = profile_layers(model, self.layers)
         self.head_layers = num_head_layers(head_layers, model, [layer.width for layer in self.profile])
         self._mode = FakeTensorMode()
+        self._states = WeakTensorKeyDictionary()
         self.model = self._without_data(model).train()
         with self._mode:
             self.inputs = {name: self._fake(value) for name, value in inputs.items()}
@@ -157,7 +159,7 @@ class Simulation:
     def _end_to_end(self, model: nn.Module, way: Way) -> Peak:
         with self._mode, self._checkpointing(model, way):
             parameters = list(model.parameters())
-            optimizer = _with_states([p for p in parameters if p.requires_grad])
+            optimizer = self._with_states([p for p in parameters if p.requires_grad])
             tracker = self._tracker(parameters, optimizer)
             with tracker:
                 with self._autocast():
@@ -181,7 +183,7 @@ class Simulation:
             learned = everything
             if way.stage_residency == "all" and stages[-1] < way.num_stages - 1:
                 learned = [*(p for own in shared[: stages[-1] + 1] for p in own), *heads.layers.parameters()]
-            optimizer = _with_states([p for p in learned if p.requires_grad])
+            optimizer = self._with_states([p for p in learned if p.requires_grad])
             given = self._input_of(engine, stages[0]) if way.feature_cache != "none" and stages[0] > 0 else None
             if way.stage_residency == "stage":
                 residency = stack.enter_context(self._residency(_Resident, partition, optimizer))
@@ -220,7 +222,7 @@ class Simulation:
         way = Way(activation_checkpointing=True)
         with self._mode, self._checkpointing(self.model, way), contextlib.ExitStack() as stack:
             parameters = list(self.model.parameters())
-            optimizer = _with_states([p for p in parameters if p.requires_grad])
+            optimizer = self._with_states([p for p in parameters if p.requires_grad])
             residency = stack.enter_context(self._residency(_Coupled, partition, optimizer))
             tracker = self._tracker(parameters, optimizer)
             with tracker:
@@ -273,6 +275,15 @@ class Simulation:
         states = [value for state in optimizer.state.values() for value in state.values()]
         held = [sum(t.untyped_storage().nbytes() for t in group) for group in (weights, states)]
         return Peak(held[0], held[1], total)
+
+    def _with_states(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        for parameter in parameters:
+            if parameter not in self._states:  # those of the model serve all ways: no step changes them
+                first, second = torch.empty_like(parameter), torch.empty_like(parameter)
+                self._states[parameter] = {"step": first.new_zeros(()), "exp_avg": first, "exp_avg_sq": second}
+            optimizer.state[parameter] = {**self._states[parameter]}
+        return optimizer
 
     def _weights(self, name: str) -> int:
         return sum(p.nbytes for p in self.model.get_submodule(name).parameters())
@@ -336,7 +347,9 @@ class _Nowhere(Shelf):
     """A shelf in no memory at all."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device, folder: str):
-        self.device, self.tensors = device, [tensor.new_empty(()).expand(tensor.shape) for tensor in tensors]
+        alike = {(tensor.shape, tensor.dtype): tensor for tensor in tensors}
+        made = {kind: tensor.new_empty(()).expand(tensor.shape) for kind, tensor in alike.items()}
+        self.device, self.tensors = device, [made[tensor.shape, tensor.dtype] for tensor in tensors]
 
     def take(self) -> list[torch.Tensor]:
         return [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for tensor in self.tensors]
@@ -352,14 +365,6 @@ class _Resident(Residency):
 
 class _Coupled(CoupledResidency):
     shelf = _Nowhere
-
-
-def _with_states(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(parameters, fused=True)
-    for parameter in parameters:
-        first, second = torch.empty_like(parameter), torch.empty_like(parameter)
-        optimizer.state[parameter] = {"step": first.new_zeros(()), "exp_avg": first, "exp_avg_sq": second}
-    return optimizer
 
 
 @contextlib.contextmanager

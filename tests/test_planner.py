@@ -225,6 +225,21 @@ def test_a_budget_in_the_arguments_plans_before_training(way, tmp_path, capsys):
     assert {*logged} == expected
 
 
+@pytest.mark.parametrize(("share", "cache"), [(0.9, "none"), (0.35, "memory")])
+def test_a_budget_with_a_feature_cache(share, cache, tmp_path, capsys):
+    """The cache is used where stages learn in turn, as the plan may choose."""
+    model = build("vit")
+    whole = simulation(model, "fp32").peak(Way()).total
+    args = arguments(
+        tmp_path, memory_budget=str(int(share * whole)), per_device_train_batch_size=BATCH, feature_cache="memory"
+    )
+    trained = MMSTTrainer(model, args, train_dataset=Zeros(model))
+    assert args.feature_cache == cache
+    assert ("nothing to keep in a feature cache" in capsys.readouterr().out) == (cache == "none")
+    trained.train()
+    assert (trained._cache is None) == (cache == "none")
+
+
 def test_a_budget_that_cannot_be_met_is_refused_before_training(tmp_path):
     model = build("vit")
     args = arguments(tmp_path, memory_budget="1MiB", per_device_train_batch_size=BATCH)
