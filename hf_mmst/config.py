@@ -72,6 +72,9 @@ class MMSTConfig(TrainingArguments):
         cache_views (`int`, *optional*):
             Fixes random augmentation: in epoch e a sample is view e mod `cache_views` of it. A feature cache needs
             that where the dataset is random.
+        model_card (`bool`, *optional*, defaults to `True`):
+            Whether [`MMSTTrainer.push_to_hub`] and [`MMSTTrainer.create_model_card`] write a model card,
+            `README.md` and `stages.png` in `output_dir`; `False` leaves one that you wrote alone.
 
     Raises:
         `ValueError`: for a value that cannot be, saying which field to set to what.
@@ -130,12 +133,19 @@ class MMSTConfig(TrainingArguments):
             "help": "Number of different views that random augmentation makes of a sample; not limited if unset."
         },
     )
+    model_card: bool = field(
+        default=True, metadata={"help": "Write a model card, README.md and stages.png, when pushing to the Hub."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.check_stages()
         # A stage that has learned looks unused to DistributedDataParallel: without this its gradients stay local.
         self.ddp_find_unused_parameters = True
+
+    def __getstate__(self):
+        """What is pickled, as in `training_args.bin`: everything but the token."""
+        return {**vars(self), "hub_token": None}
 
     @property
     def place_model_on_device(self):
