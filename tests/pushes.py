@@ -1,6 +1,7 @@
 """A process that pushes to, or loads from, the Hub at HF_ENDPOINT. Arguments: what to do, folder."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -90,7 +91,11 @@ def load(folder):
     stages = load_stages(Path(hf_hub_download("tester/texts", "stages.json")).parent)
     assert stages.partition.num_stages == 3
     card = Path(hf_hub_download("tester/texts", "README.md")).read_text()
-    exec(card.partition("```python\n")[2].partition("```")[0], {})
+    plain, early = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(plain, {})
+    scope = {}
+    exec(early, scope)
+    assert scope["early"].partition == stages.partition
 
 
 if __name__ == "__main__":

@@ -63,7 +63,12 @@ def test_the_card_says_what_the_run_found(pushed):
     assert accuracy.dataset_name == "some words"
     assert f"| accuracy | {accuracy.metric_value:.4f} |" in card.text
     assert f"| 3 | `bert.encoder.layer.2` .. `bert.encoder.layer.3` | {accuracy.metric_value:.4f} |" in card.text
-    for words in ("| stage_order | sequential |", "| measured peak (cpu", "| planned, of tensors |", "stages.png"):
+    for words in (
+        "| stage_order | sequential |",
+        "| measured peak (the process, above what it held before; cpu",
+        "| planned, of tensors |",
+        "stages.png",
+    ):
         assert words in card.text
 
 
