@@ -40,7 +40,7 @@ class MMSTConfig(TrainingArguments):
             Laps R of the `"multi_lap"` order.
         head_pooling (`str`, *optional*, defaults to `"auto"`):
             How an auxiliary head pools the tokens: `"mean"` over the tokens (padding left out), `"cls"` the first
-            token, `"auto"` the mean.
+            token, `"auto"` the mean, or, of the feature maps of a convolutional network, a convolution.
         transport_weight (`float`, *optional*, defaults to 0.3):
             Weight of the transport term in each stage's loss, 1 / (2 tau) in the paper's notation; 0 is greedy
             training. With `transport_norm="relative"` it has no unit and travels between models.

@@ -46,6 +46,7 @@ def save_stages(folder: str | os.PathLike, stages: Stages, weights: dict[str, An
             "widths": stages.heads.widths,
             "num_labels": stages.heads.num_labels,
             "pooling": stages.heads.pooling,
+            "maps": stages.heads.maps,
         },
         "config": stages.config,
         "transport_state": stages.transport_state,

@@ -29,7 +29,7 @@ from .memory import TurnPeaks
 from .order import Order, Segment
 from .partition import Partition, checkpoints_across, find_layers
 from .planner import plan_for, planned_peak
-from .probe import profile_layers
+from .probe import LayerProfile, check_cut, profile_layers
 from .residency import Residency
 from .results import run_results
 from .stagewise import StageStep, Stagewise
@@ -115,12 +115,16 @@ class MMSTTrainer(StageCheckpoints):
         if self._cut_model is model:
             return
         self.args.check_stages()
-        self.partition, widths = self._partition(model)
+        self.partition, ends = self._partition(model)
         num_stages = self.partition.num_stages
         if num_stages > 1:
             self._refuse_task(model)
         self.heads = StageHeads(
-            widths, getattr(model.config, "num_labels", 0), self.args.head_pooling, seed=self.args.seed
+            [end.width for end in ends],
+            getattr(model.config, "num_labels", 0),
+            self.args.head_pooling,
+            seed=self.args.seed,
+            maps=[end.is_map and self.args.head_pooling == "auto" for end in ends],
         )
         self.heads.to(device=self.args.device, dtype=_dtype(model))
         self._engine = Stagewise(model, self.partition, self.heads, self.args.transport_norm)
@@ -134,8 +138,8 @@ class MMSTTrainer(StageCheckpoints):
         self._cut_model = model
         self._stage_parameters = parameters_by_stage(model, self.partition, self.heads)
 
-    def _partition(self, model: nn.Module) -> tuple[Partition, list[int]]:
-        """The cut, and the widths of the hidden states at the ends of all stages but the last."""
+    def _partition(self, model: nn.Module) -> tuple[Partition, list[LayerProfile]]:
+        """The cut, and the layers at the ends of all stages but the last."""
         args = self.args
         if args.num_stages == 1 and args.stage_boundaries is None and args.stage_order != "coupled":
             try:
@@ -156,8 +160,9 @@ class MMSTTrainer(StageCheckpoints):
             partition = Partition.by_names(layers, args.stage_boundaries)
         else:
             partition = Partition.by_cost(layers, args.num_stages, [layer.flops for layer in profile])
-        widths = {layer.name: layer.width for layer in profile}
-        return partition, [widths[name] for name in partition.boundaries[:-1]]
+        check_cut(model, partition)
+        by_name = {layer.name: layer for layer in profile}
+        return partition, [by_name[name] for name in partition.boundaries[:-1]]
 
     def _refuse_wrappers(self) -> None:
         for name in ("deepspeed", "fsdp"):

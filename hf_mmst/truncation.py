@@ -40,6 +40,12 @@ def truncate(model: PreTrainedModel, stages: Stages, num_stages: int) -> PreTrai
             f"num_stages={num_stages} of {partition.num_stages} cannot be kept: set it to a number from 1 to "
             f"{partition.num_stages - 1}."
         )
+    head: Any = stages.heads[num_stages - 1]
+    if not isinstance(head, PoolingHead):
+        raise ValueError(
+            f"The head of stage {num_stages} is a {type(head).__name__}, which no plain {kind} can express. Use "
+            "EarlyExit, which keeps the heads."
+        )
     layers = [name for stage in partition.stages[:num_stages] for name in stage]
     small = type(model)(_shortened(model, layers)).eval()
     found = {name for name, _ in small.named_modules()}
@@ -59,7 +65,6 @@ def truncate(model: PreTrainedModel, stages: Stages, num_stages: int) -> PreTrai
     if missing:
         raise ValueError(f"A {kind} with fewer layers has other weights ({missing[0]}, ...). Use EarlyExit.")
     small.load_state_dict({name: weights[name] for name in small.state_dict() if name in weights}, strict=False)
-    head: Any = stages.heads[num_stages - 1]
     small.get_submodule(norm).load_state_dict(head.norm.state_dict())
     _set_classifier(small, small.get_submodule(classifier), head)
     _check(model, small, stages, num_stages, small.get_submodule(norm).eps)
