@@ -43,7 +43,7 @@ class StageCheckpoints(Trainer):
         """As the host's, written beside and renamed: a folder `checkpoint-<step>` is whole or not there."""
         self._weights.sync(self._mean)
         run_dir, step = self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"
-        beside, final = os.path.join(run_dir, ".saving"), os.path.join(run_dir, step)
+        beside, final = os.path.join(run_dir, "_saving"), os.path.join(run_dir, step)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             shutil.rmtree(beside, ignore_errors=True)
@@ -72,8 +72,9 @@ class StageCheckpoints(Trainer):
         return self._saving_in or super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        """As the host's, with the files of the stages; not before the checkpoint is whole."""
-        if self._saving_in is not None:
+        """As the host's, with the files of the stages; not before the checkpoint is whole, nor into a push."""
+        push = getattr(self, "push_in_progress", None)
+        if self._saving_in is not None or (push and not push.is_done() and not self.args.hub_always_push):
             return
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             for name in (JSON_NAME, HEADS_NAME):

@@ -44,7 +44,7 @@ class MMSTConfig(TrainingArguments):
             With `stage_residency="stage"`, which then sets `activation_checkpointing`, one layer is in device memory.
         head_pooling (`str`, *optional*, defaults to `"auto"`):
             How an auxiliary head pools the tokens: `"mean"` over the tokens (padding left out), `"cls"` the first
-            token, `"auto"` the mean.
+            token, `"auto"` the mean, or, of the feature maps of a convolutional network, a convolution.
         head_layers (`int`, *optional*):
             Number of the model's last layers of which the auxiliary heads share a copy, so that a stage is judged by
             what they make of its output. It costs the memory of that many more layers, once, and their time in each
@@ -85,6 +85,9 @@ class MMSTConfig(TrainingArguments):
         cache_views (`int`, *optional*):
             Fixes random augmentation: in epoch e a sample is view e mod `cache_views` of it. A feature cache needs
             that where the dataset is random.
+        model_card (`bool`, *optional*, defaults to `True`):
+            Whether [`MMSTTrainer.push_to_hub`] and [`MMSTTrainer.create_model_card`] write a model card,
+            `README.md` and `stages.png` in `output_dir`; `False` leaves one that you wrote alone.
 
     Raises:
         `ValueError`: for a value that cannot be, saying which field to set to what.
@@ -157,12 +160,19 @@ class MMSTConfig(TrainingArguments):
             "help": "Number of different views that random augmentation makes of a sample; not limited if unset."
         },
     )
+    model_card: bool = field(
+        default=True, metadata={"help": "Write a model card, README.md and stages.png, when pushing to the Hub."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.check_stages()
         # A stage that has learned looks unused to DistributedDataParallel: without this its gradients stay local.
         self.ddp_find_unused_parameters = True
+
+    def __getstate__(self):
+        """What is pickled, as in `training_args.bin`: everything but the token."""
+        return {**vars(self), "hub_token": None}
 
     @property
     def place_model_on_device(self):

@@ -12,7 +12,7 @@ from .hidden_states import call_with, hidden_states_of
 HEADS = "mmst_heads"  # the name by which the model has the heads while it trains
 
 
-class StageHead(nn.Module):
+class PoolingHead(nn.Module):
     """
     The part of an auxiliary classifier F_k that is the stage's own: LayerNorm, pooling over tokens, Linear.
 
@@ -47,6 +47,30 @@ class StageHead(nn.Module):
         return self.classifier((tokens * kept).sum(1) / kept.sum(1).clamp(min=1))
 
 
+class ConvHead(nn.Module):
+    """
+    Auxiliary classifier F_k of a stage of a convolutional network (the paper's head for ResNet and VGG).
+
+    Conv 3x3, ReLU, average pooling to 2 x 2, BatchNorm, Linear.
+
+    Args:
+        width (`int`): channels D of the feature maps.
+        num_labels (`int`): number of logits.
+    """
+
+    def __init__(self, width: int, num_labels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.norm = nn.BatchNorm2d(width)
+        self.classifier = nn.Linear(4 * width, num_labels)
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `[B, num_labels]` of feature maps `[B, D, H, W]`, which have no mask."""
+        pooled = self.pool(self.conv(features.to(self.conv.weight.dtype)).relu())
+        return self.classifier(self.norm(pooled).flatten(1))
+
+
 class StageHeads(nn.Module):
     """
     The auxiliary classifiers of stages 1 .. K-1, in order. The last stage keeps the model's own head.
@@ -59,6 +83,7 @@ class StageHeads(nn.Module):
         widths (`Sequence[int]`): features D of the hidden states at the end of each of those stages.
         num_labels (`int`): number of logits.
         pooling (`str`): `"auto"`, `"mean"` or `"cls"`; `"auto"` is `"mean"`.
+        maps (`Sequence[bool]`): which of those stages get a [`ConvHead`]; none by default.
         seed (`int`): seed of the initial weights; the global random state is left as it was.
         layers (`Sequence[nn.Module]`): copied, weights and all.
         norm (`nn.LayerNorm`, *optional*): the model's last norm, from which those of the heads begin.
@@ -70,16 +95,21 @@ class StageHeads(nn.Module):
         num_labels: int,
         pooling: str = "auto",
         seed: int = 0,
+        maps: Sequence[bool] = (),
         layers: Sequence[nn.Module] = (),
         norm: nn.LayerNorm | None = None,
     ):
         super().__init__()
         self.widths, self.num_labels = tuple(widths), num_labels
         self.pooling = "mean" if pooling == "auto" else pooling
+        self.maps = tuple(maps) or (False,) * len(self.widths)
         self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.heads = nn.ModuleList(StageHead(width, num_labels, self.pooling, norm) for width in widths)
+            self.heads = nn.ModuleList(
+                ConvHead(width, num_labels) if is_map else PoolingHead(width, num_labels, self.pooling, norm)
+                for width, is_map in zip(self.widths, self.maps, strict=True)
+            )
 
     def __len__(self) -> int:
         return len(self.heads)

@@ -116,7 +116,8 @@ def find_layers(model: nn.Module) -> list[str]:
             "model with an encoder, such as AutoModelForImageClassification or AutoModelForSequenceClassification."
         )
     trunk = max(candidates, key=lambda name: _num_parameters(candidates[name]))
-    layers = [name for child, group in candidates[trunk].named_children() for name in _open(f"{trunk}.{child}", group)]
+    trunk = next((name for name in lists if trunk.startswith(f"{name}.")), trunk)  # the blocks of one resolution
+    layers = [name for child, group in lists[trunk].named_children() for name in _open(f"{trunk}.{child}", group)]
     for name in layers:
         if any(getattr(module, "is_causal", False) is True for module in model.get_submodule(name).modules()):
             raise ValueError(
@@ -145,16 +146,22 @@ def checkpoints_across(model: nn.Module, partition: Partition) -> str | None:
 
 def _open(name: str, group: nn.Module) -> Iterable[str]:
     """The names of the layers inside a group, or the name itself if it is a layer."""
-    inner = [(n, m) for n, m in group.named_children() if _is_list_of_like_modules(m, at_least=1)]
+    if isinstance(group, nn.ModuleList):
+        return [f"{name}.{child}" for child, _ in group.named_children()]
+    inner = [
+        (n, m) for n, m in group.named_children() if _is_list_of_like_modules(m, 1, (nn.ModuleList, nn.Sequential))
+    ]
     if isinstance(group, GradientCheckpointingLayer):
         inner = [(n, m) for n, m in inner if _holds_checkpointed_layers(m)]
     inner = [(n, m) for n, m in inner if 2 * _num_parameters(m) > _num_parameters(group)]
     return [f"{name}.{n}.{child}" for n, m in inner for child, _ in m.named_children()] or [name]
 
 
-def _is_list_of_like_modules(module: nn.Module, at_least: int = 2) -> bool:
+def _is_list_of_like_modules(
+    module: nn.Module, at_least: int = 2, kinds: tuple[type[nn.Module], ...] = (nn.ModuleList,)
+) -> bool:
     children = list(module.children())
-    return isinstance(module, nn.ModuleList) and len(children) >= at_least and len({type(c) for c in children}) == 1
+    return isinstance(module, kinds) and len(children) >= at_least and len({type(c) for c in children}) == 1
 
 
 def _holds_checkpointed_layers(module: nn.Module) -> bool:

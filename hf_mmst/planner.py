@@ -254,6 +254,29 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Ro
     return found.chosen
 
 
+def planned_peak(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Peak | None:
+    """What the run that `args` describe takes; `None` for a cut by names, or a model that cannot be simulated."""
+    if args.stage_boundaries is not None:
+        return None
+    way = Way(
+        num_stages=args.num_stages,
+        stage_order="sequential" if args.stage_order == "multi_lap" else args.stage_order,
+        stage_residency=args.stage_residency,
+        stage_clipping=args.stage_clipping,
+        activation_checkpointing=bool(args.activation_checkpointing),
+    )
+    try:
+        return _simulation(args, model, batch).peak(way)
+    except (ValueError, RuntimeError, NotImplementedError):
+        return None
+
+
+def _simulation(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Simulation:
+    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    return Simulation(model, tensors, precision, "cuda" if args.device.type == "cuda" else "cpu")
+
+
 def _rivals(simulation: Simulation) -> Iterator[Way]:
     yield Way()
     if not checkpoints_across(simulation.model, simulation.partition(len(simulation.layers))):

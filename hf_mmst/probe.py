@@ -1,61 +1,173 @@
-"""Model and its layers' names -> what each layer costs and puts out, from one forward pass that allocates nothing."""
+"""Model and its layers' names -> what each layer costs and puts out, from one forward pass without data."""
 
 import copy
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from .hidden_states import hidden_states_of
+from .hidden_states import detached, hidden_states_of
+from .partition import Partition
+
+SAMPLES = 2  # in a batch that is looked at
+_DEPENDS_ON_DATA = (RuntimeError, NotImplementedError, AssertionError)
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """What one layer does to one sample: its name, floating-point operations, and the width D of its output."""
+    """
+    What one layer does to one sample: its name, floating-point operations, the width D of its output, and whether
+    that is a map `[D, H, W]` rather than tokens `[N, D]`.
+    """
 
     name: str
     flops: int
     width: int
+    is_map: bool = False
 
 
 def profile_layers(model: nn.Module, layers: Sequence[str]) -> list[LayerProfile]:
     """
     Run a copy of `model` on the meta device, where tensors have shapes but no data, and watch its layers.
 
+    A model whose forward pass depends on data (it looks into a mask, say) is run as it is, on zeros; the operations of
+    a layer are then taken to be as many as its parameters.
+
     Args:
-        model (`nn.Module`): the model; it is neither run nor changed.
+        model (`nn.Module`): the model; it is not changed.
         layers (`Sequence[str]`): names of its layers, in the order in which they should run.
 
     Returns:
         `list[LayerProfile]`: one a layer, for one sample (text: 16 tokens; the unit cancels in a cut by cost).
 
     Raises:
-        `ValueError`: if the layers do not each run exactly once in that order, as in models that share layers.
+        `ValueError`: if the layers do not each run exactly once in that order, as in models that share layers, or do
+            not give one row for each sample.
     """
-    twin = on_meta(model).eval()
-    widths: dict[str, int] = {}
+    shapes: dict[str, torch.Size] = {}
     calls: list[str] = []
 
-    def watch(name, _module, _args, output):
+    def watch(name, output):
         calls.append(name)
-        hidden = hidden_states_of(output)
-        widths[name] = hidden.shape[1] if hidden.dim() == 4 else hidden.shape[-1]
+        shapes[name] = hidden_states_of(output).shape
 
-    for name in layers:
-        twin.get_submodule(name).register_forward_hook(functools.partial(watch, name))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin(**dummy_inputs(model, device="meta"))
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            _run(on_meta(model).eval(), layers, watch)
+        counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+        flops = {name: counts.get(f"{type(model).__name__}.{name}", 0) // SAMPLES for name in layers}
+    except _DEPENDS_ON_DATA:
+        calls.clear()
+        with torch.no_grad():
+            _run(model, layers, watch)
+        flops = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in layers}
     if calls != list(layers):
         raise ValueError(
             f"The {len(layers)} layers of {type(model).__name__} ({layers[0]} .. {layers[-1]}) ran {len(calls)} times "
             "in a forward pass: layers that are shared, skipped or run out of order cannot be cut into stages. Set "
             "num_stages to 1, or pass a model whose layers each run once."
         )
-    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    return [LayerProfile(name, counts.get(f"{type(twin).__name__}.{name}", 0), widths[name]) for name in layers]
+    for name, shape in shapes.items():
+        if shape[0] != SAMPLES:
+            raise ValueError(
+                f"{name} of {type(model).__name__} puts out {list(shape)} for {SAMPLES} samples, not one row for each, "
+                "so that no head can judge it. Set num_stages to 1."
+            )
+    return [
+        LayerProfile(name, flops[name], shapes[name][1 if len(shapes[name]) == 4 else -1], len(shapes[name]) == 4)
+        for name in layers
+    ]
+
+
+def check_cut(model: nn.Module, partition: Partition) -> None:
+    """
+    Check that what a stage learns from reaches no activation of an earlier stage by a way around that stage's end.
+
+    Raises:
+        `ValueError`: if it does, naming a parameter behind that activation.
+    """
+    twin = on_meta(model).eval()
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    try:
+        found = _reached_twice(twin, partition)
+    except _DEPENDS_ON_DATA:
+        found = _reached_twice(model, partition)
+    if found is not None:
+        raise ValueError(
+            f"In {type(model).__name__}, what stage {found[0] + 1} learns from reaches {found[1]} of an earlier stage "
+            "by a way around the end of that stage, so that it cannot be cut there. Set stage_boundaries to other "
+            "layers, or num_stages to 1."
+        )
+
+
+def _reached_twice(model: nn.Module, partition: Partition) -> tuple[int, str] | None:
+    """A stage that reaches an activation of an earlier one, and a parameter behind that, if there is such a stage."""
+    ends: list[torch.Tensor] = []
+
+    def before(_module, args, kwargs):  # side inputs of all layers are not a way around
+        hidden = hidden_states_of(args or tuple(kwargs.values()))
+        return tree_map(lambda x: x.detach() if torch.is_tensor(x) and x is not hidden else x, (args, kwargs))
+
+    def after(name, output):
+        if name not in partition.boundaries[:-1]:
+            return None
+        ends.append(hidden_states_of(output))
+        return detached(output)
+
+    names = {id(p): name for name, p in model.named_parameters()}
+    hooks = [model.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True) for name in partition.layers]
+    owner: dict[Any, int] = {}  # of each node of the graph, the stage that steps back through it
+    try:
+        with torch.enable_grad():
+            outputs = _run(model, partition.layers, after)
+            ends.append(outputs[0] if isinstance(outputs, tuple) else next(iter(outputs.values())))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for stage, end in enumerate(ends):
+        nodes = [end.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or hasattr(node, "variable") or owner.get(node) == stage:
+                continue  # parameters may be shared
+            if node in owner:
+                return stage, _parameter_behind(node, names)
+            owner[node] = stage
+            nodes += [one for one, _ in node.next_functions]
+    return None
+
+
+def _parameter_behind(node: Any, names: dict[int, str]) -> str:
+    nodes, seen = [node], set()
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            return names.get(id(node.variable), "an activation")
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [one for one, _ in node.next_functions]
+    return "an activation"
+
+
+def _run(model: nn.Module, layers: Sequence[str], after: Callable[[str, Any], Any]) -> Any:
+    """Run `model` on zeros in eval mode; `after` sees, and may replace, each layer's output."""
+    modes = {module: module.training for module in model.modules()}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda _module, _args, output, name=name: after(name, output))
+        for name in layers
+    ]
+    try:
+        return model.eval()(**dummy_inputs(model, SAMPLES, next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
 
 
 def dummy_inputs(
@@ -66,14 +178,16 @@ def dummy_inputs(
     image_size: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """
-    Inputs of the right shape for `model`: zeros, `[B, channels, height, width]` for images, `[B, seq_len]` for text.
+    Inputs of the right shape for `model`: zeros, `[B, channels, height, width]` for images, `[B, seq_len]` for text,
+    half a second of audio at 16 kHz or a spectrogram of the model's own length.
 
     Images are of the model's own size unless another is given.
 
     Raises:
-        `ValueError`: if the model's main input is neither images nor token ids.
+        `ValueError`: if the model's main input is neither images, nor token ids, nor audio.
     """
-    config, kind = model.config, model.main_input_name
+    config: Any = model.config
+    kind: Any = model.main_input_name
     if kind == "pixel_values":
         vision = getattr(config, "vision_config", config)
         size = image_size or getattr(vision, "image_size", None) or 224
@@ -82,9 +196,18 @@ def dummy_inputs(
         return {"pixel_values": torch.zeros(shape, device=device)}
     if kind == "input_ids":
         return {"input_ids": torch.zeros((batch_size, seq_len), dtype=torch.long, device=device)}
+    bands, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    if kind == "input_features" and bands is not None and frames is not None:
+        return {kind: torch.zeros((batch_size, bands, 2 * frames), device=device)}
+    if kind == "input_features" and hasattr(config, "feature_projection_input_dim"):
+        return {kind: torch.zeros((batch_size, 64, config.feature_projection_input_dim), device=device)}
+    if kind == "input_values" and bands is not None:
+        return {kind: torch.zeros((batch_size, config.max_length, bands), device=device)}
+    if kind == "input_values":
+        return {kind: torch.zeros((batch_size, 8000), device=device)}
     raise ValueError(
-        f"{type(model).__name__} takes {kind!r}; only models of images (pixel_values) and text (input_ids) can be cut "
-        "into stages. Set num_stages to 1."
+        f"{type(model).__name__} takes {kind!r}; only models of images (pixel_values), text (input_ids) and audio "
+        "(input_values, input_features) can be cut into stages. Set num_stages to 1."
     )
 
 

@@ -170,12 +170,16 @@ class Simulation:
             return self._read(tracker, parameters, optimizer)
 
     def _stagewise(self, partition: Partition, stages: Sequence[int], way: Way) -> Peak:
-        widths = {layer.name: layer.width for layer in self.profile}
+        layers = {layer.name: layer for layer in self.profile}
         with self._mode, self._checkpointing(self.model, way), contextlib.ExitStack() as stack:
             with torch.device(self.device), _default_dtype(self.model):
                 last = [self.model.get_submodule(name) for name in self.layers[len(self.layers) - self.head_layers :]]
+                ends = [layers[name] for name in partition.boundaries[:-1]]
                 heads = StageHeads(
-                    [widths[name] for name in partition.boundaries[:-1]], self.config.num_labels, layers=last
+                    [end.width for end in ends],
+                    self.config.num_labels,
+                    maps=[end.is_map for end in ends],
+                    layers=last,
                 )
             engine = Stagewise(self.model, partition, heads)
             shared = parameters_by_stage(self.model, partition, heads)

@@ -49,6 +49,7 @@ def save_stages(folder: str | os.PathLike, stages: Stages, weights: dict[str, An
             "num_labels": stages.heads.num_labels,
             "pooling": stages.heads.pooling,
             "num_layers": len(stages.heads.layers),
+            "maps": stages.heads.maps,
         },
         "config": stages.config,
         "transport_state": stages.transport_state,

@@ -154,8 +154,13 @@ class Stagewise:
                 if self._stage_of[name] < len(self.heads):
                     view.logits.append(self.heads(self._stage_of[name], y, kept, args, kwargs).float())
 
-        with self._hooked(None, after_layer):
-            yield view
+        training = self.heads.training
+        self.heads.eval()
+        try:
+            with self._hooked(None, after_layer):
+                yield view
+        finally:
+            self.heads.train(training)
 
     @contextlib.contextmanager
     def _hooked(self, before: Callable | None, after: Callable) -> Iterator[None]:

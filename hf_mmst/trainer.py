@@ -16,7 +16,9 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
+from transformers.utils import logging
 
+from .card import CardContent, task_of, write_card
 from .checkpoints import StageCheckpoints
 from .config import MMSTConfig
 from .coupled import CoupledResidency
@@ -27,13 +29,16 @@ from .learning_rates import rate_factors, split_groups
 from .memory import TurnPeaks
 from .order import Order, Segment
 from .partition import Partition, checkpoints_across, find_layers, last_norm
-from .planner import plan_for
-from .probe import profile_layers
+from .planner import plan_for, planned_peak
+from .probe import LayerProfile, check_cut, profile_layers
 from .residency import Residency
+from .results import run_results
 from .stagewise import StageStep, Stagewise
 from .stepping import clip_by_stage, parameters_by_stage, step_stage, steps_elementwise
 from .transport import TransportWeights
 
+logger = logging.get_logger(__name__)
+FILE_FORMATS = ("csv", "json", "pandas", "parquet", "text", "imagefolder", "audiofolder", "generator")
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what the host sets on a layer
 
 
@@ -92,14 +97,17 @@ class MMSTTrainer(StageCheckpoints):
         args = self.args
         if args.memory_budget is None or self.train_dataset is None:
             return None
-        with torch.random.fork_rng(devices=[]):
-            samples = list(itertools.islice(iter(self.train_dataset), args.per_device_train_batch_size))
-            batch = self._get_collator_with_removed_columns(self.data_collator, description="planning")(samples)
-        found = plan_for(args, self._core(), batch)
+        found = plan_for(args, self._core(), self._batch_to_plan())
         if args.place_model_on_device:
             self._move_model_to_device(self.model, args.device)
         self.accelerator.device_placement &= args.stage_residency == "all"
         return found.peak.total
+
+    def _batch_to_plan(self) -> Mapping[str, Any]:
+        """A batch of the training data, drawn without a trace."""
+        with torch.random.fork_rng(devices=[]):
+            samples = list(itertools.islice(iter(self.train_dataset), self.args.per_device_train_batch_size))
+            return self._get_collator_with_removed_columns(self.data_collator, description="planning")(samples)
 
     # ---- The cut ----
 
@@ -109,16 +117,17 @@ class MMSTTrainer(StageCheckpoints):
         if self._cut_model is model:
             return
         self.args.check_stages()
-        self.partition, widths = self._partition(model)
+        self.partition, ends = self._partition(model)
         num_stages = self.partition.num_stages
         if num_stages > 1:
             self._refuse_task(model)
         self.heads = StageHeads(
-            widths,
+            [end.width for end in ends],
             getattr(model.config, "num_labels", 0),
             self.args.head_pooling,
             self.args.seed,
-            *self._last_layers(model, widths),
+            [end.is_map and self.args.head_pooling == "auto" for end in ends],
+            *self._last_layers(model, [end.width for end in ends]),
         )
         self.heads.to(device=self.args.device, dtype=_dtype(model))
         self._engine = Stagewise(model, self.partition, self.heads, self.args.transport_norm)
@@ -133,8 +142,8 @@ class MMSTTrainer(StageCheckpoints):
         self._cut_model = model
         self._stage_parameters = parameters_by_stage(model, self.partition, self.heads)
 
-    def _partition(self, model: nn.Module) -> tuple[Partition, list[int]]:
-        """The cut, and the widths of the hidden states at the ends of all stages but the last."""
+    def _partition(self, model: nn.Module) -> tuple[Partition, list[LayerProfile]]:
+        """The cut, and the layers at the ends of all stages but the last."""
         args = self.args
         if args.num_stages == 1 and args.stage_boundaries is None and args.stage_order != "coupled":
             try:
@@ -159,8 +168,9 @@ class MMSTTrainer(StageCheckpoints):
             partition = Partition.by_names(layers, args.stage_boundaries)
         else:
             partition = Partition.by_cost(layers, args.num_stages, [layer.flops for layer in profile])
-        widths = {layer.name: layer.width for layer in profile}
-        return partition, [widths[name] for name in partition.boundaries[:-1]]
+        check_cut(model, partition)
+        by_name = {layer.name: layer for layer in profile}
+        return partition, [by_name[name] for name in partition.boundaries[:-1]]
 
     def _last_layers(self, model: nn.Module, widths: list[int]) -> tuple[list[nn.Module], nn.LayerNorm | None]:
         """What of the model the auxiliary heads have a copy of."""
@@ -359,7 +369,7 @@ class MMSTTrainer(StageCheckpoints):
             self.data_collator = collate
         if caching:
             check_fixed(loader.dataset, loader.collate_fn)
-            folder = Path(self.args.output_dir) / f"feature_cache_{self.args.process_index}"
+            folder = Path(self.args.output_dir) / f"_feature_cache_{self.args.process_index}"
             capacity = len(dataset) * (self.args.cache_views or 1)
             self._cache = FeatureCache(self.args.feature_cache, folder, capacity, self._upstream)
         return loader
@@ -559,6 +569,66 @@ class MMSTTrainer(StageCheckpoints):
         losses = [] if loss is None else [*(self._criterion(one, labels) for one in view.logits), loss]
         return loss, pack(logits, view, losses), labels
 
+    # ---- The card ----
+
+    def results(self, metrics: Mapping[str, Any], **found: Any) -> dict[str, Any]:
+        """
+        What is known of the run after training, ready for JSON, see [`run_results`].
+
+        Args:
+            metrics (`Mapping[str, Any]`): of [`evaluate`].
+            found: what else is to be kept.
+        """
+        model = unwrap_peft_model(self._core())
+        batch = {} if self.train_dataset is None else self._batch_to_plan()
+        pixels, name = batch.get("pixel_values"), getattr(model.config, "_name_or_path", "")
+        planned = planned_peak(self.args, self._core(), batch) if "labels" in batch else None
+        known = {
+            "task": task_of(model),
+            "model": type(model).__name__,
+            "base_model": name if name and not Path(name).exists() else None,
+            "num_labels": getattr(model.config, "num_labels", None),
+            "input_shape": list(pixels.shape[1:]) if self.processing_class is None and pixels is not None else None,
+            "peak_bytes": max(self.peaks.by_name.values(), default=None),
+            "planned_bytes": None if planned is None else planned.total,
+        }
+        return run_results(self.args, self.partition, metrics, **{**known, **found})
+
+    @functools.wraps(Trainer.create_model_card)
+    def create_model_card(
+        self,
+        language=None,
+        license=None,
+        tags=None,
+        model_name=None,
+        finetuned_from=None,
+        tasks=None,
+        dataset_tags=None,
+        dataset=None,
+        dataset_args=None,
+    ):
+        if not self.args.model_card or not self.is_world_process_zero():
+            return
+        evaluations = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
+        builder = getattr(self.eval_dataset or self.train_dataset, "builder_name", None)
+        name = self.hub_model_id or model_name or Path(self.args.output_dir).name
+        try:
+            content = CardContent.from_results(
+                self.results(evaluations[-1] if evaluations else {}),
+                name,
+                base_model=finetuned_from,
+                task=_listed(tasks)[0] if tasks else None,
+                dataset=", ".join(_listed(dataset)) or builder,
+                datasets=_listed(dataset_tags) or [builder] if builder not in (None, *FILE_FORMATS) else [],
+                language=_listed(language),
+                license=license,
+                tags=_listed(tags),
+                library="peft" if hasattr(self._core(), "peft_config") else "transformers",
+            )
+            write_card(self.args.output_dir, content)
+        except Exception as error:  # a card must not end a run
+            logger.warning(f"hf_mmst wrote no model card ({type(error).__name__}: {error}). Set model_card=False.")
+
 
 class _StageCallback(TrainerCallback):
     """Says at the beginning how the model was cut; after each step, renews transport weights and what is resident."""
@@ -595,6 +665,10 @@ class _StageCallback(TrainerCallback):
             print(f"hf_mmst: planned {self.trainer._planned / 2**20:,.0f} MiB of tensors, measured {measured:,.0f} MiB")
         if self.trainer._cache is not None and state.global_step >= state.max_steps:
             self.trainer._cache.delete()
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _num_labels(labels: Any) -> int:

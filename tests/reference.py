@@ -1,8 +1,11 @@
 """Stage-wise training written as the paper's equations, layer by layer: what the engine must equal."""
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
 
 
 def plain_transport(x, y, mask=None, norm="relative"):
@@ -76,3 +79,47 @@ def gradients(*modules: nn.Module) -> dict[str, torch.Tensor | None]:
     for module in modules:
         module.zero_grad(set_to_none=True)
     return found
+
+
+def detached_step(model, partition, heads, batch, weights):
+    """
+    The same for any model, in one backward pass: each stage's end hands on a copy without graph, and all losses add up.
+
+    Returns the K losses and the names of parameters of earlier layers that the last loss still reaches: none, if cuts
+    cut all there is.
+    """
+    ends, losses, terms, hooks = dict(zip(partition.boundaries, range(partition.num_stages), strict=True)), [], [], []
+
+    def after(name, _module, args, kwargs, output):
+        x, y = first(args or tuple(kwargs.values())), first(output)
+        mask = batch.get("attention_mask")
+        mask = mask if mask is not None and y.dim() == 3 and mask.shape == y.shape[:2] else None
+        if x.shape == y.shape:
+            terms.append(plain_transport(x, y, mask))
+        stage = ends.get(name)
+        if stage is None:
+            return None
+        losses.append(weights[stage] * sum(terms))
+        terms.clear()
+        if stage == partition.num_stages - 1:
+            return None
+        losses[-1] = losses[-1] + cross_entropy(heads(stage, y, mask).float(), batch["labels"])
+        return tree_map(lambda value: value.detach() if torch.is_tensor(value) else value, output)
+
+    for name in partition.layers:
+        hook = functools.partial(after, name)
+        hooks.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True, prepend=True))
+    last = model(**batch).loss
+    for hook in hooks:
+        hook.remove()
+    losses[-1] = losses[-1] + last
+    before = {f"{n}.{p}": q for n in partition.stages[0] for p, q in model.get_submodule(n).named_parameters()}
+    reached = torch.autograd.grad(losses[-1], before.values(), allow_unused=True, retain_graph=True)
+    torch.stack(losses).sum().backward()
+    return [loss.item() for loss in losses], [n for n, g in zip(before, reached, strict=True) if g is not None]
+
+
+def first(value):
+    while isinstance(value, tuple | list):
+        value = value[0]
+    return value

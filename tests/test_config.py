@@ -27,6 +27,7 @@ OWN_FIELDS = {
     "stage_residency": "all",
     "feature_cache": "none",
     "cache_views": None,
+    "model_card": True,
 }
 
 

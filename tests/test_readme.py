@@ -97,7 +97,7 @@ def test_every_result_names_its_command_versions_and_device():
 
 def test_the_quickstart_trains(tmp_path, monkeypatch):
     """With a small model in the place of the pretrained one; nothing else is changed."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
     assert code.count("\n") < 15
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(

@@ -1,0 +1,438 @@
+"""A checkpoint with its heads and a batch -> logits from the first head that is sure enough, sample by sample."""
+
+import contextlib
+import functools
+import inspect
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten_with_path, tree_map, tree_map_with_path
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
+from transformers.utils import ModelOutput, cached_file
+
+from . import files
+from .hidden_states import hidden_states_of, with_hidden_states
+from .partition import Partition
+from .probe import dummy_inputs
+from .stages import HEADS_NAME, JSON_NAME, Stages, load_stages
+from .stagewise import Stagewise
+
+EXITS_NAME = "exits.json"
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """
+    When a sample leaves.
+
+    Args:
+        threshold (`float`, *optional*, defaults to 0.9):
+            A sample leaves at the first stage whose head gives one class at least this probability. Above 1 none does.
+        patience (`int`, *optional*):
+            In the place of the threshold: a sample leaves when this many heads in a row have agreed with the head
+            before them.
+        temperatures (`tuple[float, ...]`, *optional*):
+            Of each of the K stages, by which its logits are divided, see [`calibrate`]; 1 by default.
+
+    Raises:
+        `ValueError`: for a threshold or temperature that is not positive, or a patience below 1.
+    """
+
+    threshold: float = 0.9
+    patience: int | None = None
+    temperatures: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if not self.threshold > 0:
+            raise ValueError(
+                f"threshold={self.threshold!r} is not above 0. Set it to a probability, or above 1 for no early exit."
+            )
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience={self.patience} is below 1. Set it to 1 or more, or to None for the threshold.")
+        if not all(temperature > 0 for temperature in self.temperatures):
+            raise ValueError(f"temperatures={self.temperatures} are not all above 0. Set them with calibrate.")
+
+    def confidence(self, stage: int, logits: torch.Tensor) -> torch.Tensor:
+        """The highest probability that stage `stage` (from 0) gives, `[B]`, of logits `[B, num_labels]`."""
+        temperature = self.temperatures[stage] if self.temperatures else 1.0
+        return (logits.float() / temperature).softmax(-1).amax(-1)
+
+    def leaves(self, stage: int, logits: torch.Tensor, agreed: torch.Tensor) -> torch.Tensor:
+        """Which samples leave at `stage`, `[B]`, given how many heads in a row have agreed, `[B]`."""
+        return self.confidence(stage, logits) >= self.threshold if self.patience is None else agreed >= self.patience
+
+    def decide(self, logits: torch.Tensor) -> torch.Tensor:
+        """The stage (from 0) at which each sample leaves, `[N]`, when the logits of all are known, `[K, N, labels]`."""
+        num_stages, num_samples = logits.shape[:2]
+        stages = torch.full((num_samples,), num_stages - 1)
+        agreed = torch.zeros(num_samples, dtype=torch.long)
+        for k in range(num_stages - 1):
+            if k > 0:
+                agreed = (agreed + 1) * (logits[k].argmax(-1) == logits[k - 1].argmax(-1))
+            stages[(stages == num_stages - 1) & self.leaves(k, logits[k], agreed)] = k
+        return stages
+
+
+@dataclass(frozen=True)
+class HeadLogits:
+    """What all K stages say of N samples, `[K, N, num_labels]`, and their labels, `[N]`; on the CPU."""
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ExitPoint:
+    """A rule, the accuracy (0 to 1) with it, and the mean number of layers that a sample runs through."""
+
+    rule: ExitRule
+    accuracy: float
+    mean_layers: float
+
+
+@dataclass
+class EarlyExitOutput(ModelOutput):
+    """
+    What [`EarlyExit`] returns.
+
+    Attributes:
+        logits (`torch.Tensor`): `[B, num_labels]`, of the stage at which each sample left.
+        exit_stages (`torch.Tensor`): `[B]`, the number of that stage, from 1.
+        layers_run (`torch.Tensor`): `[B]`, the number of layers that each sample ran through.
+    """
+
+    logits: torch.Tensor | None = None
+    exit_stages: torch.Tensor | None = None
+    layers_run: torch.Tensor | None = None
+
+
+class EarlyExit:
+    """
+    A classifier that lets each sample leave at the first stage whose head is sure enough.
+
+    The samples that have left are no longer in the batch that the next layers see. The model itself is not changed.
+
+    ```python
+    early = EarlyExit.from_pretrained("vit-stages")
+    early.rule = calibrate(early, early.observe(validation_batches), max_drop=0.005).rule
+    early(pixel_values=images).logits
+    with early.active():
+        pipeline("image-classification", model=early.model, image_processor=processor)("cat.png")
+    ```
+
+    Args:
+        model (`nn.Module`): a classifier with single labels, as it was trained in stages.
+        stages ([`Stages`]): its stages, see [`load_stages`].
+        rule ([`ExitRule`], *optional*): when a sample leaves.
+
+    Raises:
+        `ValueError`: if the model has no single label a sample, or the rule is for another number of stages.
+    """
+
+    def __init__(self, model: nn.Module, stages: Stages, rule: ExitRule | None = None):
+        config: Any = model.config
+        kind = getattr(config, "problem_type", None)
+        if config.num_labels < 2 or kind not in (None, "single_label_classification"):
+            raise ValueError(
+                f"{type(model).__name__} has num_labels={config.num_labels} and problem_type={kind!r}: how sure a head "
+                "is can only be told where one of several classes is right. Use the model by itself."
+            )
+        self.model, self.partition = model.eval(), stages.partition
+        weight = next(model.parameters())
+        self.heads = stages.heads.to(weight.device, weight.dtype).eval()
+        self.rule = rule or ExitRule()
+        self._per_sample: set[tuple] | None = None
+
+    @property
+    def rule(self) -> ExitRule:
+        """When a sample leaves; can be set."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: ExitRule) -> None:
+        if rule.temperatures and len(rule.temperatures) != self.partition.num_stages:
+            raise ValueError(
+                f"The rule has {len(rule.temperatures)} temperatures, the model {self.partition.num_stages} stages. "
+                "Set one for each stage, or none."
+            )
+        self._rule = rule
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, **rule: Any) -> "EarlyExit":
+        """
+        Load a checkpoint that [`MMSTTrainer`] has written, and `exits.json` if there is one.
+
+        Args:
+            name (`str` or `os.PathLike`): a folder, or a name on the Hub.
+            rule: fields of [`ExitRule`] that go before those of `exits.json`.
+
+        Raises:
+            `ValueError`: if it is no classifier, or holds adapters only.
+        """
+        folder = _folder(name)
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{name} holds adapters only. Load the base model, wrap it with PeftModel.from_pretrained, and pass "
+                "that: EarlyExit(model, load_stages(folder))."
+            )
+        config = AutoConfig.from_pretrained(name)
+        autos = [
+            auto
+            for auto in (
+                AutoModelForImageClassification,
+                AutoModelForSequenceClassification,
+                AutoModelForAudioClassification,
+            )
+            if type(config) in auto._model_mapping
+        ]
+        if not autos:
+            raise ValueError(f"{name} holds a {type(config).__name__}, which has no classifier to exit from early.")
+        path = folder / EXITS_NAME
+        saved = json.loads(path.read_text()) if path.is_file() else {}
+        if "temperatures" in saved:
+            saved["temperatures"] = tuple(saved["temperatures"])
+        return cls(autos[0].from_pretrained(name), load_stages(folder), ExitRule(**{**saved, **rule}))
+
+    def save_rule(self, folder: str | os.PathLike) -> None:
+        """Write `exits.json`, which [`from_pretrained`] reads."""
+        content = json.dumps(asdict(self.rule), indent=2) + "\n"
+        files.replace(Path(folder) / EXITS_NAME, lambda path: path.write_text(content))
+
+    @torch.no_grad()
+    def __call__(self, **inputs: torch.Tensor) -> EarlyExitOutput:
+        """Classify a batch of B samples, given as the model takes it."""
+        with self.active():
+            return self.model(**inputs)
+
+    @torch.no_grad()
+    def observe(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> HeadLogits:
+        """Run the whole model over batches with `labels`, and keep what each stage says."""
+        engine = Stagewise(self.model, self.partition, self.heads)
+        device = next(self.model.parameters()).device
+        logits, labels = [], []
+        for batch in batches:
+            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            with engine.observe(inputs.get("attention_mask")) as view:
+                outputs = self.model(**inputs)
+            logits.append(torch.stack([*view.logits, outputs.logits.float()]).cpu())
+            labels.append(batch["labels"].cpu())
+        return HeadLogits(torch.cat(logits, 1), torch.cat(labels))
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Within this context the model's own forward pass exits early, so that pipelines do."""
+        own, forward = "forward" in vars(self.model), self.model.forward
+        signature = inspect.signature(forward)
+        walks: list[_Walk] = []
+
+        @functools.wraps(forward)
+        def exiting(*args, **kwargs):
+            given = signature.bind(*args, **kwargs).arguments
+            given |= given.pop("kwargs", {})
+            size = len(next(value for value in given.values() if torch.is_tensor(value)))
+            walks.append(_Walk(self, size, given.get("attention_mask"), self._per_sample or set()))
+            try:
+                walks[-1].leave(self.partition.num_stages - 1, forward(*args, **kwargs).logits.float(), whole=True)
+            except _AllHaveLeft:
+                pass
+            finally:
+                walk = walks.pop()
+            return walk.output()
+
+        with contextlib.ExitStack() as stack:
+            if self._per_sample is None:
+                self._per_sample = _per_sample_inputs(self.model, self.partition)
+            for name in self.partition.layers:
+                layer = self.model.get_submodule(name)
+                before = functools.partial(_before_layer, walks, name)
+                after = functools.partial(_after_layer, walks, name)
+                stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(after, with_kwargs=True).remove)
+            self.model.forward = exiting
+            if own:
+                stack.callback(setattr, self.model, "forward", forward)
+            else:
+                stack.callback(delattr, self.model, "forward")
+            yield
+
+
+def calibrate(early: EarlyExit, found: HeadLogits, max_drop: float = 0.005) -> ExitPoint:
+    """
+    The rule with the fewest layers at which accuracy on validation data drops by at most `max_drop`.
+
+    Each stage's temperature is the one of least cross-entropy. With `early.rule.patience` set, patience is chosen.
+
+    Args:
+        early ([`EarlyExit`]): the model.
+        found ([`HeadLogits`]): what its stages say of validation data, see [`EarlyExit.observe`].
+        max_drop (`float`, *optional*, defaults to 0.005): of the accuracy (0 to 1) of the last stage.
+    """
+    temperatures = tuple(temperature(logits, found.labels) for logits in found.logits)
+    points = exit_curve(replace(early.rule, temperatures=temperatures), found, early.partition)
+    whole = points[-1].accuracy
+    return min((one for one in points if one.accuracy >= whole - max_drop), key=lambda one: one.mean_layers)
+
+
+def exit_curve(rule: ExitRule, found: HeadLogits, partition: Partition, num_points: int = 50) -> list[ExitPoint]:
+    """
+    Accuracy against mean number of layers, from the most early exits to none.
+
+    Args:
+        rule ([`ExitRule`]): whose threshold, or patience if that is set, is varied.
+        found ([`HeadLogits`]): what the stages say, see [`EarlyExit.observe`].
+        partition (`Partition`): the cut.
+        num_points (`int`, *optional*, defaults to 50): number of thresholds, spread evenly over the samples.
+    """
+    num_stages = len(found.logits)
+    if rule.patience is None:
+        sure = torch.stack([rule.confidence(k, found.logits[k]) for k in range(num_stages - 1)] or [torch.ones(1)])
+        levels = sure.double().flatten().quantile(torch.linspace(0, 1, num_points, dtype=torch.double)).tolist()
+        rules = [replace(rule, threshold=level) for level in [*levels, 2.0]]
+    else:
+        rules = [replace(rule, patience=patience) for patience in range(1, num_stages + 1)]
+    until = torch.tensor(_layers_until(partition))
+    points = []
+    for one in rules:
+        stages = one.decide(found.logits)
+        predictions = found.logits[stages, torch.arange(len(stages))].argmax(-1)
+        accuracy = (predictions == found.labels).double().mean().item()
+        points.append(ExitPoint(one, accuracy, until[stages].double().mean().item()))
+    return points
+
+
+def temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """
+    T of least mean cross-entropy of `logits / T`, `[N, num_labels]`, between 1/100 and 100.
+
+    The cross-entropy is convex in 1/T; its slope, mean of sum_j p_j z_j - z_y, is brought to 0 by bisection.
+    """
+    logits = logits.double()
+    right = logits.gather(-1, labels[:, None])[:, 0].mean()
+    low, high = math.log(0.01), math.log(100.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        expected = ((logits * math.exp(middle)).softmax(-1) * logits).sum(-1).mean()
+        low, high = (low, middle) if expected > right else (middle, high)
+    return math.exp(-middle)
+
+
+class _AllHaveLeft(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass in which no sample is left."""
+
+
+class _Walk:
+    """One forward pass over `size` samples, of which those in `rows` have not left."""
+
+    def __init__(self, early: EarlyExit, size: int, mask: torch.Tensor | None, per_sample: set[tuple]):
+        self.early, self.size, self.mask, self.per_sample = early, size, mask, per_sample
+        device = next(early.model.parameters()).device
+        self.rows = torch.arange(size, device=device)
+        self.stages = torch.full((size,), early.partition.num_stages - 1, device=device)
+        self.agreed = torch.zeros(size, dtype=torch.long, device=device)
+        self.logits: torch.Tensor | None = None
+
+    def leave(self, stage: int, logits: torch.Tensor, whole: bool = False) -> torch.Tensor:
+        """Let the samples go that are sure enough; returns which of those in the batch stay."""
+        logits = logits[self.rows] if whole else logits
+        if self.logits is None:
+            self.logits = logits.new_zeros(self.size, logits.shape[-1])
+        else:
+            same = self.logits[self.rows].argmax(-1) == logits.argmax(-1)
+            self.agreed[self.rows] = (self.agreed[self.rows] + 1) * same
+        self.logits[self.rows] = logits
+        left = torch.ones_like(self.rows, dtype=torch.bool)
+        if not whole:
+            left = self.early.rule.leaves(stage, logits, self.agreed[self.rows])
+        self.stages[self.rows[left]] = stage
+        self.rows = self.rows[~left]
+        return ~left
+
+    def select(self, name: str, path: tuple, value: Any, hidden: torch.Tensor) -> Any:
+        """The rows of a layer's input that belong to samples that are left."""
+        if not torch.is_tensor(value) or value is hidden or len(self.rows) == self.size:
+            return value
+        return value[self.rows] if (name, path) in self.per_sample and len(value) == self.size else value
+
+    def output(self) -> EarlyExitOutput:
+        """What was found."""
+        until = torch.tensor(_layers_until(self.early.partition), device=self.stages.device)
+        return EarlyExitOutput(logits=self.logits, exit_stages=self.stages + 1, layers_run=until[self.stages])
+
+
+def _before_layer(walks: list[_Walk], name: str, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    hidden = _hidden_of(args, kwargs)
+    return tree_map_with_path(lambda path, value: walks[-1].select(name, path, value, hidden), (args, kwargs))
+
+
+def _after_layer(walks: list[_Walk], name: str, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    walk = walks[-1]
+    partition, heads = walk.early.partition, walk.early.heads
+    if name == partition.layers[-1]:  # what comes after the layers sees all samples again; of some nothing is read
+        hidden = hidden_states_of(output)
+        padded = hidden.new_zeros(walk.size, *hidden.shape[1:])
+        padded[walk.rows] = hidden
+        return with_hidden_states(output, hidden if len(walk.rows) == walk.size else padded)
+    if name not in partition.boundaries:
+        return None
+    stage, hidden = partition.boundaries.index(name), hidden_states_of(output)
+    mask = None if walk.mask is None else walk.mask[walk.rows]
+    fits = mask is not None and hidden.dim() == 3 and mask.shape == hidden.shape[:2]
+    stay = walk.leave(stage, heads(stage, hidden, mask if fits else None, args, kwargs).float())
+    if not stay.any():
+        raise _AllHaveLeft
+    if stay.all():
+        return None
+    return tree_map(lambda value: value[stay] if torch.is_tensor(value) else value, output)
+
+
+def _per_sample_inputs(model: nn.Module, partition: Partition) -> set[tuple]:
+    """Where, in the inputs of which layers, there are tensors with a row for each sample: those that grow with it."""
+    sizes: list[dict[tuple, int]] = []
+
+    def watch(name, _module, args, kwargs):
+        leaves, _ = tree_flatten_with_path((args, kwargs))
+        sizes[-1].update({(name, path): len(leaf) for path, leaf in leaves if torch.is_tensor(leaf) and leaf.dim()})
+
+    device = next(model.parameters()).device
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for name in partition.layers:
+            hook = functools.partial(watch, name)
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for size in (2, 3):
+            sizes.append({})
+            inputs = dummy_inputs(model, size, device)
+            if "input_ids" in inputs:  # with padding, for models leave a mask out that hides nothing
+                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+                inputs["attention_mask"][:, -1] = 0
+            model(**inputs)
+    return {where for where, size in sizes[0].items() if size == 2 and sizes[1].get(where) == 3}
+
+
+def _hidden_of(args: tuple, kwargs: dict) -> torch.Tensor:
+    return hidden_states_of(args or tuple(kwargs.values()))
+
+
+def _layers_until(partition: Partition) -> Sequence[int]:
+    """Number of layers from the first to the end of each stage."""
+    return [sum(map(len, partition.stages[: k + 1])) for k in range(partition.num_stages)]
+
+
+def _folder(name: str | os.PathLike) -> Path:
+    """The folder of a checkpoint, fetched from the Hub if it is a name there."""
+    if Path(name).is_dir():
+        return Path(name)
+    cached_file(name, HEADS_NAME)
+    cached_file(name, EXITS_NAME, _raise_exceptions_for_missing_entries=False)
+    return Path(cached_file(name, JSON_NAME)).parent

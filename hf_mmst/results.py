@@ -1,0 +1,164 @@
+"""A finished run -> what is kept of it, as plain data: metrics of each stage, settings, memory, device, versions."""
+
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .config import MMSTConfig
+from .partition import Partition
+
+PACKAGES = ("hf-mmst", "torch", "transformers", "accelerate", "datasets", "evaluate")
+SETTINGS = (
+    "stage_order",
+    "num_laps",
+    "head_pooling",
+    "transport_weight",
+    "transport_norm",
+    "transport_schedule",
+    "stage_clipping",
+    "stage_residency",
+    "feature_cache",
+    "activation_checkpointing",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "fp16",
+    "seed",
+)
+SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """What one stage reached: its number from 1, accuracy (0 to 1), mean task loss, mean transport."""
+
+    stage: int
+    accuracy: float
+    loss: float
+    transport: float
+
+
+def stage_rows(metrics: Mapping[str, float], prefix: str = "eval") -> list[StageRow]:
+    """The stages in the metrics that [`MMSTTrainer.evaluate`] returns, with an `accuracy` among the user's metrics."""
+    rows: list[StageRow] = []
+    while f"{prefix}_stage_{len(rows) + 1}_accuracy" in metrics:
+        stage = len(rows) + 1
+        found = [metrics[f"{prefix}_stage_{stage}_{name}"] for name in ("accuracy", "loss", "transport")]
+        rows.append(StageRow(stage, *found))
+    return rows
+
+
+def split_metrics(
+    metrics: Mapping[str, Any], prefix: str = "eval"
+) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
+    """
+    What [`MMSTTrainer.evaluate`] returns, taken apart.
+
+    Returns:
+        `tuple[dict, dict]`: the model's own metrics by name, without those of speed; and the stages' by name, a value
+        for each stage, from the first to the last.
+    """
+    own: dict[str, float] = {}
+    stages: dict[str, list[float]] = {}
+    for name, value in metrics.items():
+        found = re.fullmatch(rf"{prefix}_(?:stage_(\d+)_)?(.+)", name)
+        if found is None or found[2] in SPEED or not isinstance(value, int | float):
+            continue
+        if found[1] is None:
+            own[found[2]] = value
+        else:
+            stages.setdefault(found[2], []).append(value)
+    return own, {name: tuple(values) for name, values in stages.items()}
+
+
+def run_results(args: MMSTConfig, partition: Partition, metrics: Mapping[str, Any], **found: Any) -> dict[str, Any]:
+    """
+    What is kept of a run, ready for JSON. Nothing in it is secret: tokens on the command line are left out.
+
+    Args:
+        args ([`MMSTConfig`]): the run's settings.
+        partition (`Partition`): the cut.
+        metrics (`Mapping[str, Any]`): of [`MMSTTrainer.evaluate`].
+        found: what else is to be kept: `model`, `dataset`, `task`, `peak_bytes`, `planned_bytes`, ...
+    """
+    own, stages = split_metrics(metrics)
+    end_to_end = partition.num_stages == 1 and args.transport_weight == 0
+    return {
+        "method": "end-to-end" if end_to_end else "mmst",
+        **({"accuracy": own["accuracy"]} if "accuracy" in own else {}),
+        **{f"stage_{name}": list(values) for name, values in stages.items()},
+        "metrics": own,
+        **found,
+        "num_stages": partition.num_stages,
+        "stages": partition.stages,
+        **{name: _plain(getattr(args, name)) for name in SETTINGS},
+        "num_processes": args.world_size,
+        "command": command_line(sys.argv),
+        "device": asdict(device_of(args.device)),
+        "versions": {"python": platform.python_version(), **package_versions()},
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run took place: type, name, and number of processors of the machine."""
+
+    type: str
+    name: str
+    processors: int
+
+
+def device_of(device: Any) -> Device:
+    """The [`Device`] of a `torch.device`."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return Device(device.type, name, os.cpu_count() or 1)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that a run depends on, of those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A command line with the last parts of absolute paths only, and without tokens."""
+    script = Path(words[0])
+    shown = [f"{script.parent.name}/{script.name}"]
+    hidden = False
+    for word in words[1:]:
+        flag, equals, _ = word.partition("=")
+        secret = re.fullmatch(r"--[\w-]*token", flag) is not None
+        if hidden or re.search(r"\bhf_\w{8,}", word):
+            shown.append("***")
+        elif secret and equals:
+            shown.append(f"{flag}=***")
+        else:
+            shown.append(Path(word).name if Path(word).is_absolute() else word)
+        hidden = secret and not equals
+    return shlex.join(shown)

@@ -1,0 +1,262 @@
+"""Tiny models of many architectures, made from configurations alone, by the kind of their input."""
+
+import torch
+import transformers as tf
+from torch import nn
+from zoo import TEXT, VISION, WIDTH
+
+from hf_mmst.probe import dummy_inputs
+
+FOUR = {"depths": [2, 1, 2, 1], "hidden_sizes": [8, 16, 24, 32], "num_labels": 5}
+PYRAMID = {**FOUR, "num_attention_heads": [1, 1, 2, 2], "image_size": 32}
+SHIFTED = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2, 2], "num_heads": [2, 4, 4]}
+SHIFTED |= {"window_size": 4, "num_labels": 5}
+BIAS = {"use_relative_position_bias": True, "layer_scale_init_value": 0.1}
+TOWER = {name: value for name, value in VISION.items() if name != "num_labels"}
+PAIR = {"vision_config": TOWER, "text_config": {**WIDTH, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}}
+DEBERTA = {"relative_attention": True, "max_relative_positions": -1}
+SPEECH = {**WIDTH, "conv_dim": (16, 16, 16), "conv_stride": (5, 4, 4), "conv_kernel": (10, 4, 4), "num_labels": 5}
+SPEECH |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 3}
+SPEECH |= {"classifier_proj_size": 16, "layerdrop": 0.0, "mask_time_prob": 0.0}
+
+IMAGE = {
+    "ViT": lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION)),
+    "DeiT": lambda: tf.DeiTForImageClassification(tf.DeiTConfig(**VISION)),
+    "BEiT": lambda: tf.BeitForImageClassification(tf.BeitConfig(**VISION, **BIAS)),
+    "Data2Vec (images)": lambda: tf.Data2VecVisionForImageClassification(tf.Data2VecVisionConfig(**VISION, **BIAS)),
+    "DINOv2": lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(**VISION)),
+    "DINOv2 with registers": lambda: tf.Dinov2WithRegistersForImageClassification(
+        tf.Dinov2WithRegistersConfig(**VISION)
+    ),
+    "I-JEPA": lambda: tf.IJepaForImageClassification(tf.IJepaConfig(**VISION)),
+    "ViT-MSN": lambda: tf.ViTMSNForImageClassification(tf.ViTMSNConfig(**VISION)),
+    "CLIP": lambda: tf.CLIPForImageClassification(tf.CLIPConfig(**PAIR, num_labels=5)),
+    "SigLIP": lambda: tf.SiglipForImageClassification(tf.SiglipConfig(**PAIR, num_labels=5)),
+    "Swin": lambda: tf.SwinForImageClassification(tf.SwinConfig(**SHIFTED)),
+    "Swin v2": lambda: tf.Swinv2ForImageClassification(tf.Swinv2Config(**SHIFTED)),
+    "Hiera": lambda: tf.HieraForImageClassification(
+        tf.HieraConfig(
+            embed_dim=16,
+            image_size=[32, 32],
+            patch_size=[3, 3],
+            patch_stride=[2, 2],
+            patch_padding=[1, 1],
+            depths=[1, 1, 2, 1],
+            num_heads=[1, 2, 2, 2],
+            masked_unit_size=[8, 8],
+            num_labels=5,
+        )
+    ),
+    "PVT": lambda: tf.PvtForImageClassification(tf.PvtConfig(**PYRAMID)),
+    "PVT v2": lambda: tf.PvtV2ForImageClassification(tf.PvtV2Config(**PYRAMID)),
+    "SegFormer": lambda: tf.SegformerForImageClassification(tf.SegformerConfig(**PYRAMID)),
+    "FocalNet": lambda: tf.FocalNetForImageClassification(
+        tf.FocalNetConfig(image_size=32, embed_dim=16, depths=[1, 1, 2, 1], num_labels=5)
+    ),
+    "LeViT": lambda: tf.LevitForImageClassification(
+        tf.LevitConfig(
+            image_size=64,
+            hidden_sizes=[16, 24, 32],
+            num_attention_heads=[2, 2, 2],
+            depths=[2, 2, 2],
+            key_dim=[8, 8, 8],
+            num_labels=5,
+        )
+    ),
+    "PoolFormer": lambda: tf.PoolFormerForImageClassification(tf.PoolFormerConfig(**FOUR)),
+    "ResNet": lambda: tf.ResNetForImageClassification(tf.ResNetConfig(embedding_size=8, layer_type="basic", **FOUR)),
+    "RegNet": lambda: tf.RegNetForImageClassification(tf.RegNetConfig(embedding_size=8, groups_width=8, **FOUR)),
+    "BiT": lambda: tf.BitForImageClassification(
+        tf.BitConfig(embedding_size=8, hidden_sizes=[32, 32, 32, 64], depths=[1, 1, 2, 1], num_groups=4, num_labels=5)
+    ),
+    "ConvNeXt": lambda: tf.ConvNextForImageClassification(tf.ConvNextConfig(**FOUR)),
+    "ConvNeXt v2": lambda: tf.ConvNextV2ForImageClassification(tf.ConvNextV2Config(**FOUR)),
+    "MobileNet v2": lambda: tf.MobileNetV2ForImageClassification(
+        tf.MobileNetV2Config(depth_multiplier=0.25, num_labels=5)
+    ),
+}
+OF_TEXT = {
+    "BERT": lambda: tf.BertForSequenceClassification(tf.BertConfig(**TEXT)),
+    "RoBERTa": lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**TEXT)),
+    "XLM-RoBERTa": lambda: tf.XLMRobertaForSequenceClassification(tf.XLMRobertaConfig(**TEXT)),
+    "XLM-RoBERTa-XL": lambda: tf.XLMRobertaXLForSequenceClassification(tf.XLMRobertaXLConfig(**TEXT)),
+    "CamemBERT": lambda: tf.CamembertForSequenceClassification(tf.CamembertConfig(**TEXT)),
+    "DistilBERT": lambda: tf.DistilBertForSequenceClassification(
+        tf.DistilBertConfig(vocab_size=99, dim=32, n_layers=4, n_heads=4, hidden_dim=64, num_labels=5)
+    ),
+    "ELECTRA": lambda: tf.ElectraForSequenceClassification(tf.ElectraConfig(**TEXT, embedding_size=16)),
+    "DeBERTa": lambda: tf.DebertaForSequenceClassification(tf.DebertaConfig(**TEXT, **DEBERTA, pos_att_type="c2p|p2c")),
+    "DeBERTa v2": lambda: tf.DebertaV2ForSequenceClassification(
+        tf.DebertaV2Config(
+            **TEXT, **DEBERTA, pos_att_type=["c2p", "p2c"], position_buckets=8, norm_rel_ebd="layer_norm"
+        )
+    ),
+    "ModernBERT": lambda: tf.ModernBertForSequenceClassification(
+        tf.ModernBertConfig(
+            **TEXT,
+            cls_token_id=1,
+            sep_token_id=2,
+            bos_token_id=1,
+            eos_token_id=2,
+            global_attn_every_n_layers=2,
+            local_attention=8,
+        )
+    ),
+    "MPNet": lambda: tf.MPNetForSequenceClassification(tf.MPNetConfig(**{**TEXT, "pad_token_id": 1})),
+    "MobileBERT": lambda: tf.MobileBertForSequenceClassification(
+        tf.MobileBertConfig(**TEXT, embedding_size=32, intra_bottleneck_size=32)
+    ),
+    "ConvBERT": lambda: tf.ConvBertForSequenceClassification(tf.ConvBertConfig(**TEXT, embedding_size=32)),
+    "RoFormer": lambda: tf.RoFormerForSequenceClassification(tf.RoFormerConfig(**TEXT, embedding_size=32)),
+    "FNet": lambda: tf.FNetForSequenceClassification(
+        tf.FNetConfig(**{k: v for k, v in TEXT.items() if k != "num_attention_heads"})
+    ),
+    "Megatron-BERT": lambda: tf.MegatronBertForSequenceClassification(tf.MegatronBertConfig(**TEXT)),
+    "ERNIE": lambda: tf.ErnieForSequenceClassification(tf.ErnieConfig(**TEXT)),
+    "LayoutLM": lambda: tf.LayoutLMForSequenceClassification(tf.LayoutLMConfig(**TEXT)),
+    "Data2Vec (text)": lambda: tf.Data2VecTextForSequenceClassification(tf.Data2VecTextConfig(**TEXT)),
+    "ESM": lambda: tf.EsmForSequenceClassification(tf.EsmConfig(**TEXT, mask_token_id=1)),
+    "BigBird": lambda: tf.BigBirdForSequenceClassification(tf.BigBirdConfig(**TEXT, attention_type="original_full")),
+    "RemBERT": lambda: tf.RemBertForSequenceClassification(tf.RemBertConfig(**TEXT, input_embedding_size=16)),
+    "Funnel": lambda: tf.FunnelForSequenceClassification(
+        tf.FunnelConfig(vocab_size=99, block_sizes=[2, 2], d_model=32, n_head=4, d_head=8, d_inner=64, num_labels=5)
+    ),
+    "CANINE": lambda: tf.CanineForSequenceClassification(tf.CanineConfig(**TEXT)),
+    "Longformer": lambda: tf.LongformerForSequenceClassification(tf.LongformerConfig(**TEXT, attention_window=8)),
+}
+AUDIO = {
+    "wav2vec 2.0": lambda: tf.Wav2Vec2ForSequenceClassification(tf.Wav2Vec2Config(**SPEECH)),
+    "HuBERT": lambda: tf.HubertForSequenceClassification(tf.HubertConfig(**SPEECH)),
+    "WavLM": lambda: tf.WavLMForSequenceClassification(tf.WavLMConfig(**SPEECH)),
+    "UniSpeech": lambda: tf.UniSpeechForSequenceClassification(tf.UniSpeechConfig(**SPEECH)),
+    "SEW": lambda: tf.SEWForSequenceClassification(tf.SEWConfig(**SPEECH, squeeze_factor=1)),
+    "Data2Vec (audio)": lambda: tf.Data2VecAudioForSequenceClassification(tf.Data2VecAudioConfig(**SPEECH)),
+    "wav2vec 2.0-BERT": lambda: tf.Wav2Vec2BertForSequenceClassification(
+        tf.Wav2Vec2BertConfig(
+            **WIDTH,
+            feature_projection_input_dim=16,
+            num_labels=5,
+            layerdrop=0.0,
+            mask_time_prob=0.0,
+            classifier_proj_size=16,
+            conv_depthwise_kernel_size=3,
+        )
+    ),
+    "Whisper (encoder)": lambda: tf.WhisperForAudioClassification(
+        tf.WhisperConfig(
+            d_model=32,
+            encoder_layers=4,
+            encoder_attention_heads=4,
+            encoder_ffn_dim=64,
+            num_mel_bins=16,
+            max_source_positions=30,
+            decoder_layers=1,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=64,
+            vocab_size=99,
+            num_labels=5,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+            classifier_proj_size=16,
+        )
+    ),
+    "AST": lambda: tf.ASTForAudioClassification(
+        tf.ASTConfig(
+            **WIDTH, patch_size=4, frequency_stride=4, time_stride=4, max_length=24, num_mel_bins=16, num_labels=5
+        )
+    ),
+}
+ENCODERS = {"images": IMAGE, "text": OF_TEXT, "audio": AUDIO}
+MODELS = {name: build for kind in ENCODERS.values() for name, build in kind.items()}
+
+# What cannot be cut: how it is made, the reason, and a part of the message.
+REFUSED = {
+    "ALBERT": (
+        lambda: tf.AlbertForSequenceClassification(tf.AlbertConfig(**TEXT, embedding_size=16)),
+        "one layer, run many times",
+        "No list of layers",
+    ),
+    "GPT-2, Llama and other decoders": (
+        lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**TEXT)),
+        "attend causally: a head would judge what it has not seen",
+        "attend causally",
+    ),
+    "T5": (
+        lambda: tf.T5ForSequenceClassification(
+            tf.T5Config(vocab_size=99, d_model=32, num_layers=2, num_heads=4, d_ff=64, d_kv=8, pad_token_id=0)
+        ),
+        "its longest list of layers is a decoder",
+        "attend causally",
+    ),
+    "XLM, FlauBERT": (
+        lambda: tf.XLMForSequenceClassification(
+            tf.XLMConfig(vocab_size=99, emb_dim=32, n_layers=4, n_heads=4, num_labels=5)
+        ),
+        "attention and feed-forward parts are in separate lists, so that their residual stream goes around each cut",
+        "by a way around the end of that stage",
+    ),
+    "XLNet": (
+        lambda: tf.XLNetForSequenceClassification(
+            tf.XLNetConfig(vocab_size=99, d_model=32, n_layer=4, n_head=4, d_inner=64, num_labels=5)
+        ),
+        "hidden states have the tokens first, not the samples",
+        "not one row for each",
+    ),
+    "MobileViT": (
+        lambda: tf.MobileViTForImageClassification(
+            tf.MobileViTConfig(
+                image_size=32,
+                hidden_sizes=[16, 24, 32],
+                neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 32],
+                num_labels=5,
+            )
+        ),
+        "its longest list of layers sees patches, not samples",
+        "not one row for each",
+    ),
+    "SqueezeBERT": (
+        lambda: tf.SqueezeBertForSequenceClassification(
+            tf.SqueezeBertConfig(**TEXT, embedding_size=32, q_groups=1, k_groups=1, v_groups=1)
+        ),
+        "its layers are called other than as modules",
+        "ran 0 times",
+    ),
+    "SwiftFormer": (
+        lambda: tf.SwiftFormerForImageClassification(
+            tf.SwiftFormerConfig(num_labels=5, depths=[1, 1, 2, 1], embed_dims=[8, 16, 24, 32])
+        ),
+        "its stages alternate with other modules in one list",
+        "No list of layers",
+    ),
+    "wav2vec 2.0 with `use_weighted_layer_sum`": (
+        lambda: tf.Wav2Vec2ForSequenceClassification(tf.Wav2Vec2Config(**SPEECH, use_weighted_layer_sum=True)),
+        "its classifier sees all layers",
+        "by a way around the end of that stage",
+    ),
+}
+
+
+def build(name: str) -> nn.Module:
+    """A model in train mode without dropout, whose weights depend on nothing but the name."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MODELS[name]()
+    for module in model.modules():
+        for field in ("p", "drop_prob", "dropout_prob", "attention_dropout", "activation_dropout", "dropout"):
+            if isinstance(getattr(module, field, None), float):
+                setattr(module, field, 0.0)
+    return model.train()
+
+
+def inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Three samples with labels; texts are padded."""
+    chance = torch.Generator().manual_seed(0)
+    found = {}
+    for name, value in dummy_inputs(model, 3, seq_len=12).items():
+        found[name] = torch.randn(value.shape, generator=chance)
+        if name == "input_ids":
+            found["attention_mask"] = (torch.arange(12) < torch.tensor([[12], [7], [9]])).long()
+            found[name] = torch.randint(3, 99, value.shape, generator=chance) * found["attention_mask"]
+    return {**found, "labels": torch.randint(5, (3,), generator=chance)}

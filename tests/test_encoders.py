@@ -1,0 +1,172 @@
+"""Many architectures: gradients against the generic reference, a step, saving and loading; and what is refused, why."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from encoders import ENCODERS, MODELS, REFUSED, build, inputs
+from reference import detached_step, gradients
+from test_trainer import arguments, weights
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import TrainerCallback
+
+from hf_mmst import MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages
+from hf_mmst.heads import ConvHead
+from hf_mmst.probe import check_cut, profile_layers
+from hf_mmst.stages import save_stages
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+WEIGHTS = [0.5, 0.5, 0.5]
+HEADS = {}  # what kind of head each model has got, as far as it has been tested
+
+
+def cut(model):
+    layers = find_layers(model)
+    profile = {layer.name: layer for layer in profile_layers(model, layers)}
+    partition = Partition.by_cost(layers, 3)
+    check_cut(model, partition)
+    ends = [profile[name] for name in partition.boundaries[:-1]]
+    maps = [end.is_map for end in ends]
+    return partition, StageHeads([end.width for end in ends], 5, maps=maps)
+
+
+def step(model, partition, heads, batch):
+    engine = Stagewise(model, partition, heads)
+    mask = batch.get("attention_mask")
+    with engine.step(lambda logits: cross_entropy(logits, batch["labels"]), WEIGHTS, mask=mask) as found:
+        outputs = model(**batch)
+    (outputs.loss + WEIGHTS[-1] * found.transport).backward()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_step_save_load(name, tmp_path):
+    model = build(name)
+    batch = inputs(model)
+    partition, heads = cut(model)
+    HEADS[name] = type(heads.heads[0])
+    _, around = detached_step(model, partition, heads, batch, WEIGHTS)
+    assert around == []
+    expected = gradients(model, heads)
+    step(model, partition, heads, batch)
+    found = {f"{i}.{n}": p.grad for i, one in enumerate((model, heads)) for n, p in one.named_parameters()}
+    scale = max(gradient.abs().max().item() for gradient in expected.values() if gradient is not None)
+    for key, gradient in expected.items():
+        assert (found[key] is None) == (gradient is None), key
+        if gradient is not None:
+            torch.testing.assert_close(
+                found[key], gradient, rtol=1e-4, atol=1e-6 * scale, msg=lambda m, key=key: f"{key}: {m}"
+            )
+    before = weights(model)
+    torch.optim.SGD([*model.parameters(), *heads.parameters()], lr=1e-3).step()
+    changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
+    for stage in partition.stages:
+        assert any(n.startswith(tuple(f"{layer}." for layer in stage)) for n in changed)
+    model.save_pretrained(tmp_path)
+    save_stages(tmp_path, Stages(partition, heads, {}, {}))
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(torch.equal(tensor, weights(model)[n]) for n, tensor in loaded.state_dict().items())
+    stages = load_stages(tmp_path)
+    assert stages.partition == partition
+    assert [type(head) for head in stages.heads] == [type(head) for head in heads]
+    assert all(torch.equal(tensor, heads.state_dict()[n]) for n, tensor in stages.heads.state_dict().items())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_cut_is_refused_with_a_reason(name, tmp_path):
+    make, _, message = REFUSED[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MMSTTrainer(make(), arguments(tmp_path, num_stages=3))
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Random images, 32 pixels wide."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        chance = torch.Generator().manual_seed(index)
+        return {"pixel_values": torch.randn(3, 32, 32, generator=chance), "labels": torch.tensor(index % 5)}
+
+
+def statistics(model, stage=None):
+    return {
+        name: tensor.clone()
+        for name, tensor in model.named_buffers()
+        if "running" in name and (stage is None or name.startswith(tuple(f"{layer}." for layer in stage)))
+    }
+
+
+def test_statistics_of_frozen_stages_do_not_move(tmp_path):
+    """BatchNorm's running mean and variance change while a stage learns, and at no other time."""
+    model = build("ResNet")
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen[state.global_step] = statistics(model)
+
+    run = MMSTTrainer(
+        model,
+        arguments(tmp_path, stage_order="sequential", num_stages=3, max_steps=6, per_device_train_batch_size=8),
+        train_dataset=Pictures(),
+        callbacks=[Watch()],
+    )
+    assert all(isinstance(head, ConvHead) for head in run.heads)
+    seen[0] = statistics(model)
+    run.train()
+    for k, stage in enumerate(run.partition.stages):
+        for number in range(1, 7):
+            moved = [n for n in statistics(model, stage) if not torch.equal(seen[number][n], seen[number - 1][n])]
+            learns = (number - 1) // 2 == k
+            assert bool(moved) == learns, (k, number, moved)
+    after = statistics(model)
+    run.evaluate(Pictures())
+    assert all(torch.equal(tensor, after[name]) for name, tensor in statistics(model).items())
+
+
+@pytest.mark.parametrize("pooling", ["auto", "mean"])
+def test_convolutional_networks_train_and_come_back(pooling, tmp_path):
+    model = build("ConvNeXt")
+    run = MMSTTrainer(
+        model,
+        arguments(tmp_path, num_stages=2, max_steps=2, head_pooling=pooling),
+        train_dataset=Pictures(),
+        eval_dataset=Pictures(),
+        compute_metrics=lambda found: {"accuracy": 0.5},
+    )
+    run.train()
+    run.save_model()
+    assert isinstance(run.heads.heads[0], ConvHead) == (pooling == "auto")
+    assert "eval_stage_1_loss" in run.evaluate()
+    saved = load_stages(tmp_path).heads
+    assert all(torch.equal(tensor, run.heads.state_dict()[n]) for n, tensor in saved.state_dict().items())
+
+
+def test_the_head_for_maps_is_the_papers():
+    head = StageHeads([8], 5, maps=[True])[0].eval()
+    x = torch.randn(2, 8, 7, 5)
+    expected = nn.functional.adaptive_avg_pool2d(head.conv(x).relu(), 2)
+    expected = (expected - head.norm.running_mean[:, None, None]) / (1 + head.norm.eps) ** 0.5
+    torch.testing.assert_close(head(x), head.classifier(expected.flatten(1)))
+
+
+def table():
+    lines = ["| input | auxiliary head | encoders |", "|---|---|---|"]
+    for kind, models in ENCODERS.items():
+        heads = {name: HEADS.get(name) or type(cut(build(name))[1][0]) for name in models}
+        for head, words in ((ConvHead, "convolution"), (None, "LayerNorm, mean, Linear")):
+            names = [name for name, found in heads.items() if (found is ConvHead) == (head is ConvHead)]
+            if names:
+                lines.append(f"| {kind} | {words} | {', '.join(names)} |")
+    lines += ["", "| refused | because |", "|---|---|"]
+    lines += [f"| {name} | {reason} |" for name, (_, reason, _) in REFUSED.items()]
+    return "\n".join(lines)
+
+
+def test_the_table_is_what_was_tested():
+    assert README.partition("<!-- encoders -->\n")[2].partition("\n<!-- /encoders -->")[0] == table()
