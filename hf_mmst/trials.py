@@ -163,7 +163,8 @@ def pilot(
         trainer.train()
         metrics = trainer.evaluate()
         if metric not in metrics:
-            raise ValueError(f"There is no metric {metric!r}. Set metric to one of {', '.join(sorted(metrics))}.")
+            known = sorted(name for name in metrics if name.startswith("eval_"))
+            raise ValueError(f"There is no metric {metric!r}. Set metric to one of {', '.join(known)}.")
         runtime = next(entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry)
         steps = math.ceil(len(train_dataset) / trainer.args.train_batch_size)  # type: ignore[arg-type]
         return Trial(settings, metrics[metric], planned, runtime / max_steps * steps * _turns(trainer))
