@@ -51,7 +51,8 @@ class MMSTConfig(TrainingArguments):
             stage but the last. Unset: 1 for a model that was loaded with `from_pretrained`, if all its layers are of
             one width; else 0.
         head_learning_rate (`float`, *optional*):
-            Learning rate of the auxiliary heads; `learning_rate` if unset.
+            Learning rate of the auxiliary heads' norms and classifiers. Unset: ten times `learning_rate` for a model
+            that was loaded with `from_pretrained`, else `learning_rate`.
         stage_learning_rate_decay (`float`, *optional*, defaults to 1.0):
             Stage k of K learns at `learning_rate` times this to the power of K - k.
         transport_weight (`float`, *optional*, defaults to 0.3):
@@ -120,7 +121,10 @@ class MMSTConfig(TrainingArguments):
         },
     )
     head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the auxiliary heads; learning_rate if unset."}
+        default=None,
+        metadata={
+            "help": "Learning rate of the auxiliary heads; if unset, ten times learning_rate for a pretrained model."
+        },
     )
     stage_learning_rate_decay: float = field(
         default=1.0, metadata={"help": "Stage k of K learns at learning_rate times this to the power of K - k."}

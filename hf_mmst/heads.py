@@ -155,4 +155,9 @@ def num_head_layers(given: int | None, model: Any, widths: Sequence[int]) -> int
             f"head_layers={given}, but the last layers of {type(model).__name__} cannot take all stages' outputs, "
             f"which are {', '.join(map(str, dict.fromkeys(widths)))} wide. Set head_layers to 0."
         )
-    return int(fitting and bool(getattr(model.config, "name_or_path", ""))) if given is None else given
+    return int(fitting and is_pretrained(model)) if given is None else given
+
+
+def is_pretrained(model: Any) -> bool:
+    """Whether the model was loaded with `from_pretrained`."""
+    return bool(getattr(model.config, "name_or_path", ""))

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+PRETRAINED_FACTOR = 10.0  # new heads on layers that have learned much already have far to go
+
 
 def rate_factors(
     parameters: Sequence[Sequence[nn.Parameter]], heads: Iterable[nn.Module], decay: float, head_factor: float

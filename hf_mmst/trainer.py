@@ -24,8 +24,8 @@ from .config import MMSTConfig
 from .coupled import CoupledResidency
 from .evaluation import StageMetrics, pack, unpack
 from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
-from .heads import HEADS, StageHeads, num_head_layers
-from .learning_rates import rate_factors, split_groups
+from .heads import HEADS, StageHeads, is_pretrained, num_head_layers
+from .learning_rates import PRETRAINED_FACTOR, rate_factors, split_groups
 from .memory import TurnPeaks
 from .order import Order, Segment
 from .partition import Partition, checkpoints_across, find_layers, last_norm
@@ -304,11 +304,12 @@ class MMSTTrainer(StageCheckpoints):
 
     def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
         args = self.args
-        of_heads, decay = args.head_learning_rate or args.learning_rate, args.stage_learning_rate_decay
-        if len(self.heads) and (of_heads != args.learning_rate or decay != 1):
-            split_groups(
-                optimizer, rate_factors(self._stage_parameters, self.heads, decay, of_heads / args.learning_rate)
-            )
+        factor = PRETRAINED_FACTOR if is_pretrained(self._core()) else 1.0
+        if args.head_learning_rate is not None and args.learning_rate > 0:
+            factor = args.head_learning_rate / args.learning_rate
+        if len(self.heads) and (factor, args.stage_learning_rate_decay) != (1, 1):
+            factors = rate_factors(self._stage_parameters, self.heads, args.stage_learning_rate_decay, factor)
+            split_groups(optimizer, factors)
 
     def create_accelerator_and_postprocess(self):
         """As the host's; layers at rest are not moved to the device."""

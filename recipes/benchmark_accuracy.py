@@ -51,7 +51,8 @@ from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
 from hf_mmst.memory import PeakMemory
 from hf_mmst.report import write_json
 
-PAPER = {"head_layers": 0}  # pooling heads, as in the paper, whatever the model
+PAPER = {"head_layers": 0, "head_rate": 1}  # as in the paper, whatever the model
+LAYERS = {"head_layers": 1, "head_rate": 1}
 METHODS = {
     "end-to-end": None,
     "lora": None,
@@ -71,13 +72,15 @@ METHODS = {
     "transport, sequential": {**PAPER, "stage_order": "sequential"},
     "transport, multi_lap": {**PAPER, "stage_order": "multi_lap", "num_laps": 3},
     "transport, coupled lap": {**PAPER, "coupled_laps": 1},
-    "layers": {"head_layers": 1},
-    "layers, greedy": {"head_layers": 1, "transport_weight": 0.0},
-    "layers, two": {"head_layers": 2},
-    "layers, head rate": {"head_layers": 1, "head_rate": 10},
-    "layers, head rate, greedy": {"head_layers": 1, "head_rate": 10, "transport_weight": 0.0},
-    "layers, head rate, coupled lap": {"head_layers": 1, "head_rate": 10, "coupled_laps": 1},
-    "layers, coupled lap": {"head_layers": 1, "coupled_laps": 1},
+    "layers": LAYERS,
+    "layers, two": {**LAYERS, "head_layers": 2},
+    "default": {},
+    "default, w = 0": {"transport_weight": 0.0},
+    "default, w = 1": {"transport_weight": 1.0},
+    "default, adaptive": {"transport_schedule": "adaptive"},
+    "default, sequential": {"stage_order": "sequential"},
+    "default, multi_lap": {"stage_order": "multi_lap", "num_laps": 3},
+    "default, coupled lap": {"coupled_laps": 1},
     "coupled": {"stage_order": "coupled"},
 }
 ONCE = ("end-to-end", "lora", "coupled")  # methods that the number of stages does not change

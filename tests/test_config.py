@@ -119,5 +119,7 @@ def test_missing_labels(tmp_path):
 
 def test_too_few_steps(tmp_path):
     args = MMSTConfig(str(tmp_path), max_steps=2, stage_order="sequential", use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match="2 optimizer steps cannot be shared out over 4 stages and 1 laps.*at least 4"):
+    with pytest.raises(
+        ValueError, match="2 optimizer steps cannot be shared out over 4 turns of 4 stages in 1 laps.*at least 4"
+    ):
         MMSTTrainer(make("vit"), args, train_dataset=Samples("vit")).train()

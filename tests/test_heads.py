@@ -108,6 +108,11 @@ def test_learning_rates_of_stages_and_heads(tmp_path):
     assert decay[run.heads.heads[0].classifier.weight] == 0.1
     assert decay[run.heads.heads[0].norm.weight] == 0.0
     assert len(rate) == len(list(run.model.parameters())) + len(list(run.heads.parameters()))
+    pre = trainer(tmp_path, model=pretrained(tmp_path / "model"), max_steps=1, learning_rate=0.01)
+    pre.train()
+    rate = {p: group["initial_lr"] for group in pre.optimizer.param_groups for p in group["params"]}
+    assert {rate[p] for head in pre.heads for p in head.parameters()} == {0.1}
+    assert {rate[p] for p in pre.model.parameters()} == {0.01}
 
 
 def test_what_cannot_be_is_refused(tmp_path):
