@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from transformers.utils import cached_file
 
 from .files import replace
 from .heads import StageHeads
@@ -54,18 +56,28 @@ def save_stages(folder: str | os.PathLike, stages: Stages, weights: dict[str, An
     replace(Path(folder) / JSON_NAME, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def load_stages(folder: str | os.PathLike) -> Stages:
+def checkpoint_folder(name: str | os.PathLike) -> Path:
+    """The folder of a checkpoint, with its stages fetched from the Hub, if `name` is one there and no folder."""
+    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return Path(name)
+    cached_file(name, HEADS_NAME)
+    return Path(cached_file(name, JSON_NAME)).parent
+
+
+def load_stages(name: str | os.PathLike) -> Stages:
     """
     Read the stages of a checkpoint.
 
     Args:
-        folder (`str` or `os.PathLike`): a folder written by [`MMSTTrainer`], the model's own or `checkpoint-*`.
+        name (`str` or `os.PathLike`): a folder written by [`MMSTTrainer`], the model's own or `checkpoint-*`, or the
+            name of a model on the Hub.
 
     Raises:
         `FileNotFoundError`: if the folder holds no stages.
         `ValueError`: if they were written by a later version of the format.
     """
-    path = Path(folder) / JSON_NAME
+    folder = checkpoint_folder(name)
+    path = folder / JSON_NAME
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} holds no {JSON_NAME}, so it was not written by MMSTTrainer. Pass a folder that was, or train "
@@ -78,6 +90,6 @@ def load_stages(folder: str | os.PathLike) -> Stages:
             f"{FORMAT_VERSION}. Upgrade hf_mmst."
         )
     heads = StageHeads(**content["heads"])
-    heads.load_state_dict(load_file(Path(folder) / HEADS_NAME))
+    heads.load_state_dict(load_file(folder / HEADS_NAME))
     partition = Partition(tuple(tuple(stage) for stage in content["stages"]))
     return Stages(partition, heads, content["config"], content["transport_state"])
