@@ -1,59 +1,109 @@
-"""The command `hf-mmst`."""
+"""The command `hf-mmst`: words -> a plan, a training run, an evaluation, a description of this machine, or a card."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 CHOICES = ("auto", "fp32", "bf16", "fp16")
+TASKS = ("images", "texts")
+ABOUT_TASKS = """
+Flags of `hf-mmst train images` and `hf-mmst train texts` are those of MMSTConfig, such as --num_stages, --stage_order,
+--learning_rate, --output_dir, --push_to_hub, and those of the task:
+
+  --dataset_name        a name on the Hub, a folder, or (texts) a CSV, JSON or parquet file
+  --model_name_or_path  a name on the Hub or a folder (images: a ViT from scratch without it)
+  --config FILE.yaml    the same flags as `field: value` lines; flags on the command line go before them
+
+`hf-mmst train images --help` lists them all. On several GPUs: accelerate launch -m hf_mmst.command train images ...
+"""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """
-    `hf-mmst plan MODEL --batch-size 32 --budget 4GiB`: a table of ways to train MODEL and the one that fits.
+    `hf-mmst plan | train | eval | env | card`; each says more with `--help`.
 
     Args:
         args (`Sequence[str]`, *optional*): the command line; `sys.argv[1:]` by default.
 
     Returns:
-        `int`: 0; 1 if nothing fits; 2 for arguments that cannot be.
+        `int`: 0; 1 if no plan fits; 2 for arguments that cannot be.
     """
+    words = list(sys.argv[1:] if args is None else args)
+    if len(words) > 1 and words[0] == "train" and words[1] in TASKS:  # the flags of the task are its own parser's
+        return _train(words[1], words[2:])
+    given = _parser().parse_args(words)
+    try:
+        return given.run(given)
+    except (OSError, ValueError) as error:
+        print(f"hf-mmst {given.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hf-mmst", description="Train large encoders in a fraction of the memory.")
-    command = parser.add_subparsers(required=True, metavar="plan").add_parser(
+    commands = parser.add_subparsers(required=True, dest="command", metavar="plan | train | eval | env | card")
+
+    plan = commands.add_parser(
         "plan", help="estimate the memory of ways of training a model, without allocating it, and choose one"
     )
-    command.add_argument("model", help="a name on the Hub, or a folder with a config.json")
-    command.add_argument("--batch-size", type=int, default=8, help="samples at once on one device (default: 8)")
-    command.add_argument("--budget", help="memory of the device, such as 4GiB; without it nothing is chosen")
-    shape = command.add_mutually_exclusive_group()
+    plan.set_defaults(run=_plan)
+    plan.add_argument("model", help="a name on the Hub, or a folder with a config.json")
+    plan.add_argument("--batch-size", type=int, default=8, help="samples at once on one device (default: 8)")
+    plan.add_argument("--budget", help="memory of the device, such as 4GiB; without it nothing is chosen")
+    shape = plan.add_mutually_exclusive_group()
     shape.add_argument("--image-size", type=int, help="side of an image, in pixels; the model's own by default")
     shape.add_argument("--seq-len", type=int, help="tokens of a text (default: 128)")
-    command.add_argument(
+    plan.add_argument(
         "--precision",
         choices=CHOICES,
         default="fp32",
         help="autocast, if not fp32 (default); auto: bf16 where that takes less compute in the budget",
     )
-    command.add_argument("--num-stages", type=int, help="the only number of stages to try")
-    command.add_argument("--layers", action="store_true", help="show what each layer takes, too")
-    given = parser.parse_args(args)
+    plan.add_argument("--num-stages", type=int, help="the only number of stages to try")
+    plan.add_argument("--layers", action="store_true", help="show what each layer takes, too")
 
+    train = commands.add_parser(
+        "train",
+        help="train a classifier of images or texts, evaluate and save it",
+        epilog=ABOUT_TASKS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("task", choices=TASKS, help="what is classified")
+
+    evaluate = commands.add_parser("eval", help="accuracy, loss and transport of each stage of a trained model")
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("model", help="a folder written by training, or the name of one on the Hub")
+    evaluate.add_argument("dataset", help="a name on the Hub, a folder, or (texts) a file; its test split is used")
+    evaluate.add_argument("--batch-size", type=int, default=32, help="samples at once (default: 32)")
+    evaluate.add_argument("--max-samples", type=int, help="evaluate on this many samples at most")
+    evaluate.add_argument("--max-seq-length", type=int, default=128, help="tokens of a text at most (default: 128)")
+    evaluate.add_argument("--json", help="write the metrics to this file, too")
+
+    environment = commands.add_parser("env", help="versions and devices, for a report of an error")
+    environment.set_defaults(run=_environment)
+
+    card = commands.add_parser("card", help="make a model card of the results of a run")
+    card.set_defaults(run=_card)
+    card.add_argument("results", help="results.json of the run")
+    card.add_argument("--name", help="how the model is loaded; the folder's name by default")
+    card.add_argument("--output-dir", help="where README.md and stages.png go; beside the results by default")
+    return parser
+
+
+def _plan(given: argparse.Namespace) -> int:
     from rich.console import Console
 
     from .planner import plan
 
     sizes = {"image_size": given.image_size, "seq_len": given.seq_len or 128}
-    try:
-        found = plan(
-            given.model,
-            given.batch_size,
-            given.budget,
-            given.precision,
-            num_stages=given.num_stages,
-            **{name: size for name, size in sizes.items() if size is not None},
-        )
-    except (OSError, ValueError) as error:
-        print(f"hf-mmst plan: {error}", file=sys.stderr)
-        return 2
+    found = plan(
+        given.model,
+        given.batch_size,
+        given.budget,
+        given.precision,
+        num_stages=given.num_stages,
+        **{name: size for name, size in sizes.items() if size is not None},
+    )
     console = Console()
     if not console.is_terminal:
         console.width = 140
@@ -64,3 +114,69 @@ def main(args: Sequence[str] | None = None) -> int:
     if found.chosen is not None:
         console.print(found.config(), highlight=False, soft_wrap=True)
     return int(found.budget is not None and found.chosen is None)
+
+
+def _train(task: str, flags: Sequence[str]) -> int:
+    from .tasks import train
+
+    try:
+        train(task, flags)
+    except (OSError, ValueError) as error:
+        print(f"hf-mmst train {task}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .report import print_stage_table, write_json
+    from .results import stage_rows
+    from .tasks import evaluate
+
+    metrics = evaluate(given.model, given.dataset, given.batch_size, given.max_samples, given.max_seq_length)
+    print_stage_table(stage_rows(metrics))
+    print(f"accuracy {metrics['eval_accuracy']:.2%}, loss {metrics['eval_loss']:.4f}")
+    if given.json is not None:
+        write_json(Path(given.json), metrics)
+    return 0
+
+
+def _environment(_given: argparse.Namespace) -> int:
+    import platform
+
+    import torch
+
+    from .offline import hub_is_reachable
+    from .results import package_versions
+
+    lines = {"python": platform.python_version(), "system": platform.platform(), **package_versions()}
+    lines["processors"] = str(torch.get_num_threads())
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        lines[f"cuda:{index}"] = f"{device.name}, {device.total_memory / 2**30:.1f} GiB"
+    lines["hub"] = "reachable" if hub_is_reachable() else "cannot be reached"
+    for name, value in lines.items():
+        print(f"- {name}: {value}")
+    return 0
+
+
+def _card(given: argparse.Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    from .card import CardContent, write_card
+
+    path = Path(given.results)
+    folder = path.parent if given.output_dir is None else Path(given.output_dir)
+    name = given.name or folder.resolve().name
+    try:
+        content = CardContent.from_results(json.loads(path.read_text()), name)
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}: it is not the results.json of a run. Pass one that is.") from error
+    print(f"written to {write_card(folder, content)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,7 +26,7 @@ from . import files
 from .hidden_states import hidden_states_of, with_hidden_states
 from .partition import Partition
 from .probe import dummy_inputs
-from .stages import HEADS_NAME, JSON_NAME, Stages, load_stages
+from .stages import Stages, checkpoint_folder, load_stages
 from .stagewise import Stagewise
 
 EXITS_NAME = "exits.json"
@@ -181,7 +181,9 @@ class EarlyExit:
         Raises:
             `ValueError`: if it is no classifier, or holds adapters only.
         """
-        folder = _folder(name)
+        folder = checkpoint_folder(name)
+        if not Path(name).is_dir():
+            cached_file(name, EXITS_NAME, _raise_exceptions_for_missing_entries=False)
         if (folder / "adapter_config.json").is_file():
             raise ValueError(
                 f"{name} holds adapters only. Load the base model, wrap it with PeftModel.from_pretrained, and pass "
@@ -427,12 +429,3 @@ def _hidden_of(args: tuple, kwargs: dict) -> torch.Tensor:
 def _layers_until(partition: Partition) -> Sequence[int]:
     """Number of layers from the first to the end of each stage."""
     return [sum(map(len, partition.stages[: k + 1])) for k in range(partition.num_stages)]
-
-
-def _folder(name: str | os.PathLike) -> Path:
-    """The folder of a checkpoint, fetched from the Hub if it is a name there."""
-    if Path(name).is_dir():
-        return Path(name)
-    cached_file(name, HEADS_NAME)
-    cached_file(name, EXITS_NAME, _raise_exceptions_for_missing_entries=False)
-    return Path(cached_file(name, JSON_NAME)).parent

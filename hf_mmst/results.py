@@ -149,7 +149,7 @@ def package_versions() -> dict[str, str]:
 def command_line(words: Sequence[str]) -> str:
     """A command line with the last parts of absolute paths only, and without tokens."""
     script = Path(words[0])
-    shown = [f"{script.parent.name}/{script.name}"]
+    shown = [script.name if script.name == "hf-mmst" else f"{script.parent.name}/{script.name}"]
     hidden = False
     for word in words[1:]:
         flag, equals, _ = word.partition("=")

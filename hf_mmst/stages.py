@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.initialization import no_init_weights
+from transformers.utils import cached_file
 
 from .files import replace
 from .heads import StageHeads
@@ -57,21 +59,31 @@ def save_stages(folder: str | os.PathLike, stages: Stages, weights: dict[str, An
     replace(Path(folder) / JSON_NAME, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def load_stages(folder: str | os.PathLike, model: nn.Module | None = None) -> Stages:
+def checkpoint_folder(name: str | os.PathLike) -> Path:
+    """The folder of a checkpoint, with its stages fetched from the Hub, if `name` is one there and no folder."""
+    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return Path(name)
+    cached_file(name, HEADS_NAME)
+    return Path(cached_file(name, JSON_NAME)).parent
+
+
+def load_stages(name: str | os.PathLike, model: nn.Module | None = None) -> Stages:
     """
     Read the stages of a checkpoint.
 
     Args:
-        folder (`str` or `os.PathLike`): a folder written by [`MMSTTrainer`], the model's own or `checkpoint-*`.
+        name (`str` or `os.PathLike`): a folder written by [`MMSTTrainer`], the model's own or `checkpoint-*`, or the
+            name of a model on the Hub.
         model (`nn.Module`, *optional*):
-            The model, for heads with layers like its own; by default one of the architecture in the folder's
-            `config.json` is made, without weights. A folder of adapters has none.
+            The model, for heads with layers like its own; by default one of the architecture in `config.json` is made,
+            without weights. A folder of adapters has none.
 
     Raises:
         `FileNotFoundError`: if the folder holds no stages.
         `ValueError`: if they were written by a later version of the format, or the heads' layers cannot be made.
     """
-    path = Path(folder) / JSON_NAME
+    folder = checkpoint_folder(name)
+    path = folder / JSON_NAME
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} holds no {JSON_NAME}, so it was not written by MMSTTrainer. Pass a folder that was, or train "
@@ -87,22 +99,23 @@ def load_stages(folder: str | os.PathLike, model: nn.Module | None = None) -> St
     number = content["heads"].pop("num_layers")
     layers: list[nn.Module] = []
     if number > 0:
-        model = _architecture(Path(folder)) if model is None else model
+        model = _architecture(name) if model is None else model
         layers = [model.get_submodule(name) for name in partition.layers[-number:]]
     heads = StageHeads(**content["heads"], layers=layers)
-    heads.load_state_dict(load_file(Path(folder) / HEADS_NAME))
+    heads.load_state_dict(load_file(folder / HEADS_NAME))
     return Stages(partition, heads, content["config"], content["transport_state"])
 
 
-def _architecture(folder: Path) -> nn.Module:
-    """A model as in the folder's `config.json`, with buffers but without weights."""
+def _architecture(name: str | os.PathLike) -> nn.Module:
+    """A model as in the checkpoint's `config.json`, with buffers but without weights."""
     import transformers
 
-    if not (folder / "config.json").is_file():
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder} holds no config.json, so the layers of its stages' heads cannot be made. Pass the model that it "
+            f"{name} holds no config.json, so the layers of its stages' heads cannot be made. Pass the model that it "
             "belongs to as model."
-        )
-    config = transformers.AutoConfig.from_pretrained(folder)
+        ) from error
     with no_init_weights():
         return getattr(transformers, config.architectures[0])(config)

@@ -1,0 +1,134 @@
+"""The command `hf-mmst`: training, evaluation and cards without a script."""
+
+import json
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from pushes import TEXTS, tokenizer
+from transformers import AutoModelForImageClassification
+from zoo import make
+
+from hf_mmst.command import main
+
+QUICK = ["--max_steps", "2", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "--num_stages", "2"]
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """A folder of parquet files with dark and light images."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rng = np.random.default_rng(0)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])})
+    (tmp_path / "images").mkdir()
+    for split in ("train", "test"):
+        labels = rng.integers(2, size=32)
+        pixels = [rng.integers(100, size=(16, 16, 3), dtype=np.uint8) + np.uint8(100 * label) for label in labels]
+        rows = datasets.Dataset.from_dict({"img": pixels, "label": labels}, features=features)
+        rows.to_parquet(tmp_path / "images" / f"{split}.parquet")
+    return str(tmp_path / "images")
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """A CSV file of short texts, and a folder with a model for them."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    lines = [f'"{TEXTS[i % 5]} {TEXTS[i % 7]}",{("no", "yes")[i % 2]}' for i in range(40)]
+    (tmp_path / "texts.csv").write_text("\n".join(["sentence,label", *lines]))
+    make("bert", num_labels=2).save_pretrained(tmp_path / "model")
+    tokenizer(tmp_path).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "texts.csv"), str(tmp_path / "model")
+
+
+def test_images_are_trained_on_and_evaluated(images, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    flags = ["--dataset_name", images, "--output_dir", out, "--hidden_size", "24", "--num_hidden_layers", "2"]
+    assert main(["train", "images", *flags, *QUICK]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (found["num_stages"], found["task"], found["dataset"]) == (2, "image-classification", "images")
+    assert AutoModelForImageClassification.from_pretrained(out).config.label2id == {"dark": 0, "light": 1}
+    capsys.readouterr()
+    assert main(["eval", out, images, "--json", str(tmp_path / "metrics.json")]) == 0
+    said = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert f"accuracy {metrics['eval_accuracy']:.2%}" in said
+    assert metrics["eval_accuracy"] == found["accuracy"]
+    for name in ("accuracy", "loss", "transport"):
+        again = [metrics[f"eval_stage_{k}_{name}"] for k in (1, 2)]
+        assert again == pytest.approx(found[f"stage_{name}"], rel=1e-5)
+    assert main(["card", str(tmp_path / "out" / "results.json"), "--name", "tester/dark-or-light"]) == 0
+    assert 'from_pretrained("tester/dark-or-light")' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_texts_are_trained_on_and_evaluated(texts, tmp_path, capsys):
+    data, model = texts
+    out = str(tmp_path / "out")
+    config = tmp_path / "run.yaml"
+    config.write_text(f"dataset_name: {data}\nmodel_name_or_path: {model}\nmax_seq_length: 8\nlearning_rate: 1e-4\n")
+    assert main(["train", "texts", "--config", str(config), "--output_dir", out, *QUICK]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (found["learning_rate"], found["num_eval_samples"]) == (1e-4, 8)
+    assert main(["eval", out, data, "--max-seq-length", "8"]) == 0
+    assert f"accuracy {found['accuracy']:.2%}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_dataset_with_other_labels_is_refused(texts, tmp_path, capsys):
+    data, model = texts
+    out = str(tmp_path / "out")
+    main(["train", "texts", "--dataset_name", data, "--model_name_or_path", model, "--output_dir", out, *QUICK])
+    (tmp_path / "other.csv").write_text((tmp_path / "texts.csv").read_text().replace("yes", "maybe"))
+    assert main(["eval", out, str(tmp_path / "other.csv")]) == 2
+    assert "knows the labels no, yes; " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "images"], "There is no dataset. Set dataset_name to"),
+        (["train", "texts", "--dataset_name", "x.csv"], "There is no model. Set model_name_or_path to"),
+        (["train", "images", "--dataset_name", "x", "--num_stages", "0"], "num_stages=0 is not a whole number"),
+        (["eval", "/nowhere", "x"], "holds no stages.json"),
+        (["card", "/nowhere/results.json"], "No such file"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(words, message, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith(f"hf-mmst {words[0]}")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_card_needs_the_results_of_a_run(tmp_path, capsys):
+    (tmp_path / "results.json").write_text("{}")
+    assert main(["card", str(tmp_path / "results.json")]) == 2
+    assert "is not the results.json of a run" in capsys.readouterr().err
+
+
+def test_unknown_words_end_it(capsys):
+    for words in (["pilot"], ["train", "sounds"], ["train", "images", "--num_stage", "3"], []):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+    assert "Did you mean num_stages?" in capsys.readouterr().err
+
+
+def test_the_environment(capsys):
+    assert main(["env"]) == 0
+    said = capsys.readouterr().out
+    assert "- transformers: " in said
+    assert "- hub: cannot be reached" in said
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["eval", "--help"]])
+def test_help_imports_nothing_heavy(words):
+    code = (
+        "import sys\nfrom hf_mmst.command import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'rich', 'numpy', 'huggingface_hub'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: hf-mmst" in done.stdout
