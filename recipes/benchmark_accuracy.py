@@ -107,7 +107,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
-        args.methods, args.seeds, args.learning_rates, args.epochs = ["end-to-end", "greedy", "transport"], 1, [1e-4], 1
+        args.methods, args.seeds, args.learning_rates, args.epochs = (
+            ["end-to-end", "lora", "freeze", "default"],
+            1,
+            [1e-4],
+            1,
+        )
         args.num_train_samples, args.num_validation_samples, args.num_test_samples = 64, 32, 32
         args.max_seq_length = 16
     for name, value in TASKS[args.task].items():
