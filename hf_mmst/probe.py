@@ -77,6 +77,11 @@ def profile_layers(model: nn.Module, layers: Sequence[str]) -> list[LayerProfile
                 f"{name} of {type(model).__name__} puts out {list(shape)} for {SAMPLES} samples, not one row for each, "
                 "so that no head can judge it. Set num_stages to 1."
             )
+        if len(shape) == 4 and shape[1] == shape[2] != shape[3]:
+            raise ValueError(
+                f"{name} of {type(model).__name__} puts out {list(shape)}, maps with the channels last, of which heads "
+                "are not made. Set num_stages to 1."
+            )
     return [
         LayerProfile(name, flops[name], shapes[name][1 if len(shapes[name]) == 4 else -1], len(shapes[name]) == 4)
         for name in layers

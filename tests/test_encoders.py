@@ -40,6 +40,18 @@ def step(model, partition, heads, batch):
     (outputs.loss + WEIGHTS[-1] * found.transport).backward()
 
 
+def assert_same(model, heads, expected):
+    """The gradients that are there are those expected, up to rounding of the largest of them."""
+    found = {f"{i}.{n}": p.grad for i, one in enumerate((model, heads)) for n, p in one.named_parameters()}
+    scale = max(gradient.abs().max().item() for gradient in expected.values() if gradient is not None)
+    for key, gradient in expected.items():
+        assert (found[key] is None) == (gradient is None), key
+        if gradient is not None:
+            torch.testing.assert_close(
+                found[key], gradient, rtol=1e-4, atol=1e-6 * scale, msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_step_save_load(name, tmp_path):
@@ -51,14 +63,7 @@ def test_gradients_step_save_load(name, tmp_path):
     assert around == []
     expected = gradients(model, heads)
     step(model, partition, heads, batch)
-    found = {f"{i}.{n}": p.grad for i, one in enumerate((model, heads)) for n, p in one.named_parameters()}
-    scale = max(gradient.abs().max().item() for gradient in expected.values() if gradient is not None)
-    for key, gradient in expected.items():
-        assert (found[key] is None) == (gradient is None), key
-        if gradient is not None:
-            torch.testing.assert_close(
-                found[key], gradient, rtol=1e-4, atol=1e-6 * scale, msg=lambda m, key=key: f"{key}: {m}"
-            )
+    assert_same(model, heads, expected)
     before = weights(model)
     torch.optim.SGD([*model.parameters(), *heads.parameters()], lr=1e-3).step()
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
@@ -73,6 +78,39 @@ def test_gradients_step_save_load(name, tmp_path):
     assert stages.partition == partition
     assert [type(head) for head in stages.heads] == [type(head) for head in heads]
     assert all(torch.equal(tensor, heads.state_dict()[n]) for n, tensor in stages.heads.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("architecture", "first", "number"),
+    [
+        ("resnet10t", "timm_model.layer1.0", 4),
+        ("convnext_atto", "timm_model.stages.0.blocks.0", 12),
+        ("deit_tiny_patch16_224", "timm_model.blocks.0", 12),
+        ("vgg11_bn", "No list of layers", 0),
+        ("swin_s3_tiny_224", "with the channels last", 0),
+    ],
+)
+def test_models_of_timm(architecture, first, number):
+    pytest.importorskip("timm")
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture=architecture, num_labels=5)).train()
+    if number == 0:
+        with pytest.raises(ValueError, match=first):
+            cut(model)
+        return
+    partition, heads = cut(model)
+    assert (partition.layers[0], len(partition.layers)) == (first, number)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    batch = inputs(model)
+    _, around = detached_step(model, partition, heads, batch, WEIGHTS)
+    assert around == []
+    expected = gradients(model, heads)
+    step(model, partition, heads, batch)
+    assert_same(model, heads, expected)
 
 
 @pytest.mark.parametrize("name", REFUSED)
