@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
 from hf_mmst import MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages
+from hf_mmst.exits import EarlyExit, ExitRule
 from hf_mmst.heads import ConvHead
 from hf_mmst.probe import check_cut, profile_layers
 from hf_mmst.stages import save_stages
@@ -183,6 +184,37 @@ def test_convolutional_networks_train_and_come_back(pooling, tmp_path):
     assert "eval_stage_1_loss" in run.evaluate()
     saved = load_stages(tmp_path).heads
     assert all(torch.equal(tensor, run.heads.state_dict()[n]) for n, tensor in saved.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["ResNet", "ConvNeXt", "PVT"])
+def test_cached_features_and_one_resident_stage_change_no_number(name, tmp_path):
+    runs = []
+    for kind, settings in enumerate(({}, {"feature_cache": "disk", "stage_residency": "stage"})):
+        args = arguments(tmp_path / str(kind), stage_order="sequential", max_steps=9, optim="sgd", **settings)
+        run = MMSTTrainer(build(name), args, train_dataset=Pictures())
+        run.train()
+        runs.append({**weights(run.model), **{f"heads.{n}": tensor for n, tensor in weights(run.heads).items()}})
+    for key, tensor in runs[0].items():
+        torch.testing.assert_close(runs[1][key], tensor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["ResNet", "DeBERTa v2", "Funnel", "MPNet", "wav2vec 2.0", "Longformer"])
+def test_samples_leave_early(name):
+    model = build(name).eval()
+    batch = inputs(model)
+    partition, heads = cut(model)
+    with torch.no_grad():
+        for head in heads:
+            head.classifier.weight.mul_(15)
+    early = EarlyExit(model, Stages(partition, heads, {}, {}))
+    found = early.observe([batch])
+    sure = early.rule.confidence(0, found.logits[0]).sort().values
+    early.rule = ExitRule(threshold=((sure[1] + sure[2]) / 2).item())
+    stages = early.rule.decide(found.logits)
+    assert len(set(stages.tolist())) > 1
+    output = early(**{key: value for key, value in batch.items() if key != "labels"})
+    assert (output.exit_stages - 1).tolist() == stages.tolist()
+    torch.testing.assert_close(output.logits, found.logits[stages, torch.arange(3)], rtol=1e-4, atol=1e-4)
 
 
 def test_the_head_for_maps_is_the_papers():
