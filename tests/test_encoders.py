@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
-from hf_mmst import MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages
+from hf_mmst import MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages, plan
 from hf_mmst.exits import EarlyExit, ExitRule
 from hf_mmst.heads import ConvHead
 from hf_mmst.probe import check_cut, profile_layers
@@ -223,6 +223,11 @@ def test_the_head_for_maps_is_the_papers():
     expected = nn.functional.adaptive_avg_pool2d(head.conv(x).relu(), 2)
     expected = (expected - head.norm.running_mean[:, None, None]) / (1 + head.norm.eps) ** 0.5
     torch.testing.assert_close(head(x), head.classifier(expected.flatten(1)))
+
+
+def test_what_depends_on_data_cannot_be_planned():
+    with pytest.raises(ValueError, match="depends on data.*can be trained in stages, but not planned"):
+        plan(MODELS["DeBERTa"]().config, 2)
 
 
 def table():
