@@ -94,8 +94,9 @@ def _build(model_args: ImageModelArguments, splits: datasets.DatasetDict, image_
     name, labels = model_args.model_name_or_path, labels_of(splits)
     if name is not None:
         model = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
-        from_scratch = Path(name).is_dir() and not Path(name, "preprocessor_config.json").is_file()
-        return model, None if from_scratch else AutoImageProcessor.from_pretrained(name, backend="pil")
+        if Path(name).is_dir() and not Path(name, "preprocessor_config.json").is_file():
+            return model, None
+        return model, AutoImageProcessor.from_pretrained(name, backend="pil")
     image = splits["train"][0]["image"]
     image_size = image_size or image.size[0]
     config = ViTConfig(

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -88,7 +89,8 @@ def find_layers(model: nn.Module) -> list[str]:
 
     The trunk is the list of like modules ([`~torch.nn.ModuleList`]) that holds most parameters; lists whose members
     are the host's checkpointed layers come first. A trunk of groups that themselves hold such layers (the four
-    resolutions of a Swin) is opened, so that the blocks are the layers.
+    resolutions of a Swin) is opened, so that the blocks are the layers. Without any such list, sequences of like blocks
+    side by side ([`~torch.nn.Sequential`], as in timm) are taken.
 
     Args:
         model (`nn.Module`): a Hugging Face model with an encoder; wrappers such as `PeftModel` may be around it.
@@ -102,7 +104,8 @@ def find_layers(model: nn.Module) -> list[str]:
     lists = {name: module for name, module in model.named_modules() if _is_list_of_like_modules(module)}
     checkpointed = {name: module for name, module in lists.items() if _holds_checkpointed_layers(module)}
     candidates = checkpointed or lists
-    if not candidates:
+    rows = [] if candidates else _rows_of_blocks(model)
+    if not candidates and not rows:
         single = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == 1]
         if single:
             name, module = max(single, key=lambda one: _num_parameters(one[1]))
@@ -115,9 +118,15 @@ def find_layers(model: nn.Module) -> list[str]:
             f"No list of layers was found in {type(model).__name__}, so it has no encoder to cut into stages. Pass a "
             "model with an encoder, such as AutoModelForImageClassification or AutoModelForSequenceClassification."
         )
-    trunk = max(candidates, key=lambda name: _num_parameters(candidates[name]))
-    trunk = next((name for name in lists if trunk.startswith(f"{name}.")), trunk)  # the blocks of one resolution
-    layers = [name for child, group in lists[trunk].named_children() for name in _open(f"{trunk}.{child}", group)]
+    if candidates:
+        trunk = max(candidates, key=lambda name: _num_parameters(candidates[name]))
+        rows = [next((name for name in lists if trunk.startswith(f"{name}.")), trunk)]  # not blocks of one resolution
+    layers = [
+        name
+        for row in rows
+        for child, group in model.get_submodule(row).named_children()
+        for name in _open(f"{row}.{child}", group)
+    ]
     for name in layers:
         if any(getattr(module, "is_causal", False) is True for module in model.get_submodule(name).modules()):
             raise ValueError(
@@ -146,7 +155,7 @@ def checkpoints_across(model: nn.Module, partition: Partition) -> str | None:
 
 def _open(name: str, group: nn.Module) -> Iterable[str]:
     """The names of the layers inside a group, or the name itself if it is a layer."""
-    if isinstance(group, nn.ModuleList):
+    if isinstance(group, nn.ModuleList) or _is_row_of_blocks(group):
         return [f"{name}.{child}" for child, _ in group.named_children()]
     inner = [
         (n, m) for n, m in group.named_children() if _is_list_of_like_modules(m, 1, (nn.ModuleList, nn.Sequential))
@@ -155,6 +164,24 @@ def _open(name: str, group: nn.Module) -> Iterable[str]:
         inner = [(n, m) for n, m in inner if _holds_checkpointed_layers(m)]
     inner = [(n, m) for n, m in inner if 2 * _num_parameters(m) > _num_parameters(group)]
     return [f"{name}.{n}.{child}" for n, m in inner for child, _ in m.named_children()] or [name]
+
+
+def _rows_of_blocks(model: nn.Module) -> list[str]:
+    """Where there is no list: sequences of like blocks side by side, such as the `layer1` .. `layer4` of a ResNet."""
+    rows: dict[tuple[str, type], list[str]] = {}
+    for name, module in model.named_modules():
+        if _is_row_of_blocks(module):
+            rows.setdefault((name.rpartition(".")[0], type(module[0])), []).append(name)
+    found = max(
+        rows.values(), key=lambda names: sum(_num_parameters(model.get_submodule(n)) for n in names), default=[]
+    )
+    return found if sum(len(list(model.get_submodule(name).children())) for name in found) > 1 else []
+
+
+def _is_row_of_blocks(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    return _is_list_of_like_modules(module, 1, (nn.Sequential,)) and any(
+        True for _ in next(module.children()).children()
+    )
 
 
 def _is_list_of_like_modules(

@@ -46,7 +46,8 @@ def profile_layers(model: nn.Module, layers: Sequence[str]) -> list[LayerProfile
 
     Raises:
         `ValueError`: if the layers do not each run exactly once in that order, as in models that share layers, or do
-            not give one row for each sample.
+            not give one row for each sample, or give maps with the channels last; or if the model is on the meta device
+            and its forward pass depends on data.
     """
     shapes: dict[str, torch.Size] = {}
     calls: list[str] = []
@@ -60,7 +61,12 @@ def profile_layers(model: nn.Module, layers: Sequence[str]) -> list[LayerProfile
             _run(on_meta(model).eval(), layers, watch)
         counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
         flops = {name: counts.get(f"{type(model).__name__}.{name}", 0) // SAMPLES for name in layers}
-    except _DEPENDS_ON_DATA:
+    except _DEPENDS_ON_DATA as error:
+        if next(model.parameters()).is_meta:
+            raise ValueError(
+                f"The forward pass of {type(model).__name__} depends on data, so that it cannot be followed on tensors "
+                "without data. It can be trained in stages, but not planned."
+            ) from error
         calls.clear()
         with torch.no_grad():
             _run(model, layers, watch)
@@ -76,6 +82,11 @@ def profile_layers(model: nn.Module, layers: Sequence[str]) -> list[LayerProfile
             raise ValueError(
                 f"{name} of {type(model).__name__} puts out {list(shape)} for {SAMPLES} samples, not one row for each, "
                 "so that no head can judge it. Set num_stages to 1."
+            )
+        if len(shape) == 4 and shape[1] == shape[2] != shape[3]:
+            raise ValueError(
+                f"{name} of {type(model).__name__} puts out {list(shape)}, maps with the channels last, of which heads "
+                "are not made. Set num_stages to 1."
             )
     return [
         LayerProfile(name, flops[name], shapes[name][1 if len(shapes[name]) == 4 else -1], len(shapes[name]) == 4)

@@ -83,6 +83,7 @@ def evaluate(
             folder,
             stage_boundaries=list(stages.partition.boundaries),
             head_pooling=stages.config["head_pooling"],
+            head_layers=len(stages.heads.layers),
             transport_norm=stages.config["transport_norm"],
             per_device_eval_batch_size=batch_size,
             remove_unused_columns=not sees,

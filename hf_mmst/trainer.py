@@ -610,17 +610,17 @@ class MMSTTrainer(StageCheckpoints):
     ):
         if not self.args.model_card or not self.is_world_process_zero():
             return
-        evaluations = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
-        builder = getattr(self.eval_dataset or self.train_dataset, "builder_name", None)
-        name = self.hub_model_id or model_name or Path(self.args.output_dir).name
         try:
+            evaluations = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
+            dataset_of_hub = getattr(self.eval_dataset or self.train_dataset, "builder_name", None)
+            found = [] if dataset_of_hub in (None, *FILE_FORMATS) else [dataset_of_hub]
             content = CardContent.from_results(
                 self.results(evaluations[-1] if evaluations else {}),
-                name,
+                self.hub_model_id or model_name or Path(self.args.output_dir).name,
                 base_model=finetuned_from,
                 task=_listed(tasks)[0] if tasks else None,
-                dataset=", ".join(_listed(dataset)) or builder,
-                datasets=_listed(dataset_tags) or [builder] if builder not in (None, *FILE_FORMATS) else [],
+                dataset=", ".join(_listed(dataset) or found),
+                datasets=_listed(dataset_tags) or found,
                 language=_listed(language),
                 license=license,
                 tags=_listed(tags),

@@ -129,6 +129,7 @@ AUDIO = {
     "HuBERT": lambda: tf.HubertForSequenceClassification(tf.HubertConfig(**SPEECH)),
     "WavLM": lambda: tf.WavLMForSequenceClassification(tf.WavLMConfig(**SPEECH)),
     "UniSpeech": lambda: tf.UniSpeechForSequenceClassification(tf.UniSpeechConfig(**SPEECH)),
+    "UniSpeech-SAT": lambda: tf.UniSpeechSatForSequenceClassification(tf.UniSpeechSatConfig(**SPEECH)),
     "SEW": lambda: tf.SEWForSequenceClassification(tf.SEWConfig(**SPEECH, squeeze_factor=1)),
     "Data2Vec (audio)": lambda: tf.Data2VecAudioForSequenceClassification(tf.Data2VecAudioConfig(**SPEECH)),
     "wav2vec 2.0-BERT": lambda: tf.Wav2Vec2BertForSequenceClassification(

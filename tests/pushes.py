@@ -76,6 +76,31 @@ def retry(folder):
     (folder / "retry.json").write_text(json.dumps(failures))
 
 
+def script(folder):
+    """As the task scripts do, which push on saving and at their end."""
+    from script import dataset, main
+    from zoo import make
+
+    make("bert").save_pretrained(folder / "model")
+    tokenizer(folder).save_pretrained(folder / "model")
+    dataset("texts").save_to_disk(folder / "data")
+    given = {
+        "model_name_or_path": folder / "model",
+        "dataset_name": folder / "data",
+        "output_dir": folder / "script",
+        "hub_model_id": "tester/script",
+        "hub_token": sys.argv[3],
+        "num_stages": 2,
+        "max_steps": 2,
+        "report_to": "none",
+    }
+    flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    token, sys.argv = sys.argv[3], ["script.py", *flags]
+    sys.argv += ["--ignore_mismatched_sizes", "True", "--do_train", "--do_eval", "--use_cpu", "--push_to_hub"]
+    main()
+    sys.argv = ["pushes.py", "", str(folder), token]
+
+
 def load(folder):
     """With plain transformers, and the snippet of the card."""
     from huggingface_hub import hf_hub_download
@@ -99,5 +124,7 @@ def load(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[1].split("+"):
-        {"push": push, "refused": refused, "retry": retry, "load": load}[name](Path(sys.argv[2]))
+    steps = {"push": push, "refused": refused, "retry": retry, "script": script, "load": load}
+    where = Path(sys.argv[2])
+    for step in sys.argv[1].split("+"):
+        steps[step](where)

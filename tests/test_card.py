@@ -39,7 +39,7 @@ def run(folder, **settings):
 def test_without_an_evaluation_there_are_no_numbers(tmp_path):
     run(tmp_path).create_model_card(tags="mine", tasks="image-classification", dataset_tags=["tester/pictures"])
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.eval_results is None
+    assert (card.data.eval_results, card.data.datasets) == (None, ["tester/pictures"])
     assert {"mine", "hf_mmst"} <= {*card.data.tags}
     assert "AutoModelForImageClassification.from_pretrained" in card.text
 
@@ -71,6 +71,16 @@ def test_a_card_that_fails_is_a_warning(tmp_path, monkeypatch):
     (line,) = said
     assert "wrote no model card (OSError" in line
     assert "model_card=False" in line
+
+
+def test_a_dataset_from_the_hub_is_named(tmp_path, monkeypatch):
+    done = run(tmp_path)
+    monkeypatch.setattr(done.eval_dataset, "builder_name", "cifar10", raising=False)
+    done.create_model_card()
+    assert ModelCard.load(tmp_path / "README.md").data.datasets == ["cifar10"]
+    monkeypatch.setattr(done.eval_dataset, "builder_name", "csv")
+    done.create_model_card()
+    assert ModelCard.load(tmp_path / "README.md").data.datasets is None
 
 
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
-from hf_mmst import MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages
+from hf_mmst import MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages, plan
+from hf_mmst.exits import EarlyExit, ExitRule
 from hf_mmst.heads import ConvHead
 from hf_mmst.probe import check_cut, profile_layers
 from hf_mmst.stages import save_stages
@@ -40,6 +41,18 @@ def step(model, partition, heads, batch):
     (outputs.loss + WEIGHTS[-1] * found.transport).backward()
 
 
+def assert_same(model, heads, expected):
+    """The gradients that are there are those expected, up to rounding of the largest of them."""
+    found = {f"{i}.{n}": p.grad for i, one in enumerate((model, heads)) for n, p in one.named_parameters()}
+    scale = max(gradient.abs().max().item() for gradient in expected.values() if gradient is not None)
+    for key, gradient in expected.items():
+        assert (found[key] is None) == (gradient is None), key
+        if gradient is not None:
+            torch.testing.assert_close(
+                found[key], gradient, rtol=1e-4, atol=1e-6 * scale, msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_step_save_load(name, tmp_path):
@@ -51,14 +64,7 @@ def test_gradients_step_save_load(name, tmp_path):
     assert around == []
     expected = gradients(model, heads)
     step(model, partition, heads, batch)
-    found = {f"{i}.{n}": p.grad for i, one in enumerate((model, heads)) for n, p in one.named_parameters()}
-    scale = max(gradient.abs().max().item() for gradient in expected.values() if gradient is not None)
-    for key, gradient in expected.items():
-        assert (found[key] is None) == (gradient is None), key
-        if gradient is not None:
-            torch.testing.assert_close(
-                found[key], gradient, rtol=1e-4, atol=1e-6 * scale, msg=lambda m, key=key: f"{key}: {m}"
-            )
+    assert_same(model, heads, expected)
     before = weights(model)
     torch.optim.SGD([*model.parameters(), *heads.parameters()], lr=1e-3).step()
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
@@ -73,6 +79,39 @@ def test_gradients_step_save_load(name, tmp_path):
     assert stages.partition == partition
     assert [type(head) for head in stages.heads] == [type(head) for head in heads]
     assert all(torch.equal(tensor, heads.state_dict()[n]) for n, tensor in stages.heads.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("architecture", "first", "number"),
+    [
+        ("resnet10t", "timm_model.layer1.0", 4),
+        ("convnext_atto", "timm_model.stages.0.blocks.0", 12),
+        ("deit_tiny_patch16_224", "timm_model.blocks.0", 12),
+        ("vgg11_bn", "No list of layers", 0),
+        ("swin_s3_tiny_224", "with the channels last", 0),
+    ],
+)
+def test_models_of_timm(architecture, first, number):
+    pytest.importorskip("timm")
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture=architecture, num_labels=5)).train()
+    if number == 0:
+        with pytest.raises(ValueError, match=first):
+            cut(model)
+        return
+    partition, heads = cut(model)
+    assert (partition.layers[0], len(partition.layers)) == (first, number)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    batch = inputs(model)
+    _, around = detached_step(model, partition, heads, batch, WEIGHTS)
+    assert around == []
+    expected = gradients(model, heads)
+    step(model, partition, heads, batch)
+    assert_same(model, heads, expected)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -147,12 +186,48 @@ def test_convolutional_networks_train_and_come_back(pooling, tmp_path):
     assert all(torch.equal(tensor, run.heads.state_dict()[n]) for n, tensor in saved.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["ResNet", "ConvNeXt", "PVT"])
+def test_cached_features_and_one_resident_stage_change_no_number(name, tmp_path):
+    runs = []
+    for kind, settings in enumerate(({}, {"feature_cache": "disk", "stage_residency": "stage"})):
+        args = arguments(tmp_path / str(kind), stage_order="sequential", max_steps=9, optim="sgd", **settings)
+        run = MMSTTrainer(build(name), args, train_dataset=Pictures())
+        run.train()
+        runs.append({**weights(run.model), **{f"heads.{n}": tensor for n, tensor in weights(run.heads).items()}})
+    for key, tensor in runs[0].items():
+        torch.testing.assert_close(runs[1][key], tensor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["ResNet", "DeBERTa v2", "Funnel", "MPNet", "wav2vec 2.0", "Longformer"])
+def test_samples_leave_early(name):
+    model = build(name).eval()
+    batch = inputs(model)
+    partition, heads = cut(model)
+    with torch.no_grad():
+        for head in heads:
+            head.classifier.weight.mul_(15)
+    early = EarlyExit(model, Stages(partition, heads, {}, {}))
+    found = early.observe([batch])
+    sure = early.rule.confidence(0, found.logits[0]).sort().values
+    early.rule = ExitRule(threshold=((sure[1] + sure[2]) / 2).item())
+    stages = early.rule.decide(found.logits)
+    assert len(set(stages.tolist())) > 1
+    output = early(**{key: value for key, value in batch.items() if key != "labels"})
+    assert (output.exit_stages - 1).tolist() == stages.tolist()
+    torch.testing.assert_close(output.logits, found.logits[stages, torch.arange(3)], rtol=1e-4, atol=1e-4)
+
+
 def test_the_head_for_maps_is_the_papers():
     head = StageHeads([8], 5, maps=[True])[0].eval()
     x = torch.randn(2, 8, 7, 5)
     expected = nn.functional.adaptive_avg_pool2d(head.conv(x).relu(), 2)
     expected = (expected - head.norm.running_mean[:, None, None]) / (1 + head.norm.eps) ** 0.5
     torch.testing.assert_close(head(x), head.classifier(expected.flatten(1)))
+
+
+def test_what_depends_on_data_cannot_be_planned():
+    with pytest.raises(ValueError, match="depends on data.*can be trained in stages, but not planned"):
+        plan(MODELS["DeBERTa"]().config, 2)
 
 
 def table():

@@ -1,6 +1,7 @@
 """Leaving early against deciding on full runs; calibration; pipelines; truncation."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from test_trainer import trainer
 from transformers import AutoModelForImageClassification, ViTImageProcessor, pipeline
 from zoo import batch, make
 
-from hf_mmst import Partition, StageHeads
+from hf_mmst import Partition, StageHeads, find_layers
 from hf_mmst.exits import EarlyExit, ExitRule, HeadLogits, calibrate, exit_curve, temperature
-from hf_mmst.stages import Stages
+from hf_mmst.stages import Stages, save_stages
 from hf_mmst.truncation import truncate
 
+ROOT = Path(__file__).parents[1]
 NAMES = ["vit", "dinov2", "swin", "beit", "bert", "roberta", "distilbert"]
 
 
@@ -207,7 +209,7 @@ def test_a_checkpoint_keeps_its_rule(tmp_path):
 
 
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "EarlyExit" in block]
     run = trainer(tmp_path / "vit-stages", max_steps=2)
     run.train()
@@ -217,6 +219,46 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     exec(code, {"validation_batches": [inputs, inputs], "images": plain["pixel_values"]})
     assert "of 4 layers" in capsys.readouterr().out
     assert (tmp_path / "vit-stages" / "exits.json").is_file()
+
+
+def exits_table():
+    lines = ["| model | way to leave | accuracy | layers | fewer layers |", "|---|---|---|---|---|"]
+    for path in sorted((ROOT / "model_cards" / "exits").glob("*.json")):
+        found = json.loads(path.read_text())
+        number, whole = found["num_layers"], found["whole"]
+        lines.append(f"| {path.stem} | none | {100 * whole['accuracy']:.1f} | {number} | - |")
+        for row in found["rows"]:
+            if row["max_drop"] == 0.005:
+                cells = [path.stem, row["kind"], f"{100 * row['accuracy']:.1f}", f"{row['mean_layers']:.2f}"]
+                lines.append("| " + " | ".join([*cells, f"{1 - row['mean_layers'] / number:.0%}"]) + " |")
+    return "\n".join(lines)
+
+
+def test_the_table_is_what_was_measured():
+    readme = (ROOT / "README.md").read_text()
+    assert readme.partition("<!-- exits -->\n")[2].partition("\n<!-- /exits -->")[0] == exits_table()
+
+
+def test_the_recipe_calibrates_on_one_half_and_measures_on_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    import early_exit as recipe
+
+    digits = recipe.mnist_digits()
+    digits["test"] = digits["test"].shuffle(seed=0).select(range(60))
+    monkeypatch.setattr(recipe, "mnist_digits", lambda: digits)
+    model = make("vit", num_labels=10, image_size=28, patch_size=7, num_channels=1)
+    layers = find_layers(model)
+    model.save_pretrained(tmp_path)
+    save_stages(tmp_path, Stages(Partition.by_cost(layers, 2), StageHeads([32], 10), {}, {}))
+    monkeypatch.setattr("sys.argv", ["early_exit.py", "images", str(tmp_path)])
+    recipe.main()
+    found = json.loads((tmp_path / "early_exit.json").read_text())
+    assert (found["num_layers"], found["num_stages"], found["num_test_samples"]) == (4, 2, 30)
+    assert found["num_validation_samples"] == 30
+    assert found["whole"]["mean_layers"] == found["curve"][-1]["layers"] == 4
+    assert found["whole"]["accuracy"] == found["curve"][-1]["accuracy"]
+    assert len(found["rows"]) == 8
+    assert "whole model: " in capsys.readouterr().out
 
 
 def test_adapters_exit_early(tmp_path):

@@ -30,7 +30,7 @@ def pushed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     with Hub() as hub:
         hub.drops = [r"PUT /objects/", r"POST /api/models/tester/dropped/commit"]
-        said = run(hub, folder, "retry+push+refused", hub.token)
+        said = run(hub, folder, "retry+push+refused+script", hub.token)
         yield hub, folder, said
 
 
@@ -70,6 +70,16 @@ def test_the_card_says_what_the_run_found(pushed):
         "stages.png",
     ):
         assert words in card.text
+
+
+def test_a_task_script_pushes(pushed):
+    hub, _, _ = pushed
+    repo = hub.repos["tester/script"]
+    assert repo.commits[-1] == "End of training"
+    assert {"model.safetensors", "stages.json", "README.md", "tokenizer.json"} <= repo.files.keys()
+    card = ModelCard(repo.files["README.md"].decode())
+    assert (card.data.language, card.data.pipeline_tag) == (["en"], "text-classification")
+    assert f"| accuracy | {card.data.eval_results[-1].metric_value:.4f} |" in card.text
 
 
 def test_it_loads_elsewhere_with_plain_transformers(pushed):
