@@ -258,23 +258,33 @@ def planned_peak(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -
     """What the run that `args` describe takes; `None` for a cut by names, or a model that cannot be simulated."""
     if args.stage_boundaries is not None:
         return None
-    way = Way(
-        num_stages=args.num_stages,
-        stage_order="sequential" if args.stage_order == "multi_lap" else args.stage_order,
-        stage_residency=args.stage_residency,
-        stage_clipping=args.stage_clipping,
-        activation_checkpointing=bool(args.activation_checkpointing),
-    )
     try:
-        return _simulation(args, model, batch).peak(way)
+        simulation = simulation_of(args, model, batch)
+        return max((simulation.peak(way) for way in ways_of(args)), key=lambda peak: peak.total)
     except (ValueError, RuntimeError, NotImplementedError):
         return None
 
 
-def _simulation(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Simulation:
+def simulation_of(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Simulation:
+    """The simulation of a run with these arguments and batches like this one."""
     tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    return Simulation(model, tensors, precision, "cuda" if args.device.type == "cuda" else "cpu")
+    device = "cuda" if args.device.type == "cuda" else "cpu"
+    return Simulation(model, tensors, precision, device, args.head_layers)
+
+
+def ways_of(args: MMSTConfig) -> list[Way]:
+    """The ways in which a run with these arguments trains, in its turns."""
+    checkpointing = bool(args.activation_checkpointing)
+    local = Way(
+        num_stages=args.num_stages,
+        stage_order="sequential" if args.stage_order == "multi_lap" else args.stage_order,
+        stage_residency=args.stage_residency,
+        stage_clipping=args.stage_clipping,
+        activation_checkpointing=checkpointing,
+    )
+    resident = Way(stage_order="coupled") if args.stage_residency == "stage" else None
+    return [local, resident or Way(activation_checkpointing=checkpointing)] if args.coupled_laps else [local]
 
 
 def _rivals(simulation: Simulation) -> Iterator[Way]:

@@ -42,7 +42,7 @@ def train_and_report(trainer: "MMSTTrainer", *, model: str, dataset: str, begin:
     if trainer.is_world_process_zero():
         print_stage_table(stage_rows(metrics))
         seconds = time.perf_counter() - begin
-        path = write_results(
+        results = write_results(
             trainer,
             metrics,
             model=model,
@@ -51,16 +51,17 @@ def train_and_report(trainer: "MMSTTrainer", *, model: str, dataset: str, begin:
             reserved_bytes=peak.reserved_bytes,
             seconds=seconds,
         )
+        planned = f" (planned {results['planned_bytes'] / 2**20:.0f} of tensors)" if results["planned_bytes"] else ""
         print(
-            f"accuracy {metrics['eval_accuracy']:.2%}, peak memory {peak.peak_bytes / 2**20:.0f} MiB, "
-            f"{seconds:.0f} s, written to {path}"
+            f"accuracy {metrics['eval_accuracy']:.2%}, peak memory {peak.peak_bytes / 2**20:.0f} MiB{planned}, "
+            f"{seconds:.0f} s, written to {args.output_dir}/results.json"
         )
     if args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
 
 
-def write_results(trainer: "MMSTTrainer", metrics: Mapping[str, float], **found: Any) -> Path:
+def write_results(trainer: "MMSTTrainer", metrics: Mapping[str, float], **found: Any) -> dict[str, Any]:
     """
     Write `results.json` in the output directory, beside and renamed.
 
@@ -70,18 +71,17 @@ def write_results(trainer: "MMSTTrainer", metrics: Mapping[str, float], **found:
         found: what else is to be kept: `model`, `dataset`, `peak_bytes`, `reserved_bytes`, `seconds`.
 
     Returns:
-        `Path`: the file.
+        `dict[str, Any]`: what was written, see [`MMSTTrainer.results`].
     """
     results = trainer.results(
         metrics,
         **found,
-        turn_peak_bytes=trainer.peaks.by_name,
+        turn_peak_bytes=trainer.peaks.by_name | trainer.peaks.reserved_by_name,
         num_train_samples=len(trainer.train_dataset),
         num_eval_samples=len(trainer.eval_dataset),
     )
-    path = Path(trainer.args.output_dir) / "results.json"
-    write_json(path, results)
-    return path
+    write_json(Path(trainer.args.output_dir) / "results.json", results)
+    return results
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

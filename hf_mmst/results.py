@@ -19,7 +19,11 @@ PACKAGES = ("hf-mmst", "torch", "transformers", "accelerate", "datasets", "evalu
 SETTINGS = (
     "stage_order",
     "num_laps",
+    "coupled_laps",
     "head_pooling",
+    "head_layers",
+    "head_learning_rate",
+    "stage_learning_rate_decay",
     "transport_weight",
     "transport_norm",
     "transport_schedule",

