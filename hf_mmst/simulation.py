@@ -173,14 +173,14 @@ class Simulation:
         layers = {layer.name: layer for layer in self.profile}
         with self._mode, self._checkpointing(self.model, way), contextlib.ExitStack() as stack:
             with torch.device(self.device), _default_dtype(self.model):
-                last = [self.model.get_submodule(name) for name in self.layers[len(self.layers) - self.head_layers :]]
                 ends = [layers[name] for name in partition.boundaries[:-1]]
                 heads = StageHeads(
                     [end.width for end in ends],
                     self.config.num_labels,
                     maps=[end.is_map for end in ends],
-                    layers=last,
                 )
+            last = self.layers[len(self.layers) - self.head_layers :]
+            heads.layers = nn.ModuleList(self._without_data(self.model.get_submodule(name)) for name in last)
             engine = Stagewise(self.model, partition, heads)
             shared = parameters_by_stage(self.model, partition, heads)
             everything = [p for own in shared for p in own]

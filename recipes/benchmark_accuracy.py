@@ -19,13 +19,11 @@ import argparse
 import contextlib
 import json
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -40,6 +38,7 @@ from hf_mmst import MMSTConfig, find_layers
 from hf_mmst.images import ImageArguments, ImageModelArguments, image_trainer
 from hf_mmst.memory import PeakMemory
 from hf_mmst.report import write_json
+from hf_mmst.results import command_line, device_of, package_versions
 from hf_mmst.texts import TextArguments, TextModelArguments, load_texts, text_trainer
 
 PAPER = {"head_layers": 0, "head_rate": 1}  # as in the paper, whatever the model
@@ -372,15 +371,13 @@ def main() -> None:
         if method not in ONCE or number == args.num_stages[0]
     ]
     rows = [runs.row(*one) for one in wanted]
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     settings = ("task", "num_train_samples", "num_validation_samples", "num_test_samples", "max_seq_length", "epochs")
     write_json(
         args.output_dir / "results.json",
         {
-            "command": shlex.join(["recipes/benchmark_accuracy.py", *words]),
-            "versions": {one: version(one) for one in ("hf-mmst", "torch", "transformers", "accelerate", "peft")},
-            "device": {"type": args.device, "name": name, "processors": os.cpu_count()},
+            "command": command_line(sys.argv),
+            "versions": package_versions(),
+            "device": asdict(device_of(torch.device(args.device))),
             "seed": 0,
             "num_seeds": args.seeds,
             "dataset": Path(args.dataset_name or TASKS[args.task]["dataset"]).name,

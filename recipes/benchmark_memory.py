@@ -17,14 +17,12 @@ time of an epoch is that of all stages in turn, and where features are cached, o
 import argparse
 import json
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -47,6 +45,7 @@ from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
 from hf_mmst.memory import PeakMemory
 from hf_mmst.probe import dummy_inputs
 from hf_mmst.report import write_json
+from hf_mmst.results import command_line, device_of, package_versions
 from hf_mmst.simulation import Simulation, Way
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
@@ -276,17 +275,15 @@ def main() -> None:
         print(
             f"{method}: {rows[-1]['peak_bytes'] / 2**20:.0f} MiB, {rows[-1]['step_seconds']:.2f} s a step", flush=True
         )
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     settings = {
         key: getattr(args, key) for key in ("model", "batch_size", "num_stages", "seq_len", "precision", "steps")
     }
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     write_json(
         args.output_dir / "results.json",
         {
-            "command": shlex.join(["recipes/benchmark_memory.py", *words]),
-            "versions": {one: version(one) for one in ("hf-mmst", "torch", "transformers", "accelerate", "peft")},
-            "device": {"type": args.device, "name": name, "processors": os.cpu_count()},
+            "command": command_line(sys.argv),
+            "versions": package_versions(),
+            "device": asdict(device_of(torch.device(args.device))),
             "seed": 42,
             **settings,
             "rows": rows,

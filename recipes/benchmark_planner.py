@@ -11,13 +11,10 @@ optimizer states to the last gradient; tensors at rest, which lie in files, are 
 """
 
 import argparse
-import os
-import platform
-import shlex
 import sys
 import tempfile
 from contextlib import ExitStack
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
@@ -42,6 +39,7 @@ from hf_mmst import MMSTConfig, MMSTTrainer
 from hf_mmst.probe import dummy_inputs
 from hf_mmst.report import write_json
 from hf_mmst.residency import Shelf
+from hf_mmst.results import command_line, device_of, package_versions
 from hf_mmst.simulation import FlatMemTracker, Simulation, Way
 
 SIZE = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 768}
@@ -53,21 +51,23 @@ MODELS = {
     ),
 }
 RESIDENT = {"stage_order": "sequential", "stage_residency": "stage"}
-COMBINATIONS = [
-    ("vit", "fp32", Way()),
-    ("vit", "fp32", Way(activation_checkpointing=True)),
-    ("vit", "bf16", Way(num_stages=3)),
-    ("vit", "fp32", Way(num_stages=6, stage_clipping=True)),
-    ("vit", "fp32", Way(num_stages=3, **RESIDENT)),
-    ("vit", "fp32", Way(stage_order="coupled")),
-    ("bert", "bf16", Way()),
-    ("bert", "fp32", Way(num_stages=2)),
-    ("bert", "fp32", Way(num_stages=6, stage_clipping=True, activation_checkpointing=True)),
-    ("bert", "bf16", Way(num_stages=3, **RESIDENT)),
-    ("bert", "fp32", Way(num_stages=6, **RESIDENT, activation_checkpointing=True)),
-    ("swin", "fp32", Way()),
-    ("swin", "fp32", Way(num_stages=4)),
-    ("swin", "bf16", Way(num_stages=6, stage_order="sequential")),
+COMBINATIONS = [  # model, precision, way of training, layers of the auxiliary heads
+    ("vit", "fp32", Way(), 0),
+    ("vit", "fp32", Way(activation_checkpointing=True), 0),
+    ("vit", "bf16", Way(num_stages=3), 0),
+    ("vit", "fp32", Way(num_stages=6, stage_clipping=True), 0),
+    ("vit", "fp32", Way(num_stages=3, **RESIDENT), 0),
+    ("vit", "fp32", Way(stage_order="coupled"), 0),
+    ("bert", "bf16", Way(), 0),
+    ("bert", "fp32", Way(num_stages=2), 0),
+    ("bert", "fp32", Way(num_stages=6, stage_clipping=True, activation_checkpointing=True), 0),
+    ("bert", "bf16", Way(num_stages=3, **RESIDENT), 0),
+    ("bert", "fp32", Way(num_stages=6, **RESIDENT, activation_checkpointing=True), 0),
+    ("vit", "bf16", Way(num_stages=6), 1),
+    ("bert", "fp32", Way(num_stages=3, **RESIDENT), 1),
+    ("swin", "fp32", Way(), 0),
+    ("swin", "fp32", Way(num_stages=4), 0),
+    ("swin", "bf16", Way(num_stages=6, stage_order="sequential"), 0),
 ]
 BATCH = 8
 SEQ_LEN = 64
@@ -92,18 +92,19 @@ def make(name: str):
     return MODELS[name]()
 
 
-def simulation(model, precision: str) -> Simulation:
+def simulation(model, precision: str, head_layers: int = 0) -> Simulation:
     """The planner's view of the model and a batch."""
     batch = {**dummy_inputs(model, BATCH, seq_len=SEQ_LEN), "labels": torch.zeros(BATCH, dtype=torch.long)}
-    return Simulation(model, batch, precision)
+    return Simulation(model, batch, precision, head_layers=head_layers)
 
 
-def measured_bytes(model, precision: str, way: Way, folder: str) -> int:
+def measured_bytes(model, precision: str, way: Way, head_layers: int, folder: str) -> int:
     """The most bytes that tensors take while the model trains."""
     stagewise = way.num_stages > 1 or way.stage_order == "coupled"
     settings = {"activation_checkpointing": way.activation_checkpointing}
     if stagewise:
-        settings = {field: value for field, value in vars(way).items() if field != "lora"}
+        settings = {**vars(way), "head_layers": head_layers}
+        del settings["lora"]
     args = (MMSTConfig if stagewise else TrainingArguments)(
         folder,
         max_steps=2 * (way.num_stages if way.stage_order == "sequential" else 1),
@@ -138,20 +139,22 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark_planner"))
     args = parser.parse_args()
     rows = []
-    for name, precision, way in COMBINATIONS:
+    for name, precision, way, head_layers in COMBINATIONS:
         model = make(name)
-        planned = simulation(model, precision).peak(way).total
+        planned = simulation(model, precision, head_layers).peak(way).total
         with tempfile.TemporaryDirectory() as folder:
-            measured = measured_bytes(model, precision, way, folder)
+            measured = measured_bytes(model, precision, way, head_layers, folder)
         settings = {field: value for field, value in vars(way).items() if value != getattr(Way(), field)}
+        if head_layers:
+            settings["head_layers"] = head_layers
         row = {"model": name, "precision": precision, "settings": settings}
         rows.append({**row, "planned_bytes": planned, "measured_bytes": measured})
     write_json(
         args.output_dir / "results.json",
         {
-            "command": shlex.join(["recipes/benchmark_planner.py", *map(_last_part, sys.argv[1:])]),
-            "versions": {one: version(one) for one in ("hf-mmst", "torch", "transformers", "accelerate")},
-            "device": {"type": "cpu", "name": platform.machine(), "processors": os.cpu_count()},
+            "command": command_line(sys.argv),
+            "versions": package_versions(),
+            "device": asdict(device_of(torch.device("cpu"))),
             "seed": 0,
             "batch_size": BATCH,
             "rows": rows,
@@ -173,10 +176,6 @@ def _uncounted(method):
             method(*args)
 
     return call
-
-
-def _last_part(word: str) -> str:
-    return Path(word).name if Path(word).is_absolute() else word
 
 
 if __name__ == "__main__":
