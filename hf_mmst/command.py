@@ -6,21 +6,26 @@ from collections.abc import Sequence
 
 CHOICES = ("auto", "fp32", "bf16", "fp16")
 TASKS = ("images", "texts")
+RUNS = {
+    "train": "train a classifier of images or texts, evaluate and save it",
+    "pilot": "short trials of settings, on a part of the samples to train on; prints the best to paste",
+}
 ABOUT_TASKS = """
-Flags of `hf-mmst train images` and `hf-mmst train texts` are those of MMSTConfig, such as --num_stages, --stage_order,
+Flags of `hf-mmst train | pilot images | texts` are those of MMSTConfig, such as --num_stages, --stage_order,
 --learning_rate, --output_dir, --push_to_hub, and those of the task:
 
   --dataset_name        a name on the Hub, a folder, or (texts) a CSV, JSON or parquet file
   --model_name_or_path  a name on the Hub or a folder (images: a ViT from scratch without it)
   --config FILE.yaml    the same flags as `field: value` lines; flags on the command line go before them
 
+Those of pilot are also --num_trials, --trial_steps and --trial_samples; trials have to fit --memory_budget.
 `hf-mmst train images --help` lists them all. On several GPUs: accelerate launch -m hf_mmst.command train images ...
 """
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """
-    `hf-mmst plan | train | eval | env | card`; each says more with `--help`.
+    `hf-mmst plan | pilot | train | eval | env | card`; each says more with `--help`.
 
     Args:
         args (`Sequence[str]`, *optional*): the command line; `sys.argv[1:]` by default.
@@ -29,8 +34,8 @@ def main(args: Sequence[str] | None = None) -> int:
         `int`: 0; 1 if no plan fits; 2 for arguments that cannot be.
     """
     words = list(sys.argv[1:] if args is None else args)
-    if len(words) > 1 and words[0] == "train" and words[1] in TASKS:  # the flags of the task are its own parser's
-        return _train(words[1], words[2:])
+    if len(words) > 1 and words[0] in RUNS and words[1] in TASKS:  # the flags of the task are its own parser's
+        return _run(words[0], words[1], words[2:])
     given = _parser().parse_args(words)
     try:
         return given.run(given)
@@ -41,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hf-mmst", description="Train large encoders in a fraction of the memory.")
-    commands = parser.add_subparsers(required=True, dest="command", metavar="plan | train | eval | env | card")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="plan | pilot | train | eval | env | card")
 
     plan = commands.add_parser(
         "plan", help="estimate the memory of ways of training a model, without allocating it, and choose one"
@@ -62,13 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--num-stages", type=int, help="the only number of stages to try")
     plan.add_argument("--layers", action="store_true", help="show what each layer takes, too")
 
-    train = commands.add_parser(
-        "train",
-        help="train a classifier of images or texts, evaluate and save it",
-        epilog=ABOUT_TASKS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    train.add_argument("task", choices=TASKS, help="what is classified")
+    for name, text in RUNS.items():
+        run = commands.add_parser(
+            name, help=text, epilog=ABOUT_TASKS, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        run.add_argument("task", choices=TASKS, help="what is classified")
 
     evaluate = commands.add_parser("eval", help="accuracy, loss and transport of each stage of a trained model")
     evaluate.set_defaults(run=_evaluate)
@@ -91,8 +94,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(given: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from .planner import plan
 
     sizes = {"image_size": given.image_size, "seq_len": given.seq_len or 128}
@@ -104,9 +105,7 @@ def _plan(given: argparse.Namespace) -> int:
         num_stages=given.num_stages,
         **{name: size for name, size in sizes.items() if size is not None},
     )
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140
+    console = _console()
     if given.layers:
         console.print(found.layer_table())
     console.print(found.table())
@@ -116,15 +115,33 @@ def _plan(given: argparse.Namespace) -> int:
     return int(found.budget is not None and found.chosen is None)
 
 
-def _train(task: str, flags: Sequence[str]) -> int:
-    from .tasks import train
+def _run(command: str, task: str, flags: Sequence[str]) -> int:
+    from .tasks import train, try_settings
 
     try:
-        train(task, flags)
+        if command == "train":
+            train(task, flags)
+            return 0
+        found = try_settings(task, flags)
     except (OSError, ValueError) as error:
-        print(f"hf-mmst train {task}: {error}", file=sys.stderr)
+        print(f"hf-mmst {command} {task}: {error}", file=sys.stderr)
         return 2
+    console = _console()
+    console.print(found.table())
+    if found.chosen is None:
+        console.print("No trial fits in memory_budget. Set it to more, or per_device_train_batch_size to less.")
+        return 1
+    console.print(found.config(), highlight=False, soft_wrap=True)
     return 0
+
+
+def _console():
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    return console
 
 
 def _evaluate(given: argparse.Namespace) -> int:

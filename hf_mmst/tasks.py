@@ -1,9 +1,12 @@
 """A task and flags -> a trained model; a checkpoint and a dataset -> metrics of each of its stages."""
 
+import copy
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -12,6 +15,17 @@ from .arguments import parse_arguments
 from .config import MMSTConfig
 from .report import train_and_report
 from .stages import load_stages
+from .trainer import MMSTTrainer
+from .trials import Pilot, pilot
+
+
+@dataclass
+class TrialArguments:
+    """How much is tried; `memory_budget` is what trials must fit."""
+
+    num_trials: int = field(default=12, metadata={"help": "Settings to try at most."})
+    trial_steps: int = field(default=60, metadata={"help": "Optimizer steps of a trial, over all stages."})
+    trial_samples: int = field(default=2000, metadata={"help": "Samples that trials are trained and ranked on."})
 
 
 def train(task: str, flags: Sequence[str]) -> None:
@@ -26,30 +40,57 @@ def train(task: str, flags: Sequence[str]) -> None:
         `ValueError`: if there is no dataset, or no model of texts.
     """
     begin = time.perf_counter()
+    model_args, data, args = _parse(task, flags)
+    dataset, model = data.dataset_name, model_args.model_name_or_path or "ViT from scratch"
+    train_and_report(
+        _trainer(task, model_args, data, args),
+        model=Path(model).name,
+        dataset=Path(dataset).name if Path(dataset).exists() else dataset,
+        begin=begin,
+    )
+
+
+def try_settings(task: str, flags: Sequence[str]) -> Pilot:
+    """[`pilot`] for a task; arguments and errors are those of [`train`]."""
+    model_args, data, trials, args = _parse(task, flags, TrialArguments)
+    budget, args.memory_budget = args.memory_budget, None
+    trainer = _trainer(task, model_args, data, args)
+    return pilot(
+        lambda: copy.deepcopy(trainer.model),
+        args,
+        trainer.train_dataset,
+        trainer.compute_metrics,
+        data_collator=trainer.data_collator,
+        processing_class=trainer.processing_class,
+        budget=budget,
+        num_trials=trials.num_trials,
+        max_steps=trials.trial_steps,
+        max_samples=trials.trial_samples,
+    )
+
+
+def _parse(task: str, flags: Sequence[str], *more: type) -> tuple:
     module = images if task == "images" else texts
     kinds = (
         (images.ImageModelArguments, images.ImageArguments)
         if task == "images"
         else (texts.TextModelArguments, texts.TextArguments)
     )
-    model_args, data, args = parse_arguments(
-        *kinds, MMSTConfig, args=flags, defaults={"output_dir": f"outputs/{task}", **module.DEFAULTS}
+    parsed = parse_arguments(
+        *kinds, *more, MMSTConfig, args=flags, defaults={"output_dir": f"outputs/{task}", **module.DEFAULTS}
     )
-    if data.dataset_name is None:
+    if parsed[1].dataset_name is None:
         raise ValueError("There is no dataset. Set dataset_name to a name on the Hub, a folder or a file.")
-    if task == "texts" and model_args.model_name_or_path is None:
+    if task == "texts" and parsed[0].model_name_or_path is None:
         raise ValueError("There is no model. Set model_name_or_path to a name on the Hub or a folder.")
+    return parsed
+
+
+def _trainer(task: str, model_args: Any, data: Any, args: MMSTConfig) -> MMSTTrainer:
     with args.main_process_first():
         name = data.dataset_name
         splits = images.load_images(name) if task == "images" else texts.load_texts(name, data)
-    make = images.image_trainer if task == "images" else texts.text_trainer
-    dataset, model = data.dataset_name, model_args.model_name_or_path or "ViT from scratch"
-    train_and_report(
-        make(model_args, data, args, splits),
-        model=Path(model).name,
-        dataset=Path(dataset).name if Path(dataset).exists() else dataset,
-        begin=begin,
-    )
+    return (images.image_trainer if task == "images" else texts.text_trainer)(model_args, data, args, splits)
 
 
 def evaluate(

@@ -74,6 +74,19 @@ def test_texts_are_trained_on_and_evaluated(texts, tmp_path, capsys):
     assert f"accuracy {found['accuracy']:.2%}" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_short_trials_choose_settings(images, texts, tmp_path, capsys):
+    data, model = texts
+    common = ["--num_trials", "2", "--trial_steps", "4", "--output_dir", str(tmp_path / "out"), *QUICK]
+    assert main(["pilot", "texts", "--dataset_name", data, "--model_name_or_path", model, *common]) == 0
+    assert 'MMSTConfig("output", num_stages=' in capsys.readouterr().out.splitlines()[-1]
+    size = ["--hidden_size", "24", "--num_hidden_layers", "2"]
+    assert main(["pilot", "images", "--dataset_name", images, *size, *common, "--memory_budget", "1KiB"]) == 1
+    assert "No trial fits in memory_budget" in capsys.readouterr().out
+    assert main(["pilot", "images", *common]) == 2
+    assert "hf-mmst pilot images: There is no dataset" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
 def test_a_dataset_with_other_labels_is_refused(texts, tmp_path, capsys):
     data, model = texts
     out = str(tmp_path / "out")
