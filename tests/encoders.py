@@ -177,7 +177,7 @@ REFUSED = {
     "ALBERT": (
         lambda: tf.AlbertForSequenceClassification(tf.AlbertConfig(**TEXT, embedding_size=16)),
         "one layer, run many times",
-        "No list of layers",
+        "holds one layer only",
     ),
     "GPT-2, Llama and other decoders": (
         lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**TEXT)),
@@ -229,7 +229,7 @@ REFUSED = {
             tf.SwiftFormerConfig(num_labels=5, depths=[1, 1, 2, 1], embed_dims=[8, 16, 24, 32])
         ),
         "its stages alternate with other modules in one list",
-        "No list of layers",
+        "holds one layer only",
     ),
     "wav2vec 2.0 with `use_weighted_layer_sum`": (
         lambda: tf.Wav2Vec2ForSequenceClassification(tf.Wav2Vec2Config(**SPEECH, use_weighted_layer_sum=True)),

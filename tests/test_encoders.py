@@ -218,7 +218,7 @@ def test_samples_leave_early(name):
 
 
 def test_the_head_for_maps_is_the_papers():
-    head = StageHeads([8], 5, maps=[True])[0].eval()
+    head = StageHeads([8], 5, maps=[True]).heads[0].eval()
     x = torch.randn(2, 8, 7, 5)
     expected = nn.functional.adaptive_avg_pool2d(head.conv(x).relu(), 2)
     expected = (expected - head.norm.running_mean[:, None, None]) / (1 + head.norm.eps) ** 0.5
