@@ -51,8 +51,8 @@ class MMSTConfig(TrainingArguments):
             stage but the last. Unset: 1 for a model that was loaded with `from_pretrained`, if all its layers are of
             one width; else 0.
         head_learning_rate (`float`, *optional*):
-            Learning rate of the auxiliary heads' norms and classifiers. Unset: ten times `learning_rate` for a model
-            that was loaded with `from_pretrained`, else `learning_rate`.
+            Learning rate of the auxiliary heads' norms and classifiers, and of the model's own classifier. Unset: ten
+            times `learning_rate` for stages of a model that was loaded with `from_pretrained`, else `learning_rate`.
         stage_learning_rate_decay (`float`, *optional*, defaults to 1.0):
             Stage k of K learns at `learning_rate` times this to the power of K - k.
         transport_weight (`float`, *optional*, defaults to 0.3):

