@@ -198,6 +198,7 @@ def plan(
     numbers = [num_stages] if num_stages is not None else _stage_numbers(len(simulation.layers))
     whole = rows[Way()].peak
     chosen = None
+    least: list[Way] = []
     for family in _families(simulation):
         if {family.stage_order, *_settings(family)} & {*without}:
             continue
@@ -208,8 +209,12 @@ def plan(
         ways = [family]
         if family.stage_order != "coupled":
             ways = [replace(family, num_stages=number) for number in numbers]
-        if fits(ways[-1]) and limit is not None and chosen is None:  # more stages take less
+        least.append(ways[-1])  # more stages take less
+        if fits(ways[-1]) and limit is not None and chosen is None:
             chosen = ways[bisect_left(ways[:-1], True, key=fits)]
+    for way in least if chosen is None else []:  # one of them says what would be needed
+        if way not in rows:
+            rows[way] = _row(simulation, way)
     for way in [*rows]:
         if way.stage_order == "sequential" and (way == chosen or not way.activation_checkpointing):
             cached = replace(way, feature_cache="disk")
@@ -236,7 +241,7 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Ro
         device="cuda" if args.device.type == "cuda" else "cpu",
         without=(["stage_clipping"] if not steps_at_once else [])
         + (["stage_residency"] if args.world_size > 1 else [])
-        + (["coupled"] if args.world_size > 1 or args.fp16 else []),
+        + (["coupled"] if args.world_size > 1 or args.fp16 or args.feature_cache != "none" else []),
         head_layers=args.head_layers,
     )
     if found.chosen is None:

@@ -180,7 +180,7 @@ def test_the_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "end to end, checkpointing" in out
     assert "LoRA" in out
-    assert 'MMSTConfig("output", num_stages=' in out
+    assert """MMSTConfig("output", stage_order='coupled', per_device_train_batch_size=64)""" in out
     assert "vit.layers.2" in out
     assert main(["plan", str(tmp_path), "--budget", "1MiB"]) == 1
     assert "Nothing fits" in capsys.readouterr().out
