@@ -233,7 +233,7 @@ def test_what_depends_on_data_cannot_be_planned():
 def table():
     lines = ["| input | auxiliary head | encoders |", "|---|---|---|"]
     for kind, models in ENCODERS.items():
-        heads = {name: HEADS.get(name) or type(cut(build(name))[1][0]) for name in models}
+        heads = {name: HEADS.get(name) or type(cut(build(name))[1].heads[0]) for name in models}
         for head, words in ((ConvHead, "convolution"), (None, "LayerNorm, mean, Linear")):
             names = [name for name, found in heads.items() if (found is ConvHead) == (head is ConvHead)]
             if names:
