@@ -1,5 +1,6 @@
 """One process of a run on several: trains a tiny model and writes its weights. Arguments: name, order, mode, file."""
 
+import os
 import sys
 
 import torch
@@ -53,6 +54,8 @@ def main(name: str, order: str, mode: str, path: str) -> None:
     found |= {f"logged.{key}": torch.tensor(logged[key]) for key in ("loss", "stage_1_loss", "stage_1_transport")}
     save_file({key: tensor.detach().clone() for key, tensor in found.items()}, f"{path}.{args.process_index}")
     trainer.end()
+    sys.stdout.flush()
+    os._exit(0)  # all is written; threads of the process group now and then abort an interpreter that ends
 
 
 if __name__ == "__main__":
