@@ -202,7 +202,9 @@ def plan(
     for family in _families(simulation):
         if {family.stage_order, *_settings(family)} & {*without}:
             continue
-        if (limit is None or chosen is not None) and family.activation_checkpointing:
+        if chosen is not None:
+            break
+        if limit is None and family.activation_checkpointing:
             continue
         if limit is not None and _least(family, whole) > limit:
             continue
@@ -210,7 +212,7 @@ def plan(
         if family.stage_order != "coupled":
             ways = [replace(family, num_stages=number) for number in numbers]
         least.append(ways[-1])  # more stages take less
-        if fits(ways[-1]) and limit is not None and chosen is None:
+        if fits(ways[-1]) and limit is not None:
             chosen = ways[bisect_left(ways[:-1], True, key=fits)]
     for way in least if chosen is None else []:  # one of them says what would be needed
         if way not in rows:

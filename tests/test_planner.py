@@ -139,13 +139,11 @@ def test_precision_is_chosen_where_it_is_left_open():
 
 
 def test_one_layer_resident_is_among_the_ways():
-    found = plan(SMALL, 64, "1GiB")
+    found = plan(SMALL, 64)
     (row,) = [row for row in found.rows if row.way.stage_order == "coupled"]
     assert row.name == "end to end, one layer resident"
     assert row.compute == pytest.approx(4 / 3)
     assert row.resting_bytes > 3 * found.layers[0].weights * 3
-    assert row.name not in found.reason
-    assert found.chosen is not row
     assert plan(SMALL, 64, int(1.06 * row.peak.total)).chosen.way == row.way
 
 
