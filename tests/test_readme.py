@@ -101,6 +101,8 @@ def test_one_resident_stage_takes_what_is_promised():
     peak = {method: row["peak_bytes"] for method, row in rows.items()}
     assert peak["resident"] <= 0.25 * peak["end-to-end"]
     assert peak["resident"] <= 0.6 * peak["end-to-end+checkpointing"]
+    coupled = {r["method"]: r for r in json.loads((MEMORY / "vit_base_cpu_coupled.json").read_text())["rows"]}
+    assert coupled["coupled"]["peak_bytes"] <= 0.2 * coupled["end-to-end"]["peak_bytes"]
 
 
 def test_every_result_names_its_command_versions_and_device():
