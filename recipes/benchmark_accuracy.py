@@ -236,7 +236,7 @@ def measure(args: argparse.Namespace) -> dict:
                     trainer.eval_dataset,
                     compute_metrics=trainer.compute_metrics,
                 )
-            seconds = trainer.train().metrics["train_runtime"]
+            trainer.train()
         metrics = trainer.evaluate()
         names = [f"eval_stage_{k}" for k in range(1, (trainer.partition.num_stages if stagewise else 0) + 1)]
     return {
@@ -245,7 +245,6 @@ def measure(args: argparse.Namespace) -> dict:
         "stage_accuracy": [metrics[f"{name}_accuracy"] for name in names],
         "stage_transport": [metrics[f"{name}_transport"] for name in names],
         "peak_bytes": peak.peak_bytes,
-        "train_seconds": seconds,
     }
 
 
@@ -305,7 +304,6 @@ class Runs:
             "stage_accuracy": stages,
             "stage_transport": moved,
             "peak_bytes": round(statistics.mean(run["peak_bytes"] for run in runs)),
-            "train_seconds": statistics.mean(run["train_seconds"] for run in runs),
         }
 
 
@@ -316,7 +314,7 @@ def standard_error(values: list[float]) -> float:
 
 def show(rows: list[dict]) -> None:
     """A table."""
-    table = Table("K", "method", "lr", "accuracy", "stages before", "peak MiB", "s")
+    table = Table("K", "method", "lr", "accuracy", "stages before", "peak MiB")
     for row in rows:
         table.add_row(
             str(row["num_stages"]),
@@ -325,7 +323,6 @@ def show(rows: list[dict]) -> None:
             f"{100 * row['accuracy']:.2f} ± {100 * row['standard_error']:.2f}",
             ", ".join(f"{100 * value:.1f}" for value in row["stage_accuracy"][:-1]) or "-",
             f"{row['peak_bytes'] / 2**20:.0f}",
-            f"{row['train_seconds']:.0f}",
         )
     Console(width=140).print(table)
 
