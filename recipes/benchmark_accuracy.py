@@ -350,6 +350,7 @@ def draw(rows: list[dict], folder: Path) -> None:
         x, y = row["peak_bytes"] / 2**20, 100 * row["accuracy"]
         axes.errorbar(x, y, yerr=100 * row["standard_error"], marker="o")
         axes.annotate(f" {row['method']}, K = {row['num_stages']}", (x, y), fontsize="x-small")
+    axes.margins(x=0.25)  # room for the names
     axes.set_xlabel("peak memory in MiB")
     axes.set_ylabel("accuracy in %")
     figure.savefig(folder / "accuracy_against_memory.png", dpi=120)
