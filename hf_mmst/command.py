@@ -94,17 +94,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(given: argparse.Namespace) -> int:
-    from .planner import plan
+    import gc
 
-    sizes = {"image_size": given.image_size, "seq_len": given.seq_len or 128}
-    found = plan(
-        given.model,
-        given.batch_size,
-        given.budget,
-        given.precision,
-        num_stages=given.num_stages,
-        **{name: size for name, size in sizes.items() if size is not None},
-    )
+    gc.disable()  # looking for cycles would take a tenth of the time
+    try:
+        from .planner import plan
+
+        sizes = {"image_size": given.image_size, "seq_len": given.seq_len or 128}
+        found = plan(
+            given.model,
+            given.batch_size,
+            given.budget,
+            given.precision,
+            num_stages=given.num_stages,
+            **{name: size for name, size in sizes.items() if size is not None},
+        )
+    finally:
+        gc.enable()
     console = _console()
     if given.layers:
         console.print(found.layer_table())
