@@ -53,6 +53,7 @@ class MMSTConfig(TrainingArguments):
         head_learning_rate (`float`, *optional*):
             Learning rate of the auxiliary heads' norms and classifiers, and of the model's own classifier. Unset: ten
             times `learning_rate` for stages of a model that was loaded with `from_pretrained`, else `learning_rate`.
+            An optimizer of your own keeps its rates.
         stage_learning_rate_decay (`float`, *optional*, defaults to 1.0):
             Stage k of K learns at `learning_rate` times this to the power of K - k.
         transport_weight (`float`, *optional*, defaults to 0.3):
@@ -123,7 +124,8 @@ class MMSTConfig(TrainingArguments):
     head_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of the auxiliary heads; if unset, ten times learning_rate for a pretrained model."
+            "help": "Learning rate of the heads and the classifier; if unset, ten times learning_rate for stages of a "
+            "pretrained model."
         },
     )
     stage_learning_rate_decay: float = field(

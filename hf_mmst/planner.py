@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from .config import MMSTConfig, parse_bytes
 from .partition import checkpoints_across
@@ -26,6 +27,7 @@ from .simulation import PRECISIONS, LayerMemory, Peak, Simulation, Way
 if TYPE_CHECKING:
     from rich.table import Table
 
+logger = logging.get_logger(__name__)
 HEADROOM = 1.05  # of a peak, for what is not counted in tensors
 EPOCHS = 3  # of each stage, over which a feature cache pays off
 
@@ -268,7 +270,8 @@ def planned_peak(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -
     try:
         simulation = simulation_of(args, model, batch)
         return max((simulation.peak(way) for way in ways_of(args)), key=lambda peak: peak.total)
-    except (ValueError, RuntimeError, NotImplementedError):
+    except (ValueError, RuntimeError, NotImplementedError) as error:  # fake tensors raise these where data decides
+        logger.warning(f"hf_mmst has no plan of this run to compare with ({type(error).__name__}: {error})")
         return None
 
 

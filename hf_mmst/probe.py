@@ -14,6 +14,7 @@ from .hidden_states import detached, hidden_states_of
 from .partition import Partition
 
 SAMPLES = 2  # in a batch that is looked at
+# What a pass without data raises where data decides. Any other error comes again when the model is run on zeros.
 _DEPENDS_ON_DATA = (RuntimeError, NotImplementedError, AssertionError)
 
 

@@ -93,7 +93,7 @@ def test_gradients_step_save_load(name, tmp_path):
     ],
 )
 def test_models_of_timm(architecture, first, number):
-    pytest.importorskip("timm")
+    pytest.importorskip("timm", reason="timm needs torchvision; models of transformers run without it")
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
     model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture=architecture, num_labels=5)).train()
