@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
-from hf_mmst import MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages, plan
+from hf_mmst import MMSTConfig, MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages, plan
 from hf_mmst.exits import EarlyExit, ExitRule
 from hf_mmst.heads import ConvHead
+from hf_mmst.planner import planned_peak
 from hf_mmst.probe import check_cut, profile_layers
 from hf_mmst.stages import save_stages
 
@@ -245,3 +246,12 @@ def table():
 
 def test_the_table_is_what_was_tested():
     assert README.partition("<!-- encoders -->\n")[2].partition("\n<!-- /encoders -->")[0] == table()
+
+
+def test_a_run_that_cannot_be_planned_says_why(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_mmst.planner.logger.warning", said.append)
+    model = build("DeBERTa")
+    args = MMSTConfig(str(tmp_path), num_stages=2, use_cpu=True)
+    assert planned_peak(args, model, inputs(model)) is None
+    assert "hf_mmst has no plan of this run to compare with" in said[0]
