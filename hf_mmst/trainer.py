@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,8 +17,6 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 from transformers.utils import logging
 
-from .card import CardContent, task_of, write_card
-from .checkpoints import StageCheckpoints
 from .config import MMSTConfig
 from .coupled import CoupledResidency
 from .evaluation import StageMetrics, pack, unpack
@@ -29,20 +26,19 @@ from .learning_rates import PRETRAINED_FACTOR, rate_factors, split_groups
 from .memory import TurnPeaks
 from .order import Order, Segment
 from .partition import Partition, checkpoints_across, classifier, find_layers, last_norm
-from .planner import plan_for, planned_peak
+from .planner import plan_for
 from .probe import LayerProfile, check_cut, profile_layers
+from .publishing import StageCards
 from .residency import Residency
-from .results import run_results
 from .stagewise import StageStep, Stagewise
 from .stepping import clip_by_stage, parameters_by_stage, step_stage, steps_elementwise
 from .transport import TransportWeights
 
 logger = logging.get_logger(__name__)
-FILE_FORMATS = ("csv", "json", "pandas", "parquet", "text", "imagefolder", "audiofolder", "generator")
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what the host sets on a layer
 
 
-class MMSTTrainer(StageCheckpoints):
+class MMSTTrainer(StageCards):
     """
     A [`~transformers.Trainer`] that trains an encoder stage by stage by the minimizing movement scheme.
 
@@ -102,12 +98,6 @@ class MMSTTrainer(StageCheckpoints):
             self._move_model_to_device(self.model, args.device)
         self.accelerator.device_placement &= args.stage_residency == "all"
         return found.peak.total
-
-    def _batch_to_plan(self) -> Mapping[str, Any]:
-        """A batch of the training data, drawn without a trace."""
-        with torch.random.fork_rng(devices=[]):
-            samples = list(itertools.islice(iter(self.train_dataset), self.args.per_device_train_batch_size))
-            return self._get_collator_with_removed_columns(self.data_collator, description="planning")(samples)
 
     # ---- The cut ----
 
@@ -573,66 +563,6 @@ class MMSTTrainer(StageCheckpoints):
         losses = [] if loss is None else [*(self._criterion(one, labels) for one in view.logits), loss]
         return loss, pack(logits, view, losses), labels
 
-    # ---- The card ----
-
-    def results(self, metrics: Mapping[str, Any], **found: Any) -> dict[str, Any]:
-        """
-        What is known of the run after training, ready for JSON, see [`run_results`].
-
-        Args:
-            metrics (`Mapping[str, Any]`): of [`evaluate`].
-            found: what else is to be kept.
-        """
-        model = unwrap_peft_model(self._core())
-        batch = {} if self.train_dataset is None else self._batch_to_plan()
-        pixels, name = batch.get("pixel_values"), getattr(model.config, "_name_or_path", "")
-        planned = planned_peak(self.args, self._core(), batch) if "labels" in batch else None
-        known = {
-            "task": task_of(model),
-            "model": type(model).__name__,
-            "base_model": name if name and not Path(name).exists() else None,
-            "num_labels": getattr(model.config, "num_labels", None),
-            "input_shape": list(pixels.shape[1:]) if self.processing_class is None and pixels is not None else None,
-            "peak_bytes": max(self.peaks.by_name.values(), default=None),
-            "planned_bytes": None if planned is None else planned.total,
-        }
-        return run_results(self.args, self.partition, metrics, **{**known, **found})
-
-    @functools.wraps(Trainer.create_model_card)
-    def create_model_card(
-        self,
-        language=None,
-        license=None,
-        tags=None,
-        model_name=None,
-        finetuned_from=None,
-        tasks=None,
-        dataset_tags=None,
-        dataset=None,
-        dataset_args=None,
-    ):
-        if not self.args.model_card or not self.is_world_process_zero():
-            return
-        try:
-            evaluations = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
-            dataset_of_hub = getattr(self.eval_dataset or self.train_dataset, "builder_name", None)
-            found = [] if dataset_of_hub in (None, *FILE_FORMATS) else [dataset_of_hub]
-            content = CardContent.from_results(
-                self.results(evaluations[-1] if evaluations else {}),
-                self.hub_model_id or model_name or Path(self.args.output_dir).name,
-                base_model=finetuned_from,
-                task=_listed(tasks)[0] if tasks else None,
-                dataset=", ".join(_listed(dataset) or found),
-                datasets=_listed(dataset_tags) or found,
-                language=_listed(language),
-                license=license,
-                tags=_listed(tags),
-                library="peft" if hasattr(self._core(), "peft_config") else "transformers",
-            )
-            write_card(self.args.output_dir, content)
-        except Exception as error:  # a card must not end a run
-            logger.warning(f"hf_mmst wrote no model card ({type(error).__name__}: {error}). Set model_card=False.")
-
 
 class _StageCallback(TrainerCallback):
     """Says at the beginning how the model was cut; after each step, renews transport weights and what is resident."""
@@ -669,10 +599,6 @@ class _StageCallback(TrainerCallback):
             print(f"hf_mmst: planned {self.trainer._planned / 2**20:,.0f} MiB of tensors, measured {measured:,.0f} MiB")
         if self.trainer._cache is not None and state.global_step >= state.max_steps:
             self.trainer._cache.delete()
-
-
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _num_labels(labels: Any) -> int:

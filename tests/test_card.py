@@ -66,8 +66,8 @@ def test_a_card_that_fails_is_a_warning(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     said = []
-    monkeypatch.setattr("hf_mmst.trainer.write_card", full)
-    monkeypatch.setattr("hf_mmst.trainer.logger.warning", said.append)
+    monkeypatch.setattr("hf_mmst.publishing.write_card", full)
+    monkeypatch.setattr("hf_mmst.publishing.logger.warning", said.append)
     run(tmp_path).create_model_card()
     (line,) = said
     assert "wrote no model card (OSError" in line

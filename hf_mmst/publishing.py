@@ -1,0 +1,96 @@
+"""What a run tells of itself: its results, and the model card made of them."""
+
+import functools
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import unwrap_peft_model
+from transformers.utils import logging
+
+from .card import CardContent, task_of, write_card
+from .checkpoints import StageCheckpoints
+from .memory import TurnPeaks
+from .planner import planned_peak
+from .results import run_results
+
+logger = logging.get_logger(__name__)
+FILE_FORMATS = ("csv", "json", "pandas", "parquet", "text", "imagefolder", "audiofolder", "generator")
+
+
+class StageCards(StageCheckpoints):
+    """The results and model cards of [`MMSTTrainer`]."""
+
+    peaks: TurnPeaks
+    data_collator: Any
+
+    def results(self, metrics: Mapping[str, Any], **found: Any) -> dict[str, Any]:
+        """
+        What is known of the run after training, ready for JSON, see [`run_results`].
+
+        Args:
+            metrics (`Mapping[str, Any]`): of [`evaluate`].
+            found: what else is to be kept.
+        """
+        model = unwrap_peft_model(self._core())
+        batch = {} if self.train_dataset is None else self._batch_to_plan()
+        pixels, name = batch.get("pixel_values"), getattr(model.config, "_name_or_path", "")
+        planned = planned_peak(self.args, self._core(), batch) if "labels" in batch else None
+        known = {
+            "task": task_of(model),
+            "model": type(model).__name__,
+            "base_model": name if name and not Path(name).exists() else None,
+            "num_labels": getattr(model.config, "num_labels", None),
+            "input_shape": list(pixels.shape[1:]) if self.processing_class is None and pixels is not None else None,
+            "peak_bytes": max(self.peaks.by_name.values(), default=None),
+            "planned_bytes": None if planned is None else planned.total,
+        }
+        return run_results(self.args, self.partition, metrics, **{**known, **found})
+
+    @functools.wraps(Trainer.create_model_card)
+    def create_model_card(
+        self,
+        language=None,
+        license=None,
+        tags=None,
+        model_name=None,
+        finetuned_from=None,
+        tasks=None,
+        dataset_tags=None,
+        dataset=None,
+        dataset_args=None,
+    ):
+        if not self.args.model_card or not self.is_world_process_zero():
+            return
+        try:
+            evaluations = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
+            dataset_of_hub = getattr(self.eval_dataset or self.train_dataset, "builder_name", None)
+            found = [] if dataset_of_hub in (None, *FILE_FORMATS) else [dataset_of_hub]
+            content = CardContent.from_results(
+                self.results(evaluations[-1] if evaluations else {}),
+                self.hub_model_id or model_name or Path(self.args.output_dir).name,
+                base_model=finetuned_from,
+                task=_listed(tasks)[0] if tasks else None,
+                dataset=", ".join(_listed(dataset) or found),
+                datasets=_listed(dataset_tags) or found,
+                language=_listed(language),
+                license=license,
+                tags=_listed(tags),
+                library="peft" if hasattr(self._core(), "peft_config") else "transformers",
+            )
+            write_card(self.args.output_dir, content)
+        except Exception as error:  # a card must not end a run
+            logger.warning(f"hf_mmst wrote no model card ({type(error).__name__}: {error}). Set model_card=False.")
+
+    def _batch_to_plan(self) -> Mapping[str, Any]:
+        """A batch of the training data, drawn without a trace."""
+        with torch.random.fork_rng(devices=[]):
+            samples = list(itertools.islice(iter(self.train_dataset), self.args.per_device_train_batch_size))
+            return self._get_collator_with_removed_columns(self.data_collator, description="planning")(samples)
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
