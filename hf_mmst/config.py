@@ -44,7 +44,8 @@ class MMSTConfig(TrainingArguments):
             With `stage_residency="stage"`, which then sets `activation_checkpointing`, one layer is in device memory.
         head_pooling (`str`, *optional*, defaults to `"auto"`):
             How an auxiliary head pools the tokens: `"mean"` over the tokens (padding left out), `"cls"` the first
-            token, `"auto"` the mean, or, of the feature maps of a convolutional network, a convolution.
+            token, `"auto"`: the first token where the own head of a model that was loaded with `from_pretrained` reads
+            nothing else, a convolution of the feature maps of a convolutional network, or else the mean.
         head_layers (`int`, *optional*):
             Number of the model's last layers of which the auxiliary heads share a copy, so that a stage is judged by
             what they make of its output. It costs the memory of that many more layers, once, and their time in each
@@ -112,7 +113,10 @@ class MMSTConfig(TrainingArguments):
     num_laps: int = field(default=1, metadata={"help": "Laps of the multi_lap order."})
     coupled_laps: int = field(default=0, metadata={"help": "Laps at the end in which all stages learn end to end."})
     head_pooling: HeadPooling = field(
-        default="auto", metadata={"help": "Pooling of the auxiliary heads: mean over tokens, first token (cls), auto."}
+        default="auto",
+        metadata={
+            "help": "Pooling of the auxiliary heads: mean over tokens, first token (cls), auto: as the model's own."
+        },
     )
     head_layers: int | None = field(
         default=None,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from .hidden_states import detached, hidden_states_of
+from .hidden_states import detached, hidden_states_of, with_hidden_states
 from .partition import Partition
 
 SAMPLES = 2  # in a batch that is looked at
@@ -115,6 +115,27 @@ def check_cut(model: nn.Module, partition: Partition) -> None:
             "by a way around the end of that stage, so that it cannot be cut there. Set stage_boundaries to other "
             "layers, or num_stages to 1."
         )
+
+
+def own_pooling(model: nn.Module, last_layer: str) -> str:
+    """
+    How the model's own head pools the tokens: `"cls"` if it reads the first one only, else `"mean"`.
+
+    The model is run on zeros, and all other tokens that leave its last layer are made NaN, which spreads to whatever
+    is computed from them. A model without data (on the meta device) is taken to read them all.
+    """
+
+    def after(_name, output):
+        hidden = hidden_states_of(output).clone()
+        hidden[:, 1:] = torch.nan
+        return with_hidden_states(output, hidden)
+
+    if next(model.parameters()).is_meta:
+        return "mean"
+    with torch.no_grad():
+        outputs = _run(model, [last_layer], after)
+    logits = outputs[0] if isinstance(outputs, tuple) else next(iter(outputs.values()))
+    return "cls" if bool(logits.isfinite().all()) else "mean"
 
 
 def _reached_twice(model: nn.Module, partition: Partition) -> tuple[int, str] | None:

@@ -27,7 +27,7 @@ from .memory import TurnPeaks
 from .order import Order, Segment
 from .partition import Partition, checkpoints_across, classifier, find_layers, last_norm
 from .planner import plan_for
-from .probe import LayerProfile, check_cut, profile_layers
+from .probe import LayerProfile, check_cut, own_pooling, profile_layers
 from .publishing import StageCards
 from .residency import Residency
 from .stagewise import StageStep, Stagewise
@@ -114,7 +114,7 @@ class MMSTTrainer(StageCards):
         self.heads = StageHeads(
             [end.width for end in ends],
             getattr(model.config, "num_labels", 0),
-            self.args.head_pooling,
+            self._pooling(model) if ends else self.args.head_pooling,
             self.args.seed,
             [end.is_map and self.args.head_pooling == "auto" for end in ends],
             *self._last_layers(model, [end.width for end in ends]),
@@ -175,6 +175,12 @@ class MMSTTrainer(StageCards):
             )
         norm = last_norm(model, layers[-1], widths[-1]) if number > 0 else None
         return [model.get_submodule(name) for name in layers[len(layers) - number :]], norm
+
+    def _pooling(self, model: nn.Module) -> str:
+        """What the auxiliary heads pool."""
+        if self.args.head_pooling == "auto" and is_pretrained(model):
+            return own_pooling(model, self.partition.layers[-1])
+        return self.args.head_pooling
 
     def _refuse_wrappers(self) -> None:
         for name in ("deepspeed", "fsdp"):

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from test_trainer import ORDERS, StopAt, assert_same, trainer, weights
+from torch import nn
 from transformers import set_seed
 from zoo import make
 
 from hf_mmst import load_stages
 from hf_mmst.partition import find_layers, last_norm
+from hf_mmst.probe import own_pooling
 
 
 def pretrained(folder, name="vit"):
@@ -25,6 +27,7 @@ def test_a_pretrained_model_of_one_width_gives_its_last_layer(name, number, tmp_
     for layer in run.heads.layers:
         assert_same(weights(layer), weights(model.get_submodule(find_layers(model)[-1])))
     assert len(trainer(tmp_path, name, model, head_layers=0).heads.layers) == 0
+    assert (trainer(tmp_path, name).heads.pooling, run.heads.pooling) == ("mean", "mean" if name == "swin" else "cls")
 
 
 def test_the_heads_norms_begin_as_the_models_last(tmp_path):
@@ -134,3 +137,10 @@ def test_what_cannot_be_is_refused(tmp_path):
     trainer(tmp_path, head_layers=1, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="has stage heads with 1 layers, this run with 0. Set head_layers to 1"):
         trainer(tmp_path, max_steps=1).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(("name", "pooling"), [("vit", "cls"), ("bert", "cls"), ("dinov2", "mean"), ("swin", "mean")])
+def test_pooling_as_the_models_own_head_pools(name, pooling):
+    model = make(name)
+    nn.init.zeros_(next(m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)).weight)  # tells nothing
+    assert own_pooling(model, find_layers(model)[-1]) == pooling
