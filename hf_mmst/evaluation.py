@@ -46,16 +46,11 @@ class StageScores:
         self._rows.append(gather(torch.stack(rows, 1)).cpu())
 
     def means(self, perplexity: bool = False) -> dict[str, float]:
-        """`stage_<k>_transport`, `stage_<k>_loss` and, if asked for, `stage_<k>_perplexity`, k from 1."""
+        """`stage_<k>_loss`, its exponential `stage_<k>_perplexity` if asked for, `stage_<k>_transport`; k from 1."""
         means = torch.cat(self._rows).double().mean(0) if self._rows else torch.empty(0)
-        found = {}
-        for k, moved in enumerate(means[: self.num_stages].tolist(), start=1):
-            found[f"stage_{k}_transport"] = moved
-        for k, loss in enumerate(means[self.num_stages :], start=1):
-            found[f"stage_{k}_loss"] = loss.item()
-            if perplexity:
-                found[f"stage_{k}_perplexity"] = loss.exp().item()
-        return found
+        moved, losses = means[: self.num_stages], means[self.num_stages :]
+        found = {"loss": losses, **({"perplexity": losses.exp()} if perplexity else {}), "transport": moved}
+        return {f"stage_{k + 1}_{name}": one.item() for name, values in found.items() for k, one in enumerate(values)}
 
 
 class StageMetrics:

@@ -579,7 +579,7 @@ class MMSTTrainer(StageCards):
             metrics = StageMetrics(self.compute_metrics, self.preprocess_logits_for_metrics)
         with streaming, self._collecting(scores, metrics):
             output = loop()
-        found = {**scores.means(perplexity=self._objective.head == "own"), **(metrics.by_stage if metrics else {})}
+        found = {**(metrics.by_stage if metrics else {}), **scores.means(perplexity=self._objective.head == "own")}
         by_stage = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         predictions = unpack(output.predictions) if metrics else output.predictions
         return EvalLoopOutput(predictions, output.label_ids, {**output.metrics, **by_stage}, output.num_samples)

@@ -1,0 +1,214 @@
+"""Tasks with a label for each token: gradients against the equations, training, evaluation, resume, and refusals."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from reference import gradients, next_token_loss, token_loss, train_step
+from safetensors.torch import load_file
+from test_processes import launch
+from test_stagewise import assert_close
+from test_trainer import StopAt, assert_same, losses, trainer, weights
+from transformers import set_seed
+from worker import train as train_alone
+from zoo import NUM_LABELS, TOKENS, Samples, batch, make
+
+from hf_mmst import Partition, StageHeads, Stagewise, find_layers, load_stages
+from hf_mmst.objectives import objective_of
+
+TIED = ("bert-mlm", "gpt2")
+
+
+def build(name, head_layers=0, num_stages=3):
+    model = make(name)
+    layers = find_layers(model)
+    partition = Partition.by_cost(layers, num_stages)
+    last = [model.get_submodule(n) for n in layers[len(layers) - head_layers :]]
+    heads = StageHeads([32] * (num_stages - 1), NUM_LABELS, layers=last, kind=objective_of(model).head)
+    return model, partition, heads, Stagewise(model, partition, heads)
+
+
+@pytest.mark.parametrize("head_layers", [0, 1])
+@pytest.mark.parametrize("name", TOKENS)
+def test_gradients_equal_the_reference(name, head_layers):
+    model, partition, heads, engine = build(name, head_layers)
+    inputs, w = batch(name), [0.5, 0.0, 2.0]
+    criterion = token_loss if name.startswith("bert") else next_token_loss
+    losses = train_step(model, name, partition, heads, inputs, w, criterion=criterion)
+    expected = gradients(model, heads)
+    objective = objective_of(model)
+    with engine.step(
+        lambda logits: objective.loss(logits, inputs["labels"], model.config), w, mask=inputs["attention_mask"]
+    ) as step:
+        outputs = model(**inputs)
+    (outputs.loss + w[2] * step.transport).backward()
+    step.losses[2] = outputs.loss.detach()
+    assert_close(gradients(model, heads), expected)
+    found = [float(step.losses[k] + w[k] * step.transports[k]) for k in range(3)]
+    assert found == pytest.approx(losses, rel=1e-5)
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["bert-mlm", "gpt2", "llama"])
+def test_the_own_head_says_what_the_model_says(name):
+    """Behind a copy of the last layer, of the output of the second last; also where keys and values are cached."""
+    model, partition, _, engine = build(name, head_layers=1, num_stages=4)
+    inputs = batch(name)
+    model.eval().config.use_cache = True
+    with torch.no_grad(), engine.observe(inputs["attention_mask"]) as view:
+        expected = model(**inputs).logits
+    torch.testing.assert_close(view.logits[2], expected)
+    assert not torch.allclose(view.logits[1], expected)
+    assert all(type(model.get_submodule(n)).__name__ != "_Given" for n in partition.layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        ("bert-tokens", "simultaneous"),
+        ("bert-tokens", "sequential"),
+        ("bert-mlm", "simultaneous"),
+        ("gpt2", "sequential"),
+        ("llama", "simultaneous"),
+    ],
+)
+def test_every_stage_learns_is_saved_and_resumed(name, order, tmp_path):
+    def run(folder, callbacks=()):
+        set_seed(0)
+        settings = {"stage_order": order, "max_steps": 30, "save_strategy": "steps", "save_steps": 11}
+        settings |= {"head_layers": int(name == "llama"), "learning_rate": 3e-3}
+        return trainer(tmp_path / folder, name, extra={"callbacks": [*callbacks]}, **settings)
+
+    straight = run("straight")
+    straight.compute_metrics = None
+    before = weights(straight.model)
+    first = straight.evaluate(straight.train_dataset)
+    straight.train()
+    last = straight.evaluate(straight.train_dataset)
+    for k in (1, 2, 3):
+        assert last[f"eval_stage_{k}_loss"] < first[f"eval_stage_{k}_loss"] - 0.1
+        if straight.heads.kind == "own":
+            assert last[f"eval_stage_{k}_perplexity"] == pytest.approx(math.exp(last[f"eval_stage_{k}_loss"]), rel=1e-3)
+    assert last["eval_stage_3_loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+    unchanged = {n for n, tensor in weights(straight.model).items() if torch.equal(tensor, before[n])}
+    assert unchanged <= {"cls.predictions.decoder.bias"}, unchanged
+    assert all(p.requires_grad for p in straight.model.parameters())
+    run("stopped", [StopAt(15)]).train()
+    resumed = run("stopped")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(weights(resumed.model), weights(straight.model))
+    assert_same(weights(resumed.heads), weights(straight.heads))
+    straight.save_model()
+    stages = load_stages(tmp_path / "straight")
+    assert stages.heads.kind == objective_of(straight.model).head
+    assert_same(weights(stages.heads), weights(straight.heads))
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_later_stages_leave_tied_embeddings_alone(name, tmp_path):
+    """One stage learns at a time: what the first begins with is its own, or the features of all would move."""
+    run = trainer(tmp_path, name, max_steps=9, stage_order="sequential")
+    seen = []
+    step = run._begin_step
+    embeddings = run.model.get_input_embeddings().weight
+    assert embeddings is run.model.get_output_embeddings().weight
+
+    def begin(number):
+        seen.append(embeddings.detach().clone())
+        step(number)
+
+    run._begin_step = begin
+    run.train()
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
+    assert moved == [True] * 3 + [False] * 6
+    cached = trainer(tmp_path / "cached", name, max_steps=9, stage_order="sequential", feature_cache="memory")
+    cached.train()
+    for key, tensor in weights(run.model).items():
+        torch.testing.assert_close(weights(cached.model)[key], tensor, rtol=1e-5, atol=1e-6)
+
+
+class Uneven(Samples):
+    """Samples of which some have no label at all."""
+
+    def __init__(self, name, size):
+        super().__init__(name, size)
+        self.columns["labels"][size // 2 : size // 2 + 2] = -100
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("bert-tokens", {}),
+        ("bert-mlm", {"stage_clipping": True}),
+        ("bert-mlm", {"stage_order": "sequential"}),
+        ("llama", {}),
+    ],
+)
+def test_accumulation_equals_the_large_batch(name, settings, tmp_path):
+    """Means are over the labels that count; a micro-batch may have none."""
+    runs = []
+    for size, steps in ((16, 1), (2, 8)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "num_train_epochs": 2}
+        sgd = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.5, "train_sampling_strategy": "sequential"}
+        run = trainer(tmp_path / str(size), name, data=Uneven(name, 16), **sizes, **sgd, **settings)
+        run.train()
+        runs.append(run)
+    whole, parts = runs
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
+    for key, tensor in weights(whole.model).items():
+        torch.testing.assert_close(weights(parts.model)[key], tensor, rtol=1e-4, atol=1e-5)
+    logged = [[e[k] for e in run.state.log_history for k in sorted(e) if k.startswith("stage_")] for run in runs]
+    assert logged[1] == pytest.approx(logged[0], rel=1e-3)
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Gradients of what several stages share, tied and not, and means over the labels of both processes."""
+    orders = {"bert-tokens": "simultaneous", "gpt2": "simultaneous", "bert-mlm": "sequential", "llama": "sequential"}
+    launch(2, ",".join(orders), ",".join(orders.values()), "accumulation", str(tmp_path / "two"), read=False)
+    for name, order in orders.items():
+        train_alone(name, order, "accumulation", str(tmp_path / name))
+        alone = load_file(f"{tmp_path / name}.0")
+        first, second = (load_file(f"{tmp_path / 'two'}-{name}.{rank}") for rank in (0, 1))
+        for key, tensor in alone.items():
+            assert torch.equal(first[key], second[key]), (name, key)
+            if not key.startswith("eval"):
+                message = functools.partial("{}, {}: {}".format, name, key)
+                torch.testing.assert_close(first[key], tensor, rtol=1e-4, atol=1e-6, msg=message)
+
+
+@pytest.mark.parametrize("name", ["bert-tokens", "llama"])
+def test_metrics_get_the_logits_of_each_stage(name, tmp_path):
+    """Of batches of different lengths, padded with -100 as the model's own are."""
+
+    class Long(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            return {key: value[: 12 - 4 * (i // 4)] for key, value in Samples(name, 8)[i].items()}
+
+    found = []
+
+    def metrics(prediction):
+        found.append(prediction)
+        right = prediction.predictions.argmax(-1) == prediction.label_ids
+        return {"accuracy": float(right[prediction.label_ids != -100].mean())}
+
+    run = trainer(tmp_path, name, per_device_eval_batch_size=4)
+    run.compute_metrics = metrics
+    metrics_of_stages = run.evaluate(Long())
+    assert [one.predictions.shape for one in found] == [(8, 12, run.model.config.num_labels if "b" in name else 99)] * 3
+    batches = [run.data_collator([Long()[i] for i in half]) for half in (range(4), range(4, 8))]
+    run.model.eval()
+    for begin, inputs in zip((0, 4), batches, strict=True):
+        with torch.no_grad(), run._engine.observe(inputs["attention_mask"]) as view:
+            own = run.model(**inputs)
+        length = inputs["input_ids"].shape[1]
+        for k, logits in enumerate([*view.logits, own.logits]):
+            got = torch.tensor(found[k].predictions[begin : begin + 4])
+            torch.testing.assert_close(got[:, :length], logits)
+            assert (got[:, length:] == -100).all()
+    assert metrics_of_stages["eval_stage_3_accuracy"] == metrics_of_stages["eval_accuracy"]
+    assert {f"eval_stage_{k}_accuracy" for k in (1, 2, 3)} <= metrics_of_stages.keys()
