@@ -78,5 +78,6 @@ def objective_of(model: nn.Module) -> Objective | None:
     if name is None and type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         name = "ForCausalLM"  # GPT2LMHeadModel and others, whose name does not say so
     found = _OBJECTIVES.get(LOSS_MAPPING.get(name))
-    of_two_parts = name == "ForConditionalGeneration" or getattr(base.config, "is_encoder_decoder", False)
+    config = getattr(base, "config", None)
+    of_two_parts = name == "ForConditionalGeneration" or getattr(config, "is_encoder_decoder", False)
     return None if found and found.head == "own" and of_two_parts else found

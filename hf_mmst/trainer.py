@@ -108,12 +108,11 @@ class MMSTTrainer(StageCards):
         if self._cut_model is model:
             return
         self.args.check_stages()
+        if self.args.stage_order != "coupled" and (self.args.num_stages > 1 or self.args.stage_boundaries is not None):
+            self._refuse_task(model)
+        self._objective = objective_of(model) or CLASSES
         self.partition, ends = self._partition(model)
         num_stages = self.partition.num_stages
-        objective = objective_of(model)
-        if num_stages > 1:
-            self._refuse_task(model)
-        self._objective = objective or CLASSES
         self.heads = StageHeads(
             [end.width for end in ends],
             getattr(model.config, "num_labels", 0),

@@ -6,17 +6,29 @@ import math
 
 import pytest
 import torch
+from encoders import CAUSAL, OF_TOKENS
+from encoders import build as make_of_tokens
 from reference import gradients, next_token_loss, token_loss, train_step
 from safetensors.torch import load_file
 from test_processes import launch
 from test_stagewise import assert_close
 from test_trainer import StopAt, assert_same, losses, trainer, weights
-from transformers import set_seed
+from transformers import (
+    LongformerConfig,
+    LongformerForTokenClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    set_seed,
+)
 from worker import train as train_alone
-from zoo import NUM_LABELS, TOKENS, Samples, batch, make
+from zoo import NUM_LABELS, TEXT, TOKENS, Samples, batch, make
 
 from hf_mmst import Partition, StageHeads, Stagewise, find_layers, load_stages
+from hf_mmst.exits import EarlyExit
+from hf_mmst.hidden_states import hidden_states_of
 from hf_mmst.objectives import objective_of
+from hf_mmst.probe import check_cut, profile_layers
+from hf_mmst.truncation import truncate
 
 TIED = ("bert-mlm", "gpt2")
 
@@ -77,7 +89,7 @@ def test_the_own_head_says_what_the_model_says(name):
 def test_every_stage_learns_is_saved_and_resumed(name, order, tmp_path):
     def run(folder, callbacks=()):
         set_seed(0)
-        settings = {"stage_order": order, "max_steps": 30, "save_strategy": "steps", "save_steps": 11}
+        settings = {"stage_order": order, "max_steps": 24, "save_strategy": "steps", "save_steps": 11}
         settings |= {"head_layers": int(name == "llama"), "learning_rate": 3e-3}
         return trainer(tmp_path / folder, name, extra={"callbacks": [*callbacks]}, **settings)
 
@@ -95,7 +107,7 @@ def test_every_stage_learns_is_saved_and_resumed(name, order, tmp_path):
     unchanged = {n for n, tensor in weights(straight.model).items() if torch.equal(tensor, before[n])}
     assert unchanged <= {"cls.predictions.decoder.bias"}, unchanged
     assert all(p.requires_grad for p in straight.model.parameters())
-    run("stopped", [StopAt(15)]).train()
+    run("stopped", [StopAt(13)]).train()
     resumed = run("stopped")
     resumed.train(resume_from_checkpoint=True)
     assert_same(weights(resumed.model), weights(straight.model))
@@ -104,6 +116,16 @@ def test_every_stage_learns_is_saved_and_resumed(name, order, tmp_path):
     stages = load_stages(tmp_path / "straight")
     assert stages.heads.kind == objective_of(straight.model).head
     assert_same(weights(stages.heads), weights(straight.heads))
+    with pytest.raises(ValueError, match="What leaves early is a sample"):
+        EarlyExit.from_pretrained(tmp_path / "straight")
+    if stages.heads.kind == "own":
+        small = truncate(straight.model, stages, 1)
+        assert small.config.num_hidden_layers == 1 + len(stages.heads.layers)
+        small.save_pretrained(tmp_path / "small")
+        assert_same(weights(type(small).from_pretrained(tmp_path / "small")), weights(small))
+    else:
+        with pytest.raises(ValueError, match="is a TokenHead, which no plain BertForTokenClassification can express"):
+            truncate(straight.model, stages, 1)
 
 
 @pytest.mark.parametrize("name", TIED)
@@ -123,7 +145,8 @@ def test_later_stages_leave_tied_embeddings_alone(name, tmp_path):
     run.train()
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
     assert moved == [True] * 3 + [False] * 6
-    cached = trainer(tmp_path / "cached", name, max_steps=9, stage_order="sequential", feature_cache="memory")
+    apart = {"feature_cache": "memory", "stage_residency": "stage"}
+    cached = trainer(tmp_path / "cached", name, max_steps=9, stage_order="sequential", **apart)
     cached.train()
     for key, tensor in weights(run.model).items():
         torch.testing.assert_close(weights(cached.model)[key], tensor, rtol=1e-5, atol=1e-6)
@@ -176,6 +199,63 @@ def test_two_processes_equal_one(tmp_path):
             if not key.startswith("eval"):
                 message = functools.partial("{}, {}: {}".format, name, key)
                 torch.testing.assert_close(first[key], tensor, rtol=1e-4, atol=1e-6, msg=message)
+
+
+OF_ALL = [(task, name) for task, models in OF_TOKENS.items() for name in models]
+
+
+@pytest.mark.parametrize(("task", "name"), OF_ALL)
+def test_many_models_can_be_cut_and_their_heads_read(task, name):
+    """A head of its own says what the model would say, were the stage's output that of its last layer."""
+    model = make_of_tokens(name, OF_TOKENS[task])
+    layers = find_layers(model)
+    partition = Partition.by_cost(layers, 2, [layer.flops for layer in profile_layers(model, layers)])
+    check_cut(model, partition)
+    heads = StageHeads([32], NUM_LABELS, kind=objective_of(model).head)
+    engine, ids = Stagewise(model, partition, heads), batch("bert")
+    del ids["labels"]
+    with torch.no_grad(), engine.observe(ids["attention_mask"]) as view:
+        ends = []
+        hook = model.get_submodule(partition.boundaries[0]).register_forward_hook(lambda *found: ends.append(found[2]))
+        model.eval()(**ids)
+        hook.remove()
+    if heads.kind == "own":
+        hook = model.get_submodule(layers[-1]).register_forward_hook(lambda *_: ends[0])
+        with torch.no_grad():
+            expected = model(**ids).logits
+        hook.remove()
+    else:
+        with torch.no_grad():
+            end = hidden_states_of(ends[0])
+            expected = heads.heads[0].classifier(torch.nn.functional.layer_norm(end, (32,)))
+    torch.testing.assert_close(view.logits[0], expected)
+    labels, objective = ids["input_ids"] % NUM_LABELS, objective_of(model)
+    model.train()
+    with engine.step(lambda logits: objective.loss(logits, labels, model.config), [0.3, 0.3], [0]):
+        model(**ids, labels=labels).loss.backward()
+    learned = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert any(n.startswith(partition.stages[0]) for n in learned)
+    assert not any(n.startswith(tuple(f"{layer}." for layer in partition.stages[1])) for n in learned)
+
+
+def test_what_cannot_be_learned_in_stages_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has no head .* with one stack of layers"):
+        trainer(tmp_path, model=T5ForConditionalGeneration(T5Config(vocab_size=99, d_model=32, num_layers=2)))
+    with pytest.raises(ValueError, match='head_pooling="cls", but a BertForTokenClassification has a label for each'):
+        trainer(tmp_path, "bert-tokens", head_pooling="cls")
+    with pytest.raises(ValueError, match="use_cache=True keeps the keys and values of all stages.*use_cache=False"):
+        trainer(tmp_path, "llama", use_cache=True)
+    experts = make_of_tokens("Mixtral", CAUSAL)
+    experts.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits=True adds a loss of all routers .*Set it to False"):
+        trainer(tmp_path, "llama", experts)
+    shared = make("llama")
+    shared.model.layers[3].mlp = shared.model.layers[0].mlp
+    with pytest.raises(ValueError, match=r"layers.3 .* shares weights with a layer of stage 1.*num_stages to 1"):
+        trainer(tmp_path, "llama", shared)
+    padding = LongformerForTokenClassification(LongformerConfig(**TEXT, attention_window=8))
+    with pytest.raises(ValueError, match=r"puts out \[8, 16\] tokens for labels of \[8, 12\].*pad_to_multiple_of"):
+        trainer(tmp_path, "bert-tokens", padding, max_steps=1).train()
 
 
 @pytest.mark.parametrize("name", ["bert-tokens", "llama"])
