@@ -44,7 +44,8 @@ class MMSTConfig(TrainingArguments):
             With `stage_residency="stage"`, which then sets `activation_checkpointing`, one layer is in device memory.
         head_pooling (`str`, *optional*, defaults to `"auto"`):
             How an auxiliary head pools the tokens: `"mean"` over the tokens (padding left out), `"cls"` the first
-            token, `"auto"` the mean, or, of the feature maps of a convolutional network, a convolution.
+            token, `"auto"` the mean, or, of the feature maps of a convolutional network, a convolution. Where each
+            token has a label nothing is pooled, and it must be `"auto"`.
         head_layers (`int`, *optional*):
             Number of the model's last layers of which the auxiliary heads share a copy, so that a stage is judged by
             what they make of its output. It costs the memory of that many more layers, once, and their time in each

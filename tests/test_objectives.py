@@ -3,12 +3,13 @@
 import functools
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from benchmark_planner import measured_bytes
 from bert_text import package_folder
-from encoders import CAUSAL, OF_TOKENS
+from encoders import CAUSAL, MODELS, OF_TOKENS
 from encoders import build as make_of_tokens
 from reference import gradients, next_token_loss, token_loss, train_step
 from safetensors.torch import load_file
@@ -26,11 +27,13 @@ from transformers import (
     T5ForConditionalGeneration,
     set_seed,
 )
+from transformers.loss.loss_utils import LOSS_MAPPING
 from worker import train as train_alone
 from zoo import DECODER, NUM_LABELS, TEXT, TOKENS, Samples, batch, make
 
-from hf_mmst import MMSTTrainer, Partition, StageHeads, Stagewise, find_layers, load_stages, plan
+from hf_mmst import MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages, plan
 from hf_mmst.exits import EarlyExit
+from hf_mmst.heads import OwnHead, PoolingHead, TokenHead
 from hf_mmst.hidden_states import hidden_states_of
 from hf_mmst.objectives import objective_of
 from hf_mmst.probe import check_cut, profile_layers
@@ -129,7 +132,14 @@ def test_every_stage_learns_is_saved_and_resumed(name, order, tmp_path):
         small = truncate(straight.model, stages, 1)
         assert small.config.num_hidden_layers == 1 + len(stages.heads.layers)
         small.save_pretrained(tmp_path / "small")
-        assert_same(weights(type(small).from_pretrained(tmp_path / "small")), weights(small))
+        small = type(small).from_pretrained(tmp_path / "small")
+        prompt = torch.tensor([[5, 6, 7]])
+        if small.can_generate():
+            drafted, alone = (
+                straight.model.generate(prompt, max_new_tokens=4, do_sample=False, **draft)
+                for draft in ({"assistant_model": small}, {})
+            )
+            assert torch.equal(drafted, alone)
     else:
         with pytest.raises(ValueError, match="is a TokenHead, which no plain BertForTokenClassification can express"):
             truncate(straight.model, stages, 1)
@@ -355,3 +365,46 @@ def test_metrics_get_the_logits_of_each_stage(name, tmp_path):
             assert (got[:, length:] == -100).all()
     assert metrics_of_stages["eval_stage_3_accuracy"] == metrics_of_stages["eval_accuracy"]
     assert {f"eval_stage_{k}_accuracy" for k in (1, 2, 3)} <= metrics_of_stages.keys()
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+HEADS = {
+    PoolingHead: "LayerNorm, pooling, Linear; of maps a convolution",
+    TokenHead: "LayerNorm and Linear on each token",
+    OwnHead: "the model's own, one for all stages",
+}
+ROWS = [  # task, models
+    (
+        "classification and regression, one label or several",
+        {n: MODELS[n] for n in ("ViT", "BERT", "Whisper (encoder)")},
+    ),
+    ("classification of tokens", OF_TOKENS["tokens"]),
+    ("masked language model", OF_TOKENS["masked tokens"]),
+    ("causal language model", OF_TOKENS["next tokens"]),
+]
+
+
+def table(folder):
+    lines = ["| task | model class | auxiliary head | loss | early exit | tested with |", "|---|---|---|---|---|---|"]
+    for task, models in ROWS:
+        made = [make_of_tokens(name, models) for name in models]
+        classes = sorted({type(model).__name__[type(model).__name__.rindex("For") :] for model in made[-3:]})
+        runs = [MMSTTrainer(model, arguments(folder, num_stages=2)) for model in made]
+        (head,) = {type(head) for run in runs for head in run.heads}
+        (loss,) = {LOSS_MAPPING[name].__name__ for name in classes}
+        classes = ", ".join(f"`...{name}`" for name in classes)
+        names = ", ".join(models) if head is not PoolingHead else "[sixty architectures](#which-encoders)"
+        lines.append(f"| {task} | {classes} | {HEADS[head]} | `{loss}` | {_leaves(runs[0])} | {names} |")
+    return "\n".join(lines)
+
+
+def _leaves(run):
+    try:
+        EarlyExit(run.model, Stages(run.partition, run.heads, {}, {}))
+    except ValueError:
+        return "no"
+    return "yes"
+
+
+def test_the_table_of_tasks_is_what_was_tested(tmp_path):
+    assert README.partition("<!-- tasks -->\n")[2].partition("\n<!-- /tasks -->")[0] == table(tmp_path)
