@@ -601,17 +601,18 @@ class MMSTTrainer(StageCards):
         if not hasattr(self, "_stage_scores"):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        labels, losses = inputs.get("labels"), []
+        given, losses = inputs.get("labels"), []
         packing = self._stage_metrics is not None and not prediction_loss_only
 
         def read(logits: torch.Tensor) -> torch.Tensor | None:
-            if labels is not None:
-                losses.append(self._criterion(logits, labels))
+            if given is not None:
+                losses.append(self._criterion(logits, given))
             return logits if packing else None
 
         with self._engine.observe(inputs.get("attention_mask"), read) as view:
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        self._stage_scores.add(view.movements, [] if loss is None else [*losses, loss], self.gather_function)
+        losses = [] if loss is None or given is None else [*losses, loss]
+        self._stage_scores.add(view.movements, losses, self.gather_function)
         return loss, pack(logits, view) if packing else logits, labels
 
 
