@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import replace
+from .objectives import objective_of
 from .results import SETTINGS
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
     "audio-classification": "AutoModelForAudioClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-generation": "AutoModelForCausalLM",
 }
 METRICS = ("accuracy", "f1", "precision", "recall", "matthews_correlation", "pearsonr", "spearmanr", "mse", "mae")
 
@@ -74,6 +78,11 @@ class CardContent:
     def num_stages(self) -> int:
         """Number of stages K."""
         return len(self.stages)
+
+    @property
+    def exits(self) -> bool:
+        """Whether samples can leave early."""
+        return self.task not in ("token-classification", "fill-mask", "text-generation")
 
     @property
     def plotted(self) -> str | None:
@@ -208,7 +217,11 @@ def draw_stages(content: CardContent, path: Path) -> None:
 
 def task_of(model: Any) -> str | None:
     """The Hub's name of the task of a model, by its class: `"image-classification"`, `"text-classification"`, ..."""
-    name = type(model).__name__
+    name, objective = type(model).__name__, objective_of(model)
+    if objective is not None and objective.head == "tokens":
+        return "token-classification"
+    if objective is not None and objective.head == "own":
+        return "text-generation" if objective.shifts else "fill-mask"
     if name.endswith("ForImageClassification"):
         return "image-classification"
     if name.endswith("ForAudioClassification") or (

@@ -46,6 +46,7 @@ class MMSTConfig(TrainingArguments):
             How an auxiliary head pools the tokens: `"mean"` over the tokens (padding left out), `"cls"` the first
             token, `"auto"`: the first token where the own head of a model that was loaded with `from_pretrained` reads
             nothing else, a convolution of the feature maps of a convolutional network, or else the mean.
+            Where each token has a label nothing is pooled, and it must be `"auto"`.
         head_layers (`int`, *optional*):
             Number of the model's last layers of which the auxiliary heads share a copy, so that a stage is judged by
             what they make of its output. It costs the memory of that many more layers, once, and their time in each

@@ -3,32 +3,54 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import EvalPrediction
 
 from .stagewise import StageView
 
 
-def pack(predictions: Any, view: StageView, losses: list[torch.Tensor]) -> tuple:
-    """
-    Pack the stages' results around the model's predictions, as a nest of tuples that the host pads and gathers.
-
-    Args:
-        predictions: what the model predicts for a batch of B samples.
-        view (`StageView`): what was seen of the stages.
-        losses (`list[torch.Tensor]`): the batch's mean loss of each of the K stages, or none of them.
-
-    Returns:
-        `tuple`: (predictions, scores `[B, K]` movements, then `[B, K]` losses if any, logits of each head).
-    """
-    scores = torch.stack([*view.movements, *(loss.float().expand(len(view.movements[0])) for loss in losses)], 1)
-    return (predictions, scores, tuple(view.logits))
+def pack(predictions: Any, view: StageView) -> tuple:
+    """The model's predictions with the logits of each head, as a nest of tuples that the host pads and gathers."""
+    return (predictions, tuple(view.logits))
 
 
 def unpack(packed: Any) -> Any:
     """The model's own predictions, out of what [`pack`] made; of each batch, where batches were not joined."""
     return [one[0] for one in packed] if isinstance(packed, list) else packed and packed[0]
+
+
+class StageScores:
+    """
+    The transport of each stage, and its loss, over all samples of an evaluation.
+
+    Args:
+        num_stages (`int`): K.
+    """
+
+    def __init__(self, num_stages: int):
+        self.num_stages = num_stages
+        self._rows: list[torch.Tensor] = []
+
+    def add(
+        self, movements: list[torch.Tensor], losses: list[torch.Tensor], gather: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """
+        Add a batch of B samples.
+
+        Args:
+            movements (`list[torch.Tensor]`): of each sample in each stage, `[B]` each.
+            losses (`list[torch.Tensor]`): the batch's mean loss of each stage, or none.
+            gather (`Callable`): gathers a tensor `[B, ...]` of all processes.
+        """
+        rows = [*movements, *(loss.float().expand(len(movements[0])) for loss in losses)]
+        self._rows.append(gather(torch.stack(rows, 1)).cpu())
+
+    def means(self, perplexity: bool = False) -> dict[str, float]:
+        """`stage_<k>_loss`, its exponential `stage_<k>_perplexity` if asked for, `stage_<k>_transport`; k from 1."""
+        means = torch.cat(self._rows).double().mean(0) if self._rows else torch.empty(0)
+        moved, losses = means[: self.num_stages], means[self.num_stages :]
+        found = {"loss": losses, **({"perplexity": losses.exp()} if perplexity else {}), "transport": moved}
+        return {f"stage_{k + 1}_{name}": one.item() for name, values in found.items() for k, one in enumerate(values)}
 
 
 class StageMetrics:
@@ -46,22 +68,17 @@ class StageMetrics:
 
     def preprocess_packed(self, packed: tuple, labels: torch.Tensor) -> tuple:
         """The user's `preprocess_logits_for_metrics`, applied to the model's logits and to each head's."""
-        predictions, scores, logits = packed
+        predictions, logits = packed
         if self.preprocess is None:
             return packed
-        return (self.preprocess(predictions, labels), scores, tuple(self.preprocess(one, labels) for one in logits))
+        return (self.preprocess(predictions, labels), tuple(self.preprocess(one, labels) for one in logits))
 
     def compute_packed(self, prediction: EvalPrediction) -> dict[str, float]:
         """The user's metrics of the model; `by_stage` gets those of each stage, `stage_<k>_<name>`, k from 1."""
-        predictions, scores, logits = prediction.predictions
-        num_stages = len(logits) + 1
-        means = np.asarray(scores, dtype=np.float64).mean(0)
+        predictions, logits = prediction.predictions
         for k, outputs in enumerate((*logits, predictions), start=1):
             metrics = self.compute(
                 EvalPrediction(outputs, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
             )
             self.by_stage |= {f"stage_{k}_{name}": value for name, value in metrics.items()}
-            if len(means) > num_stages:
-                self.by_stage[f"stage_{k}_loss"] = float(means[num_stages + k - 1])
-            self.by_stage[f"stage_{k}_transport"] = float(means[k - 1])
         return metrics

@@ -142,6 +142,7 @@ class EarlyExit:
     """
 
     def __init__(self, model: nn.Module, stages: Stages, rule: ExitRule | None = None):
+        _refuse_tokens(stages)
         config: Any = model.config
         kind = getattr(config, "problem_type", None)
         if config.num_labels < 2 or kind not in (None, "single_label_classification"):
@@ -189,6 +190,8 @@ class EarlyExit:
                 f"{name} holds adapters only. Load the base model, wrap it with PeftModel.from_pretrained, and pass "
                 "that: EarlyExit(model, load_stages(folder))."
             )
+        stages = load_stages(folder)
+        _refuse_tokens(stages)
         config = AutoConfig.from_pretrained(name)
         autos = [
             auto
@@ -205,7 +208,7 @@ class EarlyExit:
         saved = json.loads(path.read_text()) if path.is_file() else {}
         if "temperatures" in saved:
             saved["temperatures"] = tuple(saved["temperatures"])
-        return cls(autos[0].from_pretrained(name), load_stages(folder), ExitRule(**{**saved, **rule}))
+        return cls(autos[0].from_pretrained(name), stages, ExitRule(**{**saved, **rule}))
 
     def save_rule(self, folder: str | os.PathLike) -> None:
         """Write `exits.json`, which [`from_pretrained`] reads."""
@@ -328,6 +331,14 @@ def temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
         expected = ((logits * math.exp(middle)).softmax(-1) * logits).sum(-1).mean()
         low, high = (low, middle) if expected > right else (middle, high)
     return math.exp(-middle)
+
+
+def _refuse_tokens(stages: Stages) -> None:
+    if stages.heads.kind != "pooled":
+        raise ValueError(
+            "The stages have learned to label or predict tokens. What leaves early is a sample, but its tokens are not "
+            "sure at the same stage, and those that stay attend to those that would leave. Use the model by itself."
+        )
 
 
 class _AllHaveLeft(Exception):  # noqa: N818 - not an error

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .hidden_states import call_with, hidden_states_of
+from .objectives import HeadKind
 
 HEADS = "mmst_heads"  # the name by which the model has the heads while it trains
 
@@ -71,9 +72,39 @@ class ConvHead(nn.Module):
         return self.classifier(self.norm(pooled).flatten(1))
 
 
+class TokenHead(nn.Module):
+    """
+    The part of an auxiliary classifier of tokens that is the stage's own: LayerNorm, Linear.
+
+    Args:
+        width (`int`): features D of the hidden states.
+        num_labels (`int`): number of logits of a token.
+        norm (`nn.LayerNorm`, *optional*): whose weights the norm begins with.
+    """
+
+    def __init__(self, width: int, num_labels: int, norm: nn.LayerNorm | None = None):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        if norm is not None:
+            self.norm.load_state_dict(norm.state_dict(), strict=False)
+        self.classifier = nn.Linear(width, num_labels)
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `[B, N, num_labels]` of hidden states `[B, N, D]`."""
+        return self.classifier(self.norm(hidden_states.to(self.norm.weight.dtype)))
+
+
+class OwnHead(nn.Module):
+    """Leaves the hidden states to what the model itself has after its last layer; see [`Stagewise`]."""
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states `[B, N, D]`, as they are."""
+        return hidden_states
+
+
 class StageHeads(nn.Module):
     """
-    The auxiliary classifiers of stages 1 .. K-1, in order. The last stage keeps the model's own head.
+    The auxiliary heads of stages 1 .. K-1, in order. The last stage keeps the model's own head.
 
     Without `layers` they are the paper's for Transformers. With them, a stage is judged by what copies of the model's
     last layers make of its output (auxiliary networks of later layers: AugLocal, Ma et al., 2024, here with pretrained
@@ -87,6 +118,8 @@ class StageHeads(nn.Module):
         seed (`int`): seed of the initial weights; the global random state is left as it was.
         layers (`Sequence[nn.Module]`): copied, weights and all.
         norm (`nn.LayerNorm`, *optional*): the model's last norm, from which those of the heads begin.
+        kind (`str`): `"pooled"`, `"tokens"` (a [`TokenHead`] each) or `"own"`: the model's own head, which all stages
+            then share and whose gradient is the sum of theirs (as in LayerSkip, Elhoushi et al., 2024).
     """
 
     def __init__(
@@ -98,18 +131,27 @@ class StageHeads(nn.Module):
         maps: Sequence[bool] = (),
         layers: Sequence[nn.Module] = (),
         norm: nn.LayerNorm | None = None,
+        kind: HeadKind = "pooled",
     ):
         super().__init__()
-        self.widths, self.num_labels = tuple(widths), num_labels
+        self.widths, self.num_labels, self.kind = tuple(widths), num_labels, kind
         self.pooling = "mean" if pooling == "auto" else pooling
         self.maps = tuple(maps) or (False,) * len(self.widths)
         self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.heads = nn.ModuleList(
-                ConvHead(width, num_labels) if is_map else PoolingHead(width, num_labels, self.pooling, norm)
-                for width, is_map in zip(self.widths, self.maps, strict=True)
+                self._head(width, is_map, norm) for width, is_map in zip(self.widths, self.maps, strict=True)
             )
+
+    def _head(self, width: int, is_map: bool, norm: nn.LayerNorm | None) -> nn.Module:
+        if self.kind == "own":
+            return OwnHead()
+        if self.kind == "tokens":
+            return TokenHead(width, self.num_labels, norm)
+        if is_map:
+            return ConvHead(width, self.num_labels)
+        return PoolingHead(width, self.num_labels, self.pooling, norm)
 
     def __len__(self) -> int:
         return len(self.heads)
@@ -135,7 +177,8 @@ class StageHeads(nn.Module):
             args, kwargs: what the stage's last layer was called with, hidden states first; `layers` get the rest of it.
 
         Returns:
-            `torch.Tensor`: logits, `[B, num_labels]`.
+            `torch.Tensor`: logits, `[B, num_labels]` or `[B, N, num_labels]`; of kind `"own"`, what the model's own
+            head is to get, `[B, N, D]`.
         """
         for layer in self.layers:
             hidden_states = hidden_states_of(call_with(layer, hidden_states, args, kwargs or {}))

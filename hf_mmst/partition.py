@@ -8,6 +8,8 @@ from typing import TypeGuard
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .objectives import objective_of
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -99,7 +101,7 @@ def find_layers(model: nn.Module) -> list[str]:
         `list[str]`: names `n` such that `model.get_submodule(n)` is the layer.
 
     Raises:
-        `ValueError`: if there is no list of layers, or if the layers are those of a decoder.
+        `ValueError`: if there is no list of layers, or if they are those of a decoder that is to classify.
     """
     lists = {name: module for name, module in model.named_modules() if _is_list_of_like_modules(module)}
     checkpointed = {name: module for name, module in lists.items() if _holds_checkpointed_layers(module)}
@@ -121,6 +123,7 @@ def find_layers(model: nn.Module) -> list[str]:
     if candidates:
         trunk = max(candidates, key=lambda name: _num_parameters(candidates[name]))
         rows = [next((name for name in lists if trunk.startswith(f"{name}.")), trunk)]  # not blocks of one resolution
+    objective = objective_of(model)
     layers = [
         name
         for row in rows
@@ -128,12 +131,31 @@ def find_layers(model: nn.Module) -> list[str]:
         for name in _open(f"{row}.{child}", group)
     ]
     for name in layers:
-        if any(getattr(module, "is_causal", False) is True for module in model.get_submodule(name).modules()):
+        causal = any(getattr(module, "is_causal", False) is True for module in model.get_submodule(name).modules())
+        if causal and (objective is None or objective.head == "pooled"):
             raise ValueError(
                 f"The layers of {type(model).__name__} ({layers[0]} .. {layers[-1]}) attend causally: it is a "
-                "decoder, and only encoders can be cut into stages. Pass an encoder model such as ViT or BERT."
+                "decoder, of which only tokens can be learned in stages, for a head that pools would judge what most "
+                "of them have not seen. Pass a ...ForCausalLM model, or an encoder such as ViT or BERT."
             )
     return layers
+
+
+def tail_parameters(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:
+    """Parameters of the modules that were registered after the layers, such as a last norm and an own head."""
+    named = list(model.named_parameters(remove_duplicate=False))  # tied ones are found wherever they are
+    inside = tuple(f"{name}." for name in layers)
+    end = max(i for i, (name, _) in enumerate(named) if name.startswith(inside))
+    within = {id(p) for name, p in named if name.startswith(inside)}
+    return list(dict.fromkeys(p for _, p in named[end + 1 :] if id(p) not in within))
+
+
+def tied_parameters(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:
+    """Those of [`tail_parameters`] that are used before the layers, too: embeddings that are also the own head's."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    begin = min(i for i, (name, _) in enumerate(named) if name.startswith(tuple(f"{name}." for name in layers)))
+    before = {id(p) for _, p in named[:begin]}
+    return [p for p in tail_parameters(model, layers) if id(p) in before]
 
 
 def last_norm(model: nn.Module, last_layer: str, width: int) -> nn.LayerNorm | None:

@@ -11,15 +11,18 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PretrainedConfig,
 )
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .config import MMSTConfig, parse_bytes
+from .objectives import CLASSES, objective_of
 from .partition import checkpoints_across
 from .probe import dummy_inputs
 from .simulation import PRECISIONS, LayerMemory, Peak, Simulation, Way
@@ -181,8 +184,10 @@ def plan(
     if isinstance(batch, int):
         batch = dummy_inputs(model, batch, "meta", **shape)
     if "labels" not in batch:
-        samples = len(next(iter(batch.values())))
-        batch = {**batch, "labels": torch.zeros(samples, dtype=torch.long, device="meta")}
+        shape_of = next(iter(batch.values())).shape
+        if (objective_of(model) or CLASSES).head == "pooled":
+            shape_of = shape_of[:1]
+        batch = {**batch, "labels": torch.zeros(shape_of, dtype=torch.long, device="meta")}
     simulation = Simulation(model, batch, precision, device, head_layers)
     if num_stages is not None and num_stages > len(simulation.layers):
         raise ValueError(f"num_stages={num_stages} is more than the {len(simulation.layers)} layers. Set it to fewer.")
@@ -424,7 +429,10 @@ def _reason(rows: list[Row], limit: int | None, chosen: Row | None) -> str:
 
 def _build(model: PretrainedConfig | str) -> nn.Module:
     config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
-    for auto in (AutoModelForImageClassification, AutoModelForSequenceClassification):
+    autos: tuple[Any, ...] = (AutoModelForImageClassification, AutoModelForSequenceClassification)
+    if {*(config.architectures or [])} & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}:
+        autos = (AutoModelForCausalLM,)
+    for auto in autos:
         if type(config) in auto._model_mapping:
             with torch.device("meta"), no_init_weights():
                 return auto.from_config(config)

@@ -100,8 +100,18 @@ def check_cut(model: nn.Module, partition: Partition) -> None:
     Check that what a stage learns from reaches no activation of an earlier stage by a way around that stage's end.
 
     Raises:
-        `ValueError`: if it does, naming a parameter behind that activation.
+        `ValueError`: if it does, naming a parameter behind that activation; or if layers of two stages share weights.
     """
+    stage_of: dict[nn.Parameter, int] = {}
+    for stage, names in enumerate(partition.stages):
+        for name in names:
+            for parameter in model.get_submodule(name).parameters():
+                if stage_of.setdefault(parameter, stage) != stage:
+                    raise ValueError(
+                        f"{name} of {type(model).__name__}, in stage {stage + 1}, shares weights with a layer of stage "
+                        f"{stage_of[parameter] + 1}, which would not be the same after it has learned. Set "
+                        "stage_boundaries so that they are in one stage, or num_stages to 1."
+                    )
     twin = on_meta(model).eval()
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())

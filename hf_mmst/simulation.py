@@ -5,23 +5,23 @@ import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from .coupled import CoupledResidency
 from .heads import StageHeads, num_head_layers
 from .hidden_states import hidden_states_of
-from .partition import Partition, find_layers
+from .objectives import CLASSES, objective_of
+from .partition import Partition, find_layers, tied_parameters
 from .probe import on_meta, profile_layers
 from .residency import Residency, Shelf
 from .stagewise import Stagewise
-from .stepping import clip_by_stage, parameters_by_stage, step_stage
+from .stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -96,12 +96,15 @@ class Simulation:
     ):
         self.device, self.dtype = device, PRECISIONS[precision]
         self.config: Any = model.config
+        self.objective = objective_of(model) or CLASSES
         self.layers = find_layers(model)
         self.profile = profile_layers(model, self.layers)
         self.head_layers = num_head_layers(head_layers, model, [layer.width for layer in self.profile])
         self._mode = FakeTensorMode()
         self._states = WeakTensorKeyDictionary()
         self.model = self._without_data(model).train()
+        if getattr(self.config, "use_cache", False):
+            cast(Any, self.model.config).use_cache = False  # as in training
         with self._mode:
             self.inputs = {name: self._fake(value) for name, value in inputs.items()}
             # On the CPU the batch that the data loader has ready is in the same memory.
@@ -178,23 +181,30 @@ class Simulation:
                     [end.width for end in ends],
                     self.config.num_labels,
                     maps=[end.is_map for end in ends],
+                    kind=self.objective.head,
                 )
             last = self.layers[len(self.layers) - self.head_layers :]
             heads.layers = nn.ModuleList(self._without_data(self.model.get_submodule(name)) for name in last)
             engine = Stagewise(self.model, partition, heads)
             shared = parameters_by_stage(self.model, partition, heads)
+            common = shared_parameters(self.model, partition, heads)
             everything = [p for own in shared for p in own]
             learned = everything
             if way.stage_residency == "all" and stages[-1] < way.num_stages - 1:
-                learned = [*(p for own in shared[: stages[-1] + 1] for p in own), *heads.layers.parameters()]
+                learned = [*(p for own in shared[: stages[-1] + 1] for p in own), *common]
             optimizer = self._with_states([p for p in learned if p.requires_grad])
+            if self.objective.head == "own" and stages[0] > 0:
+                for parameter in tied_parameters(self.model, partition.layers):
+                    stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                    parameter.requires_grad_(False)
             given = self._input_of(engine, stages[0]) if way.feature_cache != "none" and stages[0] > 0 else None
             if way.stage_residency == "stage":
                 residency = stack.enter_context(self._residency(_Resident, partition, optimizer))
                 residency.activate(stages)
                 learning = [*shared[stages[0]]]
                 if stages[0] < way.num_stages - 1:
-                    learning += heads.layers.parameters()
+                    learning += common
+                learning = [parameter for parameter in learning if parameter.requires_grad]
                 for parameter in learning:  # its states have come with an earlier step
                     parameter.grad = torch.empty_like(parameter)
                 residency.take_states()
@@ -270,7 +280,7 @@ class Simulation:
         return stage, step.features
 
     def _criterion(self, logits: torch.Tensor) -> torch.Tensor:
-        return ForSequenceClassificationLoss(self.inputs["labels"], logits, self.config)
+        return self.objective.loss(logits, self.inputs["labels"], self.config)
 
     def _read(self, tracker: MemTracker, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Peak:
         total = tracker.get_tracker_snapshot("peak")[torch.device(self.device)]["Total"]

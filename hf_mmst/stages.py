@@ -17,7 +17,7 @@ from .heads import StageHeads
 from .partition import Partition
 
 JSON_NAME, HEADS_NAME = "stages.json", "stages.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: heads of several kinds
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def save_stages(folder: str | os.PathLike, stages: Stages, weights: dict[str, An
         "format_version": FORMAT_VERSION,
         "stages": stages.partition.stages,
         "heads": {
+            "kind": stages.heads.kind,
             "widths": stages.heads.widths,
             "num_labels": stages.heads.num_labels,
             "pooling": stages.heads.pooling,

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +41,11 @@ class StageView:
     What a forward pass without learning shows.
 
     Attributes:
-        logits (`list[torch.Tensor]`): of the heads of stages 1 .. K-1, `[B, num_labels]` each.
+        logits (`list[Any]`): what was read of the heads' logits of stages 1 .. K-1; see [`Stagewise.observe`].
         movements (`list[torch.Tensor]`): how far each of the K stages moves each sample, `[B]` each.
     """
 
-    logits: list[torch.Tensor] = field(default_factory=list)
+    logits: list[Any] = field(default_factory=list)
     movements: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -68,6 +68,10 @@ class Stagewise:
     (outputs.loss + 1.0 * step.transport).backward()
     ```
 
+    Heads of kind `"own"` are the model's own: what it makes of z_k is its forward pass on the same inputs with all
+    layers left out and z_k in the place of what they put out, whatever comes after them (norms, an output embedding,
+    a cap on logits). The logits of one stage are in memory at a time.
+
     Args:
         model (`nn.Module`): the model whose layers `partition` names, not a wrapper around it.
         partition (`Partition`): the cut.
@@ -80,6 +84,7 @@ class Stagewise:
         self._stage_of = {name: k for k, stage in enumerate(partition.stages) for name in stage}
         self._ends = set(partition.boundaries)
         self._outputs: dict[str, Any] = {}  # what each frozen layer returned, tensors left out
+        self._inputs: tuple[tuple, dict[str, Any]] = (), {}  # what the model was called with, for its own head
 
     @contextlib.contextmanager
     def step(
@@ -99,7 +104,7 @@ class Stagewise:
         returns the last stage's logits, with its task loss if labels were passed. Nothing is left on the model.
 
         Args:
-            criterion: logits of a head, `[B, num_labels]`, to the task's loss, a scalar.
+            criterion: logits of a head to the task's loss, a scalar.
             weights: weight of the transport term in each of the K stages' losses.
             stages: consecutive stages that learn, from 0; all by default.
             mask: `[B, N]`, 1 for tokens that count.
@@ -127,19 +132,54 @@ class Stagewise:
         if given is None or not self._outputs.keys() >= {*names}:
             yield
             return
-        with contextlib.ExitStack() as stack:
-            for name in names:
-                layer = self.model.get_submodule(name)
-                hidden = given[1] if name == names[-1] else None
-                parent, _, child = name.rpartition(".")
-                siblings = self.model.get_submodule(parent)._modules
-                siblings[child] = _Given(layer, self._outputs[name], hidden)
-                stack.callback(siblings.__setitem__, child, layer)
+        with self._left_out(self._outputs, names, given[1]):
             yield
 
     @contextlib.contextmanager
-    def observe(self, mask: torch.Tensor | None = None) -> Iterator[StageView]:
-        """Within this context, a forward pass without learning fills the [`StageView`] that is yielded."""
+    def _left_out(self, outputs: Mapping[str, Any], names: Sequence[str], hidden: torch.Tensor) -> Iterator[None]:
+        """Within this context, `names` do not run: the last of them puts out `hidden`, the others what they get."""
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                layer = self.model.get_submodule(name)
+                parent, _, child = name.rpartition(".")
+                siblings = self.model.get_submodule(parent)._modules
+                siblings[child] = _Given(layer, outputs[name], hidden if name == names[-1] else None)
+                stack.callback(siblings.__setitem__, child, layer)
+            yield
+
+    def logits(
+        self, stage: int, mask: torch.Tensor | None, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> torch.Tensor:
+        """What a stage's head says, float32, of what its last layer was called with and puts out."""
+        found = self.heads(stage, hidden_states_of(output), mask, args, kwargs)
+        return (self._own_head(found, output) if self.heads.kind == "own" else found).float()
+
+    def _own_head(self, hidden: torch.Tensor, output: Any) -> torch.Tensor:
+        layers = self.partition.layers
+        args, kwargs = self._inputs
+        with self._left_out(dict.fromkeys(layers, _without_tensors(output)), layers, hidden):
+            # Not the instance's own forward, which may end at the last stage that learns.
+            return type(self.model).forward(self.model, *args, **kwargs)[0]
+
+    def _remember(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Keep what the model is called with; keys and values are not cached, for they would outlive their stage."""
+        config: Any = model.config
+        if getattr(config, "use_cache", False):
+            kwargs = {**kwargs, "use_cache": False}
+        self._inputs = args, {name: value for name, value in kwargs.items() if name != "labels"}
+        return args, kwargs
+
+    @contextlib.contextmanager
+    def observe(
+        self, mask: torch.Tensor | None = None, read: Callable[[torch.Tensor], Any] = lambda logits: logits
+    ) -> Iterator[StageView]:
+        """
+        Within this context, a forward pass without learning fills the [`StageView`] that is yielded.
+
+        Args:
+            mask: `[B, N]`, 1 for tokens that count.
+            read: what is kept of each head's logits; all of them by default.
+        """
         view = StageView()
         moved: list[torch.Tensor] = []
 
@@ -152,7 +192,7 @@ class Stagewise:
                 view.movements.append(torch.stack(moved).sum(0) if moved else y.new_zeros(len(y)).float())
                 moved.clear()
                 if self._stage_of[name] < len(self.heads):
-                    view.logits.append(self.heads(self._stage_of[name], y, kept, args, kwargs).float())
+                    view.logits.append(read(self.logits(self._stage_of[name], kept, args, kwargs, output)))
 
         training = self.heads.training
         self.heads.eval()
@@ -165,6 +205,9 @@ class Stagewise:
     @contextlib.contextmanager
     def _hooked(self, before: Callable | None, after: Callable) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
+            if self.heads.kind == "own":
+                stack.callback(self.model.register_forward_pre_hook(self._remember, with_kwargs=True).remove)
+                stack.callback(setattr, self, "_inputs", self._inputs)
             for name in self.partition.layers:
                 layer = self.model.get_submodule(name)
                 if before is not None:
@@ -224,7 +267,7 @@ class _Walk:
         """Add the layer's transport; at a stage's end, learn and hand on the output without its graph."""
         stage = self.engine._stage_of[name]
         if stage < self.first:
-            self.engine._outputs[name] = tree_map(lambda x: None if torch.is_tensor(x) else x, output)
+            self.engine._outputs[name] = _without_tensors(output)
             if stage == self.first - 1 and name in self.engine._ends:  # all that runs from here on learns
                 self.found.features = hidden_states_of(output)
                 torch.set_grad_enabled(True)
@@ -244,10 +287,9 @@ class _Walk:
             self.found.transport = term
         if stage == self.engine.partition.num_stages - 1:
             return None
-        logits = self.engine.heads(stage, y, mask, args, kwargs).float()
         if stage == self.last:
-            raise _StopForward(logits)
-        self._learn(stage, self.criterion(logits), term)
+            raise _StopForward(self.engine.logits(stage, mask, args, kwargs, output))
+        self._learn(stage, self.criterion(self.engine.logits(stage, mask, args, kwargs, output)), term)
         return detached(output)
 
     def _learn(self, stage: int, loss: torch.Tensor, term: torch.Tensor) -> None:
@@ -301,6 +343,10 @@ class _Walk:
 
 def _input_of(args: tuple, kwargs: dict) -> torch.Tensor:
     return hidden_states_of(args or tuple(kwargs.values()))
+
+
+def _without_tensors(output: Any) -> Any:
+    return tree_map(lambda x: None if torch.is_tensor(x) else x, output)
 
 
 def _fitting(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:

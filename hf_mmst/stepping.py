@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from .heads import StageHeads
-from .partition import Partition
+from .partition import Partition, tail_parameters
 
 ELEMENTWISE = ("torch.optim.", "transformers.optimization", "bitsandbytes.optim.")  # but for those in COUPLED
 COUPLED = ("LBFGS",)
@@ -18,8 +18,8 @@ def parameters_by_stage(model: nn.Module, partition: Partition, heads: StageHead
     All parameters, shared out over the K stages.
 
     A stage has those of its layers and of its head; the first stage those that were registered before the layers
-    (embeddings), the last stage those after them (last norm, classifier) and those of layers that the heads share,
-    whose gradient is there when all other stages have learned.
+    (embeddings), the last stage those after them (last norm, classifier) and those that the heads share, whose
+    gradient is there when all other stages have learned.
     """
     of_layers = {
         id(p): k
@@ -27,7 +27,10 @@ def parameters_by_stage(model: nn.Module, partition: Partition, heads: StageHead
         for name in stage
         for p in model.get_submodule(name).parameters()
     }
-    found: list[list[nn.Parameter]] = [*(list(head.parameters()) for head in heads), [*heads.layers.parameters()]]
+    found: list[list[nn.Parameter]] = [
+        *(list(head.parameters()) for head in heads),
+        shared_parameters(model, partition, heads),
+    ]
     of_heads = {id(p) for own in found for p in own}
     around = 0
     for parameter in model.parameters():
@@ -37,6 +40,12 @@ def parameters_by_stage(model: nn.Module, partition: Partition, heads: StageHead
         elif id(parameter) not in of_heads:
             found[around].append(parameter)
     return found
+
+
+def shared_parameters(model: nn.Module, partition: Partition, heads: StageHeads) -> list[nn.Parameter]:
+    """Parameters that the losses of all stages step back through: the heads' layers, and the own head if it serves."""
+    own = tail_parameters(model, partition.layers) if heads.kind == "own" and len(heads) else []
+    return [*heads.layers.parameters(), *own]
 
 
 def clip_by_stage(parameters: Sequence[Sequence[nn.Parameter]], max_norm: float) -> torch.Tensor:

@@ -106,9 +106,14 @@ def evaluate(
 
     Raises:
         `FileNotFoundError`: if the checkpoint holds no stages.
-        `ValueError`: if the dataset has other labels.
+        `ValueError`: if the dataset has other labels, or the checkpoint is no classifier.
     """
     stages = load_stages(model)
+    if stages.heads.kind != "pooled":
+        raise ValueError(
+            f"{model} has learned to label or predict tokens; only classifiers of images and texts are evaluated here. "
+            "Evaluate it with MMSTTrainer.evaluate."
+        )
     config = AutoConfig.from_pretrained(model)
     sees = (config.architectures or [""])[0].endswith("ForImageClassification")
     of_texts = texts.TextArguments(dataset_name=dataset, max_eval_samples=max_samples, max_seq_length=max_seq_length)

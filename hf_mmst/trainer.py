@@ -11,7 +11,6 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import Trainer, TrainerCallback, get_scheduler
-from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
@@ -19,13 +18,14 @@ from transformers.utils import logging
 
 from .config import MMSTConfig
 from .coupled import CoupledResidency
-from .evaluation import StageMetrics, pack, unpack
+from .evaluation import StageMetrics, StageScores, pack, unpack
 from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
 from .heads import HEADS, StageHeads, is_pretrained, num_head_layers
 from .learning_rates import PRETRAINED_FACTOR, rate_factors, split_groups
 from .memory import TurnPeaks
+from .objectives import CLASSES, objective_of
 from .order import Order, Segment
-from .partition import Partition, checkpoints_across, classifier, find_layers, last_norm
+from .partition import Partition, checkpoints_across, classifier, find_layers, last_norm, tied_parameters
 from .planner import plan_for
 from .probe import LayerProfile, check_cut, own_pooling, profile_layers
 from .publishing import StageCards
@@ -46,7 +46,8 @@ class MMSTTrainer(StageCards):
     auxiliary heads are part of the model, as `model.mmst_heads`, so that optimizers, DistributedDataParallel and
     clipping see them; afterwards the model is as it came, and the heads are `trainer.heads`.
 
-    Losses are means over the samples of an optimizer step, however it is split into micro-batches and processes.
+    Losses are means over the samples (of tokens: over the labels that count) of an optimizer step, however it is split
+    into micro-batches and processes.
 
     Attributes:
         partition ([`Partition`]): how the model was cut.
@@ -82,7 +83,7 @@ class MMSTTrainer(StageCards):
         self._streams = contextlib.ExitStack()  # holds what streams layers through the device in a training run
         self._cache: FeatureCache | None = None
         self._views: FixedViews | None = None
-        self._step_labels = 0
+        self._step_labels, self._step_samples = 0.0, 0
         self._early_norms: list[torch.Tensor] = []  # of the gradients of stages that have stepped already
         self._shares_gradients = False
         self._cut()
@@ -107,10 +108,11 @@ class MMSTTrainer(StageCards):
         if self._cut_model is model:
             return
         self.args.check_stages()
+        if self.args.stage_order != "coupled" and (self.args.num_stages > 1 or self.args.stage_boundaries is not None):
+            self._refuse_task(model)
+        self._objective = objective_of(model) or CLASSES
         self.partition, ends = self._partition(model)
         num_stages = self.partition.num_stages
-        if num_stages > 1:
-            self._refuse_task(model)
         self.heads = StageHeads(
             [end.width for end in ends],
             getattr(model.config, "num_labels", 0),
@@ -118,6 +120,7 @@ class MMSTTrainer(StageCards):
             self.args.seed,
             [end.is_map and self.args.head_pooling == "auto" for end in ends],
             *self._last_layers(model, [end.width for end in ends]),
+            self._objective.head,
         )
         self.heads.to(device=self.args.device, dtype=_dtype(model))
         self._engine = Stagewise(model, self.partition, self.heads, self.args.transport_norm)
@@ -131,7 +134,9 @@ class MMSTTrainer(StageCards):
             self._residency = kind(model, self.partition, self.args.device, self.args.output_dir)
         self._cut_model = model
         self._stage_parameters = parameters_by_stage(model, self.partition, self.heads)
-        self._own_head = classifier(model, self.heads.num_labels)
+        self._own_head = classifier(model, self.heads.num_labels) if self.heads.kind != "own" else []
+        tied = tied_parameters(model, self.partition.layers) if len(self.heads) and self.heads.kind == "own" else []
+        self._tied = [parameter for parameter in tied if parameter.requires_grad]
 
     def _partition(self, model: nn.Module) -> tuple[Partition, list[LayerProfile]]:
         """The cut, and the layers at the ends of all stages but the last."""
@@ -178,7 +183,7 @@ class MMSTTrainer(StageCards):
 
     def _pooling(self, model: nn.Module) -> str:
         """What the auxiliary heads pool."""
-        if self.args.head_pooling == "auto" and is_pretrained(model):
+        if self._objective.head == "pooled" and self.args.head_pooling == "auto" and is_pretrained(model):
             return own_pooling(model, self.partition.layers[-1])
         return self.args.head_pooling
 
@@ -203,14 +208,28 @@ class MMSTTrainer(StageCards):
 
     def _refuse_task(self, model: nn.Module) -> None:
         base = unwrap_peft_model(model)
-        if (
-            LOSS_MAPPING.get(getattr(base, "loss_type", None)) is not ForSequenceClassificationLoss
-            and self.compute_loss_func is None
-        ):
+        objective = objective_of(model)
+        if objective is None and self.compute_loss_func is None:
             raise ValueError(
-                f"{type(base).__name__} has no classification or regression head, so its stages have no local loss. "
-                "Pass a ...ForImageClassification or ...ForSequenceClassification model, or a compute_loss_func, or "
-                "set num_stages to 1."
+                f"{type(base).__name__} has no head of which the stages' local losses could be made: these are known "
+                "for classification and regression of sequences, images and audio, for classification of tokens, and "
+                "for masked and causal language models with one stack of layers. Pass such a model, a "
+                "compute_loss_func for a loss of your own (of pooled logits), or set num_stages to 1."
+            )
+        if objective is not None and objective.head != "pooled" and self.args.head_pooling != "auto":
+            raise ValueError(
+                f'head_pooling="{self.args.head_pooling}", but a {type(base).__name__} has a label for each token, and '
+                'nothing is pooled. Set head_pooling="auto".'
+            )
+        if self.args.use_cache:
+            raise ValueError(
+                "use_cache=True keeps the keys and values of all stages in memory, and heads with layers would add to "
+                "them. Set use_cache=False; generate has a setting of its own."
+            )
+        if getattr(base.config, "output_router_logits", False):
+            raise ValueError(
+                "config.output_router_logits=True adds a loss of all routers at once, from which the stages of "
+                f"{type(base).__name__} before the last would not learn. Set it to False."
             )
         for name, value in vars(base.config).items():
             if "layerdrop" in name and value:
@@ -241,6 +260,8 @@ class MMSTTrainer(StageCards):
             self.peaks.end()
             if self._cache is not None:
                 self._cache.flush()
+            for parameter in self._tied:
+                parameter.requires_grad_(True)
             self._core()._modules.pop(HEADS, None)
             vars(self._core()).pop("_ddp_params_and_buffers_to_ignore", None)
             if self._residency is not None:
@@ -388,6 +409,8 @@ class MMSTTrainer(StageCards):
     def _begin_step(self, step: int) -> None:
         """Make ready for the stages that learn at optimizer step `step`."""
         self._segment = segment = self._order.at(step)
+        for parameter in self._tied:  # else later stages would change what the first, at rest, begins with
+            parameter.requires_grad_(segment.coupled or 0 in segment.stages)
         name = "coupled_" if segment.coupled else "" if len(segment.stages) > 1 else f"stage_{segment.stages[0] + 1}_"
         self.peaks.begin(f"{name}peak_bytes" if len(self._order.segments) > 1 else "peak_bytes")
         if self._residency is not None:
@@ -396,9 +419,13 @@ class MMSTTrainer(StageCards):
             self._cache.begin(segment.stages[0])
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As the host's; remembers how many labels the optimizer step has in all."""
+        """As the host's; remembers how many labels the optimizer step has in all, and how many samples."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._step_labels = sum(_num_labels(batch.get("labels")) for batch in batches if isinstance(batch, Mapping))
+        labels = [batch.get("labels") for batch in batches if isinstance(batch, Mapping)]
+        self._step_labels = sum(self._objective.count(some) for some in labels)
+        self._step_samples = sum(len(some) for some in labels if torch.is_tensor(some))
+        if self._objective.head != "pooled" and self.args.average_tokens_across_devices:
+            self._step_labels = self._mean(torch.tensor(self._step_labels, dtype=torch.double)).item()
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -413,17 +440,21 @@ class MMSTTrainer(StageCards):
                 "column named label or labels, and set remove_unused_columns=False if it needs other names."
             )
         stages = self._segment.stages
-        share = _num_labels(labels) / (self._step_labels or _num_labels(labels))
+        count, samples = self._objective.count(labels), len(labels) / (self._step_samples or len(labels))
         # The user's function has divided by num_items_in_batch.
-        scale = share if self.compute_loss_func is None else 1.0
+        scale = count / (self._step_labels or count) if self.compute_loss_func is None and count else 1.0
+        # The mean of no labels is not a number, and has no gradient.
+        weigh = (lambda loss: loss) if count or self.compute_loss_func is not None else torch.nan_to_num
         if self._segment.coupled:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            return (loss * scale, outputs) if return_outputs else loss * scale
+            return (weigh(loss) * scale, outputs) if return_outputs else weigh(loss) * scale
+        # Transport is a mean over samples, whatever number of labels they have.
+        weights = [self._weights[stage] * samples / scale for stage in range(self.partition.num_stages)]
         mask = inputs.get("attention_mask")
         given = self._cache.get(stages[0], keys, mask) if self._cache is not None else None
         with self._engine.step(
-            criterion=lambda logits: self._criterion(logits, labels, num_items_in_batch),
-            weights=[self._weights[stage] for stage in range(self.partition.num_stages)],
+            criterion=lambda logits: weigh(self._criterion(logits, labels, num_items_in_batch)),
+            weights=weights,
             stages=stages,
             mask=mask,
             backward=lambda loss: self.accelerator.backward(loss * scale),
@@ -433,10 +464,11 @@ class MMSTTrainer(StageCards):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self._cache is not None and step.features is not None and (given is None or given[0] < stages[0]):
             self._cache.add(stages[0], keys, mask, step.features)
+        loss = weigh(loss)
         step.losses[stages[-1]] = loss.detach()
-        self._record(step, share)
-        if self._weights[stages[-1]] > 0:
-            loss = loss + self._weights[stages[-1]] * step.transport
+        self._record(step, scale, samples)
+        if weights[stages[-1]] > 0:
+            loss = loss + weights[stages[-1]] * step.transport
         loss = loss * scale
         return (loss, outputs) if return_outputs else loss
 
@@ -498,17 +530,18 @@ class MMSTTrainer(StageCards):
             scaled = self.args.average_tokens_across_devices and num_items is not None
             return loss * self.accelerator.num_processes if scaled else loss
         if self.label_smoother is not None:
-            return self.label_smoother({"logits": logits}, labels)
-        return ForSequenceClassificationLoss(labels, logits, self._core().config)
+            return self.label_smoother({"logits": logits}, labels, shift_labels=self._objective.shifts)
+        return self._objective.loss(logits, labels, self._core().config)
 
     # ---- Logging ----
 
-    def _record(self, step: StageStep, share: float) -> None:
+    def _record(self, step: StageStep, scale: float, samples: float) -> None:
+        """Add what a micro-batch found, whose shares of its optimizer step are `scale` and, in samples, `samples`."""
         for stage, loss in step.losses.items():
-            found = torch.stack([loss.float(), step.transports[stage], torch.ones_like(loss, dtype=torch.float32)])
+            loss, moved = scale * loss.float(), samples * step.transports[stage]
             self._log_sums = self._log_sums.to(loss.device)
-            self._log_sums[stage] += share * found
-            self._weights.observe(stage, loss, step.transports[stage], share)
+            self._log_sums[stage] += torch.stack([loss, moved, torch.full_like(loss, samples)])
+            self._weights.observe(stage, loss, moved)
 
     def log(self, logs, start_time=None):
         """As the host's, with `stage_<k>_loss` and `stage_<k>_transport` since the last log; k counts from 1."""
@@ -530,44 +563,63 @@ class MMSTTrainer(StageCards):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """As the host's, with the metrics, loss and transport of each stage, `eval_stage_<k>_accuracy` and so on."""
+        """
+        As the host's, with the metrics, loss and transport of each stage, `eval_stage_<k>_accuracy` and so on.
+
+        Without `compute_metrics`, or with `prediction_loss_only`, there are still losses, transport and, of language
+        models, perplexities (the exponentials of the losses); no logits are kept then.
+        """
         loop = functools.partial(
             super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         streaming: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self._residency is not None and not self.is_in_train:
             streaming = self._residency.streaming()
-        if self.compute_metrics is None or self.args.batch_eval_metrics or not self.partition.layers:
+        if not self.partition.layers:
             with streaming:
                 return loop()
-        metrics = StageMetrics(self.compute_metrics, self.preprocess_logits_for_metrics)
-        with streaming, self._collecting(metrics):
+        scores = StageScores(self.partition.num_stages)
+        metrics = None
+        if self.compute_metrics is not None and not self.args.batch_eval_metrics:
+            metrics = StageMetrics(self.compute_metrics, self.preprocess_logits_for_metrics)
+        with streaming, self._collecting(scores, metrics):
             output = loop()
-        by_stage = {f"{metric_key_prefix}_{name}": value for name, value in metrics.by_stage.items()}
-        return EvalLoopOutput(
-            unpack(output.predictions), output.label_ids, {**output.metrics, **by_stage}, output.num_samples
-        )
+        found = {**(metrics.by_stage if metrics else {}), **scores.means(perplexity=self._objective.head == "own")}
+        by_stage = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        predictions = unpack(output.predictions) if metrics else output.predictions
+        return EvalLoopOutput(predictions, output.label_ids, {**output.metrics, **by_stage}, output.num_samples)
 
     @contextlib.contextmanager
-    def _collecting(self, metrics: StageMetrics) -> Iterator[None]:
-        self._stage_metrics = metrics
-        self.compute_metrics = metrics.compute_packed
-        self.preprocess_logits_for_metrics = metrics.preprocess_packed
+    def _collecting(self, scores: StageScores, metrics: StageMetrics | None) -> Iterator[None]:
+        self._stage_scores, self._stage_metrics = scores, metrics
+        if metrics is not None:
+            self.compute_metrics = metrics.compute_packed
+            self.preprocess_logits_for_metrics = metrics.preprocess_packed
         try:
             yield
         finally:
-            self.compute_metrics, self.preprocess_logits_for_metrics = metrics.compute, metrics.preprocess
-            del self._stage_metrics
+            if metrics is not None:
+                self.compute_metrics, self.preprocess_logits_for_metrics = metrics.compute, metrics.preprocess
+            del self._stage_scores, self._stage_metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As the host's; while metrics are collected, the predictions are packed with those of every stage."""
-        if not hasattr(self, "_stage_metrics") or prediction_loss_only:
+        if not hasattr(self, "_stage_scores"):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        with self._engine.observe(inputs.get("attention_mask")) as view:
+        given, losses = inputs.get("labels"), []
+        packing = self._stage_metrics is not None and not prediction_loss_only
+
+        def read(logits: torch.Tensor) -> torch.Tensor | None:
+            if given is not None:
+                losses.append(self._criterion(logits, given))
+            return logits if packing else None
+
+        with self._engine.observe(inputs.get("attention_mask"), read) as view:
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        losses = [] if loss is None else [*(self._criterion(one, labels) for one in view.logits), loss]
-        return loss, pack(logits, view, losses), labels
+        losses = [] if loss is None or given is None else [*losses, loss]
+        self._stage_scores.add(view.movements, losses, self.gather_function)
+        return loss, pack(logits, view) if packing else logits, labels
 
 
 class _StageCallback(TrainerCallback):
@@ -605,13 +657,6 @@ class _StageCallback(TrainerCallback):
             print(f"hf_mmst: planned {self.trainer._planned / 2**20:,.0f} MiB of tensors, measured {measured:,.0f} MiB")
         if self.trainer._cache is not None and state.global_step >= state.max_steps:
             self.trainer._cache.delete()
-
-
-def _num_labels(labels: Any) -> int:
-    """Labels that count: all but -100 of class indices, else all numbers."""
-    if not torch.is_tensor(labels):
-        return 0
-    return labels.numel() if labels.is_floating_point() else int((labels != -100).sum())
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

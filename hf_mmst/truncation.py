@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .heads import PoolingHead
+from .heads import OwnHead, PoolingHead
 from .probe import dummy_inputs
 from .stages import Stages
 from .stagewise import Stagewise
@@ -20,7 +20,8 @@ def truncate(model: PreTrainedModel, stages: Stages, num_stages: int) -> PreTrai
     What follows them becomes the auxiliary head of the last stage that is kept: the heads' layers, if they have any,
     the last norm and the classifier. That can be said in a plain model only where what comes after the layers is one
     LayerNorm, pooling and one Linear, as in ViT, DeiT, DINOv2 and Swin; ViT and DeiT pool the first token, so their
-    heads have to be trained with `head_pooling="cls"`. Whether it comes out the same is checked on random input. What
+    heads have to be trained with `head_pooling="cls"`. Stages of language models have the model's own head already, so
+    that any of them is a model. Whether it comes out the same is checked on random input. What
     stays is that a norm's eps is the model's own, not the head's 1e-5: that is seen where hidden states are tiny, as
     they are in models without training.
 
@@ -42,10 +43,11 @@ def truncate(model: PreTrainedModel, stages: Stages, num_stages: int) -> PreTrai
             f"{partition.num_stages - 1}."
         )
     head: Any = stages.heads.heads[num_stages - 1]
-    if not isinstance(head, PoolingHead):
+    own = isinstance(head, OwnHead)
+    if not own and not isinstance(head, PoolingHead):
         raise ValueError(
-            f"The head of stage {num_stages} is a {type(head).__name__}, which no plain {kind} can express. Use "
-            "EarlyExit, which keeps the heads."
+            f"The head of stage {num_stages} is a {type(head).__name__}, which no plain {kind} can express. Use the "
+            "whole model, or EarlyExit, which keeps the heads of classifiers."
         )
     kept = [name for stage in partition.stages[:num_stages] for name in stage]
     layers = [*kept, *partition.layers[len(kept) : len(kept) + len(stages.heads.layers)]]  # the head's layers come last
@@ -56,8 +58,8 @@ def truncate(model: PreTrainedModel, stages: Stages, num_stages: int) -> PreTrai
             f"A {kind} with fewer layers does not have the layers {layers[0]} .. {layers[-1]}, so that it cannot be "
             "truncated. Use EarlyExit, which needs no smaller model."
         )
-    norm, classifier = _tail(small, layers)
-    around = {f"{name}." for name in (norm, classifier)}
+    tail = () if own else _tail(small, layers)
+    around = {f"{name}." for name in tail}
     weights = {n: t for n, t in model.state_dict().items() if not n.startswith(tuple(around))}
     for name, layer in zip(layers[len(kept) :], stages.heads.layers, strict=False):
         weights |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
@@ -69,9 +71,10 @@ def truncate(model: PreTrainedModel, stages: Stages, num_stages: int) -> PreTrai
     if missing:
         raise ValueError(f"A {kind} with fewer layers has other weights ({missing[0]}, ...). Use EarlyExit.")
     small.load_state_dict({name: weights[name] for name in small.state_dict() if name in weights}, strict=False)
-    small.get_submodule(norm).load_state_dict(head.norm.state_dict())
-    _set_classifier(small, small.get_submodule(classifier), head)
-    _check(model, small, stages, num_stages, small.get_submodule(norm).eps)
+    if tail:
+        small.get_submodule(tail[0]).load_state_dict(head.norm.state_dict())
+        _set_classifier(small, small.get_submodule(tail[1]), head)
+    _check(model, small, stages, num_stages, small.get_submodule(tail[0]).eps if tail else None)
     return small.to(next(model.parameters()).dtype)
 
 
@@ -90,7 +93,9 @@ def _shortened(model: PreTrainedModel, layers: list[str]) -> Any:
         if "embed_dim" in config:
             config["hidden_size"] = config["embed_dim"] * 2 ** (len(groups) - 1)
     else:
-        config["num_hidden_layers"] = len(layers)
+        config[model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+        if config.get("layer_types"):
+            config["layer_types"] = config["layer_types"][: len(layers)]
     derived = ("stage_names", "out_features", "out_indices")
     return type(model.config)(**{name: value for name, value in config.items() if name not in derived})
 
@@ -136,7 +141,8 @@ def _check(model: nn.Module, small: nn.Module, stages: Stages, num_stages: int, 
     }
     whole = copy.deepcopy(model).float().cpu().eval()
     heads: Any = copy.deepcopy(stages.heads).float().cpu()
-    heads.heads[num_stages - 1].norm.eps = eps
+    if eps is not None:
+        heads.heads[num_stages - 1].norm.eps = eps
     with torch.no_grad(), Stagewise(whole, stages.partition, heads).observe() as view:
         whole(**inputs)
     with torch.no_grad():

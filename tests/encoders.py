@@ -172,6 +172,55 @@ AUDIO = {
 ENCODERS = {"images": IMAGE, "text": OF_TEXT, "audio": AUDIO}
 MODELS = {name: build for kind in ENCODERS.values() for name, build in kind.items()}
 
+PLAIN = {name: value for name, value in TEXT.items() if name != "num_labels"}
+DECODER = {**PLAIN, "num_key_value_heads": 2}
+GPT = {"vocab_size": 99, "n_embd": 32, "n_layer": 4, "n_head": 4}
+MODERN = {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+MODERN |= {"global_attn_every_n_layers": 2, "local_attention": 8}
+DISTIL = {"vocab_size": 99, "dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64}
+TOKEN_CLASSIFIERS = {
+    "BERT": lambda: tf.BertForTokenClassification(tf.BertConfig(**TEXT)),
+    "RoBERTa": lambda: tf.RobertaForTokenClassification(tf.RobertaConfig(**TEXT)),
+    "DistilBERT": lambda: tf.DistilBertForTokenClassification(tf.DistilBertConfig(**DISTIL, num_labels=5)),
+    "DeBERTa v2": lambda: tf.DebertaV2ForTokenClassification(
+        tf.DebertaV2Config(**TEXT, **DEBERTA, pos_att_type=["c2p"])
+    ),
+    "ModernBERT": lambda: tf.ModernBertForTokenClassification(tf.ModernBertConfig(**TEXT, **MODERN)),
+    "ELECTRA": lambda: tf.ElectraForTokenClassification(tf.ElectraConfig(**TEXT, embedding_size=16)),
+    "Llama": lambda: tf.LlamaForTokenClassification(tf.LlamaConfig(**DECODER, num_labels=5)),
+}
+MASKED = {
+    "BERT": lambda: tf.BertForMaskedLM(tf.BertConfig(**PLAIN)),
+    "RoBERTa": lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**PLAIN)),
+    "DistilBERT": lambda: tf.DistilBertForMaskedLM(tf.DistilBertConfig(**DISTIL)),
+    "DeBERTa v2": lambda: tf.DebertaV2ForMaskedLM(tf.DebertaV2Config(**PLAIN, **DEBERTA)),
+    "ModernBERT": lambda: tf.ModernBertForMaskedLM(tf.ModernBertConfig(**PLAIN, **MODERN)),
+    "ELECTRA": lambda: tf.ElectraForMaskedLM(tf.ElectraConfig(**PLAIN, embedding_size=16)),
+    "MPNet": lambda: tf.MPNetForMaskedLM(tf.MPNetConfig(**{**PLAIN, "pad_token_id": 1})),
+}
+CAUSAL = {
+    "GPT-2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**GPT)),
+    "GPT-NeoX": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**PLAIN)),
+    "OPT": lambda: tf.OPTForCausalLM(
+        tf.OPTConfig(
+            vocab_size=99,
+            hidden_size=32,
+            num_hidden_layers=4,
+            ffn_dim=64,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+        )
+    ),
+    "BLOOM": lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=99, hidden_size=32, n_layer=4, n_head=4)),
+    "Llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER)),
+    "Mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**DECODER)),
+    "Qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**DECODER)),
+    "Gemma 2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**DECODER, head_dim=8, final_logit_softcapping=0.5)),
+    "Phi": lambda: tf.PhiForCausalLM(tf.PhiConfig(**DECODER)),
+    "Mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=2)),
+}
+OF_TOKENS = {"tokens": TOKEN_CLASSIFIERS, "masked tokens": MASKED, "next tokens": CAUSAL}
+
 # What cannot be cut: how it is made, the reason, and a part of the message.
 REFUSED = {
     "ALBERT": (
@@ -179,9 +228,9 @@ REFUSED = {
         "one layer, run many times",
         "holds one layer only",
     ),
-    "GPT-2, Llama and other decoders": (
+    "GPT-2, Llama and other decoders, as classifiers of sequences": (
         lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**TEXT)),
-        "attend causally: a head would judge what it has not seen",
+        "attend causally: a head would judge what most tokens have not seen",
         "attend causally",
     ),
     "T5": (
@@ -239,11 +288,11 @@ REFUSED = {
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, models: dict = MODELS) -> nn.Module:
     """A model in train mode without dropout, whose weights depend on nothing but the name."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = MODELS[name]()
+        model = models[name]()
     for module in model.modules():
         for field in ("p", "drop_prob", "dropout_prob", "attention_dropout", "activation_dropout", "dropout"):
             if isinstance(getattr(module, field, None), float):

@@ -17,7 +17,16 @@ def plain_transport(x, y, mask=None, norm="relative"):
     return (r.square().flatten(1).sum(1) * c).mean()
 
 
-def train_step(model, name, partition, heads, batch, weights, norm="relative"):
+def next_token_loss(logits, labels):
+    """Mean of -log p(label of token n + 1 | tokens up to n); -100 is no label."""
+    return token_loss(logits[:, :-1], labels[:, 1:])
+
+
+def token_loss(logits, labels):
+    return cross_entropy(logits[labels != -100], labels[labels != -100])
+
+
+def train_step(model, name, partition, heads, batch, weights, norm="relative", criterion=cross_entropy):
     """For k = 1 .. K: min over (T_k, F_k) of L(F_k(z_k)) + w_k sum_m ||r_m||^2, z_k = T_k(z_{k-1}); fills .grad."""
     z, layer, tail = PARTS[name](model, batch)
     mask, losses = batch.get("attention_mask"), []
@@ -30,8 +39,11 @@ def train_step(model, name, partition, heads, batch, weights, norm="relative"):
         read = z
         for m in heads.layers:
             _, read = layer(m, read)
-        logits = tail(z) if k == partition.num_stages - 1 else heads.heads[k](read, mask)
-        loss = cross_entropy(logits, batch["labels"]) + weights[k] * term
+        if k == partition.num_stages - 1:
+            logits = tail(z)
+        else:  # the model's own head is one for all
+            logits = tail(read) if heads.kind == "own" else heads.heads[k](read, mask)
+        loss = criterion(logits, batch["labels"]) + weights[k] * term
         loss.backward()
         losses.append(loss.item())
     return losses
@@ -54,7 +66,9 @@ def bert(model, batch):
     def layer(name, z):
         return z, named(model, name)(z, blocked)
 
-    return model.bert.embeddings(batch["input_ids"]), layer, lambda z: model.classifier(model.bert.pooler(z))
+    tail = model.cls if hasattr(model, "cls") else model.classifier
+    pooler = model.bert.pooler or (lambda z: z)
+    return model.bert.embeddings(batch["input_ids"]), layer, lambda z: tail(pooler(z))
 
 
 def swin(model, batch):
@@ -70,7 +84,34 @@ def swin(model, batch):
     return z, layer, lambda z: model.classifier(model.swin.layernorm(z).mean(1))
 
 
-PARTS = {"vit": vit, "bert": bert, "swin": swin}
+def causal_mask(batch):
+    """0 where a token sees another, else the least number, `[B, 1, N, N]`."""
+    tokens = batch["input_ids"].shape[1]
+    seen = torch.tril(torch.ones(tokens, tokens))[None] * batch["attention_mask"][:, None, :]
+    return (1.0 - seen[:, None]) * torch.finfo(torch.float32).min
+
+
+def llama(model, batch):
+    z = model.model.embed_tokens(batch["input_ids"])
+    rotary = model.model.rotary_emb(z, torch.arange(z.shape[1])[None])
+
+    def layer(name, z):
+        return z, named(model, name)(z, attention_mask=causal_mask(batch), position_embeddings=rotary)
+
+    return z, layer, lambda z: model.lm_head(model.model.norm(z))
+
+
+def gpt2(model, batch):
+    trunk, ids = model.transformer, batch["input_ids"]
+
+    def layer(name, z):
+        return z, first(named(model, name)(z, attention_mask=causal_mask(batch)))
+
+    return trunk.wte(ids) + trunk.wpe.weight[: ids.shape[1]], layer, lambda z: trunk.ln_f(z) @ trunk.wte.weight.T
+
+
+PARTS = {"vit": vit, "bert": bert, "bert-tokens": bert, "bert-mlm": bert, "swin": swin}
+PARTS |= {"llama": llama, "qwen2": llama, "gpt2": gpt2}
 
 
 def gradients(*modules: nn.Module) -> dict[str, torch.Tensor | None]:

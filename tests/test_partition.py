@@ -8,7 +8,7 @@ from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
     BertConfig,
-    BertForMaskedLM,
+    BertForQuestionAnswering,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
@@ -142,8 +142,8 @@ def test_boundaries_override_the_number(tmp_path):
 
 
 def test_a_task_without_local_loss_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="BertForMaskedLM has no classification or regression head"):
-        MMSTTrainer(BertForMaskedLM(BertConfig(**TEXT)), config(tmp_path, num_stages=2))
+    with pytest.raises(ValueError, match="BertForQuestionAnswering has no head .* compute_loss_func .*num_stages to 1"):
+        MMSTTrainer(BertForQuestionAnswering(BertConfig(**TEXT)), config(tmp_path, num_stages=2))
 
 
 def test_one_stage_takes_any_model(tmp_path):

@@ -19,7 +19,7 @@ MODES = {
 }
 
 
-def main(name: str, order: str, mode: str, path: str) -> None:
+def train(name: str, order: str, mode: str, path: str) -> MMSTTrainer:
     """Total batch of 8, whatever the number of processes."""
     torch.set_num_threads(1)
     settings = {"max_steps": 12, "save_strategy": "no", **MODES[mode]}
@@ -53,6 +53,13 @@ def main(name: str, order: str, mode: str, path: str) -> None:
     logged = next(entry for entry in trainer.state.log_history if "stage_1_loss" in entry)
     found |= {f"logged.{key}": torch.tensor(logged[key]) for key in ("loss", "stage_1_loss", "stage_1_transport")}
     save_file({key: tensor.detach().clone() for key, tensor in found.items()}, f"{path}.{args.process_index}")
+    return trainer
+
+
+def main(names: str, orders: str, mode: str, path: str) -> None:
+    """Train each of `names` in its order; commas separate them."""
+    for name, order in zip(names.split(","), orders.split(","), strict=True):
+        trainer = train(name, order, mode, f"{path}-{name}" if "," in names else path)
     trainer.end()
     sys.stdout.flush()
     os._exit(0)  # all is written; threads of the process group now and then abort an interpreter that ends

@@ -6,13 +6,21 @@ from transformers import (
     BeitConfig,
     BeitForImageClassification,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    BertForTokenClassification,
     DeiTConfig,
     DeiTForImageClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     SwinConfig,
@@ -52,6 +60,20 @@ EXTRA = {
         )
     ),
 }
+DECODER = {
+    **{k: v for k, v in TEXT.items() if k != "num_labels"},
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+TOKENS = {  # a label for each token
+    "bert-tokens": lambda **kw: BertForTokenClassification(BertConfig(**TEXT | kw)),
+    "bert-mlm": lambda **kw: BertForMaskedLM(BertConfig(**TEXT | kw)),
+    "gpt2": lambda **kw: GPT2LMHeadModel(
+        GPT2Config(**{"vocab_size": 99, "n_positions": 64, "n_embd": 32, "n_layer": 4, "n_head": 4} | kw)
+    ),
+    "llama": lambda **kw: LlamaForCausalLM(LlamaConfig(**DECODER | kw)),
+    "qwen2": lambda **kw: Qwen2ForCausalLM(Qwen2Config(**DECODER | kw)),
+}
 NUM_LAYERS = dict.fromkeys(MODELS, 4) | {"swin": 6}
 IMAGE_MODELS = ("vit", "deit", "dinov2", "swin", "beit")
 
@@ -60,7 +82,7 @@ def make(name: str, seed: int = 0, dropout: bool = False, **config) -> nn.Module
     """A model in train mode; the weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (MODELS | EXTRA)[name](**config)
+        model = (MODELS | EXTRA | TOKENS)[name](**config)
     for module in model.modules():
         if isinstance(module, nn.Dropout) and not dropout:
             module.p = 0.0
@@ -70,13 +92,16 @@ def make(name: str, seed: int = 0, dropout: bool = False, **config) -> nn.Module
 
 
 def batch(name: str, size: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs with labels; text is padded."""
+    """Inputs with labels; text is padded, and padding has no label where each token has one."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(NUM_LABELS, (size,), generator=generator)
     if name in IMAGE_MODELS:
         return {"pixel_values": torch.randn(size, 3, 32, 32, generator=generator), "labels": labels}
     ids = torch.randint(3, 99, (size, 12), generator=generator)
     mask = (torch.arange(12) < torch.randint(5, 13, (size, 1), generator=generator)).long()
+    if name in TOKENS:
+        labels = {"bert-tokens": ids % NUM_LABELS, "bert-mlm": torch.where(ids % 3 == 0, ids, -100)}.get(name, ids)
+        labels = torch.where(mask > 0, labels, -100)
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
 
 

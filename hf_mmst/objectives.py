@@ -1,0 +1,83 @@
+"""A model's task, as the host names it -> the loss of a stage's logits, and the kind of head that makes them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.loss.loss_utils import (
+    LOSS_MAPPING,
+    ForCausalLMLoss,
+    ForMaskedLMLoss,
+    ForSequenceClassificationLoss,
+    ForTokenClassification,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer_utils import unwrap_peft_model
+
+HeadKind = Literal["pooled", "tokens", "own"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """
+    What the stages of a model learn from.
+
+    Attributes:
+        head (`str`):
+            Of the stages before the last: `"pooled"`, logits `[B, num_labels]`; `"tokens"`, logits
+            `[B, N, num_labels]`; `"own"`, the model's own head for all stages, logits `[B, N, vocab_size]`.
+        compute (`Callable`): the host's loss, of logits, labels and the model's configuration.
+        shifts (`bool`): whether the label of a token is that of the next one.
+    """
+
+    head: HeadKind
+    compute: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
+    shifts: bool = False
+
+    def count(self, labels: Any) -> int:
+        """Labels that count: all but -100 of class indices, else all numbers."""
+        if not torch.is_tensor(labels):
+            return 0
+        if self.shifts:
+            labels = labels[..., 1:]
+        return labels.numel() if labels.is_floating_point() else int((labels != -100).sum())
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, config: Any) -> torch.Tensor:
+        """
+        Mean loss over the labels that count.
+
+        Raises:
+            `ValueError`: if there is not one vector of logits for each token's label.
+        """
+        if self.head != "pooled" and logits.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"A stage puts out {list(logits.shape[:-1])} tokens for labels of {list(labels.shape)}: its layers pad "
+                "or pool the tokens. Let the collator pad to a multiple of what they need (pad_to_multiple_of), or "
+                "set num_stages to 1."
+            )
+        return self.compute(logits, labels, config)
+
+
+CLASSES = Objective("pooled", lambda logits, labels, config: ForSequenceClassificationLoss(labels, logits, config))
+_OBJECTIVES = {
+    ForSequenceClassificationLoss: CLASSES,
+    ForTokenClassification: Objective("tokens", ForTokenClassification),
+    ForMaskedLMLoss: Objective("own", lambda logits, labels, _: ForMaskedLMLoss(logits, labels, logits.shape[-1])),
+    ForCausalLMLoss: Objective(
+        "own", lambda logits, labels, _: ForCausalLMLoss(logits, labels, logits.shape[-1]), shifts=True
+    ),
+}
+
+
+def objective_of(model: nn.Module) -> Objective | None:
+    """The objective of a model's stages, told by the loss that the host has for its class; `None` if there is none."""
+    base: Any = unwrap_peft_model(model)
+    name = getattr(base, "loss_type", None)
+    if name is None and type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        name = "ForCausalLM"  # GPT2LMHeadModel and others, whose name does not say so
+    found = _OBJECTIVES.get(LOSS_MAPPING.get(name))
+    config = getattr(base, "config", None)
+    of_two_parts = name == "ForConditionalGeneration" or getattr(config, "is_encoder_decoder", False)
+    return None if found and found.head == "own" and of_two_parts else found
