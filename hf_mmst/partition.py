@@ -51,7 +51,7 @@ class Partition:
             layers (`Sequence[str]`): names of the layers, in order.
             num_stages (`int`): number of stages K, at most the number of layers.
             costs (`Sequence[float]`, *optional*): positive cost of each layer in any unit; equal by default.
-            ends (`Sequence[str]`, *optional*): the layers after which a stage may end, see [`run_ends`]; all by default.
+            ends (`Sequence[str]`, *optional*): layers after which a stage may end, see [`run_ends`]; all by default.
 
         Raises:
             `ValueError`: if there are more stages than layers after which one may end.

@@ -87,6 +87,7 @@ class MMSTTrainer(StageCards):
         self._shares_gradients = False
         self._cut()
         self.add_callback(_StageCallback(self))
+        self.add_callback(self.picture_callback())
 
     def _plan(self) -> int | None:
         """Plan for `memory_budget`, if one is set; returns the bytes that the chosen way takes."""
