@@ -119,6 +119,7 @@ def detached_step(model, partition, heads, batch, weights):
         hook.remove()
     losses[-1] = losses[-1] + last
     before = {f"{n}.{p}": q for n in partition.stages[0] for p, q in model.get_submodule(n).named_parameters()}
+    before = {name: parameter for name, parameter in before.items() if parameter.requires_grad}
     reached = torch.autograd.grad(losses[-1], before.values(), allow_unused=True, retain_graph=True)
     torch.stack(losses).sum().backward()
     return [loss.item() for loss in losses], [n for n, g in zip(before, reached, strict=True) if g is not None]
