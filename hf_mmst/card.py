@@ -130,13 +130,14 @@ class CardContent:
         )
 
 
-def model_card(content: CardContent, plot: str | None = None) -> "ModelCard":
+def model_card(content: CardContent, plot: str | None = None, picture: str | None = None) -> "ModelCard":
     """
     The card, with metadata for the Hub's search and leaderboards.
 
     Args:
         content (`CardContent`): what it says.
         plot (`str`, *optional*): the file with the picture of the stages, beside the card.
+        picture (`str`, *optional*): the file with the picture of the training, beside the card.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -177,12 +178,18 @@ def model_card(content: CardContent, plot: str | None = None) -> "ModelCard":
         + f"; {content.device}",
         card=content,
         plot=plot,
+        picture=picture,
     )
 
 
-def write_card(folder: str | Path, content: CardContent) -> Path:
+def write_card(folder: str | Path, content: CardContent, picture: Path | None = None) -> Path:
     """
     Write the card to `README.md` in `folder`, and the picture beside it, if matplotlib is there to draw it.
+
+    Args:
+        folder (`str` or `Path`): is made, if it is not there.
+        content (`CardContent`): what the card says.
+        picture (`Path`, *optional*): a picture of the training in the same folder, that the card is to show.
 
     Returns:
         `Path`: the file.
@@ -192,7 +199,7 @@ def write_card(folder: str | Path, content: CardContent) -> Path:
     plot = PLOT_NAME if content.plotted and content.num_stages > 1 and find_spec("matplotlib") is not None else None
     if plot is not None:
         replace(folder / PLOT_NAME, lambda path: draw_stages(content, path))
-    card = str(model_card(content, plot))
+    card = str(model_card(content, plot, None if picture is None else picture.name))
     replace(folder / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
     return folder / CARD_NAME
 

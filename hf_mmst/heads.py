@@ -185,14 +185,20 @@ class StageHeads(nn.Module):
         return self.heads[stage](hidden_states, mask)
 
 
-def num_head_layers(given: int | None, model: Any, widths: Sequence[int]) -> int:
+def num_head_layers(given: int | None, model: Any, widths: Sequence[int], blocks: bool = True) -> int:
     """
     The number of layers of the heads: the given one, or else 1 for a pretrained model of one width.
 
     Raises:
-        `ValueError`: if the model's last layers cannot take the outputs of all stages, `widths` wide.
+        `ValueError`: if the model's layers are single modules, not `blocks`, or if the last ones cannot take the
+            outputs of all stages, `widths` wide.
     """
-    fitting = len({*widths}) == 1
+    fitting = blocks and len({*widths}) == 1
+    if given and not blocks:
+        raise ValueError(
+            f"head_layers={given}, but {type(model).__name__} is a sequence of single modules, without blocks that "
+            "heads could have a copy of. Set head_layers to 0."
+        )
     if given and not fitting:
         raise ValueError(
             f"head_layers={given}, but the last layers of {type(model).__name__} cannot take all stages' outputs, "

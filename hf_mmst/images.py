@@ -1,5 +1,6 @@
 """Names of a dataset and of a model -> a trainer that classifies images."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,14 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from .config import MMSTConfig
 from .splits import SplitArguments, accuracy_metric, choose_splits, labels_of
@@ -41,9 +49,15 @@ class ImageArguments(SplitArguments):
 
 @dataclass
 class ImageModelArguments:
-    """A pretrained model, or the size of a ViT from scratch."""
+    """A pretrained model, or one from scratch: an architecture of timm, or the size of a ViT."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Pretrained model; from scratch if unset."})
+    architecture: str | None = field(
+        default=None, metadata={"help": "Model from scratch by its name in timm, such as vgg11_bn; a ViT if unset."}
+    )
+    architecture_args: str = field(
+        default="{}", metadata={"help": "What timm is to make it with, as JSON, such as '{\"mlp_ratio\": 0.25}'."}
+    )
     hidden_size: int = field(default=96, metadata={"help": "Width of the ViT from scratch."})
     num_hidden_layers: int = field(default=8, metadata={"help": "Layers of the ViT from scratch."})
     num_attention_heads: int = field(default=3, metadata={"help": "Attention heads of the ViT from scratch."})
@@ -98,7 +112,16 @@ def _build(model_args: ImageModelArguments, splits: datasets.DatasetDict, image_
             return model, None
         return model, AutoImageProcessor.from_pretrained(name, backend="pil")
     image = splits["train"][0]["image"]
-    image_size = image_size or image.size[0]
+    image_size, channels = image_size or image.size[0], 1 if image.mode == "L" else 3
+    if model_args.architecture is not None:
+        config = TimmWrapperConfig(
+            architecture=model_args.architecture,
+            model_args={"in_chans": channels, **json.loads(model_args.architecture_args)},
+            image_size=image_size,
+            num_channels=channels,
+            **labels,
+        )
+        return TimmWrapperForImageClassification(config), None
     config = ViTConfig(
         hidden_size=model_args.hidden_size,
         num_hidden_layers=model_args.num_hidden_layers,
@@ -106,7 +129,7 @@ def _build(model_args: ImageModelArguments, splits: datasets.DatasetDict, image_
         intermediate_size=4 * model_args.hidden_size,
         image_size=image_size,
         patch_size=model_args.patch_size or image_size // 4,
-        num_channels=1 if image.mode == "L" else 3,
+        num_channels=channels,
         **labels,
     )
     return ViTForImageClassification(config), None

@@ -39,7 +39,13 @@ class Partition:
         return tuple(stage[-1] for stage in self.stages if stage)
 
     @classmethod
-    def by_cost(cls, layers: Sequence[str], num_stages: int, costs: Sequence[float] | None = None) -> "Partition":
+    def by_cost(
+        cls,
+        layers: Sequence[str],
+        num_stages: int,
+        costs: Sequence[float] | None = None,
+        ends: Sequence[str] | None = None,
+    ) -> "Partition":
         """
         Cut `layers` into `num_stages` runs of about equal cost: the cut of least sum of squared stage costs.
 
@@ -47,17 +53,21 @@ class Partition:
             layers (`Sequence[str]`): names of the layers, in order.
             num_stages (`int`): number of stages K, at most the number of layers.
             costs (`Sequence[float]`, *optional*): positive cost of each layer in any unit; equal by default.
+            ends (`Sequence[str]`, *optional*): layers after which a stage may end, see [`run_ends`]; all by default.
 
         Raises:
-            `ValueError`: if there are more stages than layers.
+            `ValueError`: if there are more stages than layers after which one may end.
         """
-        if num_stages > len(layers):
+        stops = [layers.index(name) + 1 for name in layers if ends is None or name in ends]
+        if num_stages > len(stops):
             raise ValueError(
-                f"num_stages={num_stages}, but the model has {len(layers)} layers ({layers[0]} .. {layers[-1]}). "
-                f"Set num_stages to {len(layers)} or less."
+                f"num_stages={num_stages}, but the model has {len(stops)} layers ({layers[0]} .. {layers[-1]}). "
+                f"Set num_stages to {len(stops)} or less."
             )
-        ends = _balanced_ends([float(cost) for cost in costs or [1.0] * len(layers)], num_stages)
-        return cls(tuple(tuple(layers[i:j]) for i, j in zip([0, *ends[:-1]], ends, strict=True)))
+        costs = [1.0] * len(layers) if costs is None else costs
+        runs = [float(sum(costs[i:j])) for i, j in zip([0, *stops[:-1]], stops, strict=True)]
+        cuts = [stops[number - 1] for number in _balanced_ends(runs, num_stages)]
+        return cls(tuple(tuple(layers[i:j]) for i, j in zip([0, *cuts[:-1]], cuts, strict=True)))
 
     @classmethod
     def by_names(cls, layers: Sequence[str], boundaries: Sequence[str]) -> "Partition":
@@ -92,7 +102,8 @@ def find_layers(model: nn.Module) -> list[str]:
     The trunk is the list of like modules ([`~torch.nn.ModuleList`]) that holds most parameters; lists whose members
     are the host's checkpointed layers come first. A trunk of groups that themselves hold such layers (the four
     resolutions of a Swin) is opened, so that the blocks are the layers. Without any such list, sequences of like blocks
-    side by side ([`~torch.nn.Sequential`], as in timm) are taken.
+    side by side ([`~torch.nn.Sequential`], as in timm) are taken, or else the one sequence of unlike modules that holds
+    most parameters (VGG), whose layers are [`run_ends`]' runs of these.
 
     Args:
         model (`nn.Module`): a Hugging Face model with an encoder; wrappers such as `PeftModel` may be around it.
@@ -116,6 +127,8 @@ def find_layers(model: nn.Module) -> list[str]:
                 "stage can end, however often it runs. Set num_stages to 1, or pass an encoder of several layers that "
                 "share no weights, such as ViT or BERT."
             )
+        rows = _sequence_of_modules(model)
+    if not candidates and not rows:
         raise ValueError(
             f"No list of layers was found in {type(model).__name__}, so it has no encoder to cut into stages. Pass a "
             "model with an encoder, such as AutoModelForImageClassification or AutoModelForSequenceClassification."
@@ -156,6 +169,15 @@ def tied_parameters(model: nn.Module, layers: Sequence[str]) -> list[nn.Paramete
     begin = min(i for i, (name, _) in enumerate(named) if name.startswith(tuple(f"{name}." for name in layers)))
     before = {id(p) for _, p in named[:begin]}
     return [p for p in tail_parameters(model, layers) if id(p) in before]
+
+
+def run_ends(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """
+    The layers after which a stage may end: each block of a list; in a sequence of single modules, those before the
+    next that has a kernel or matrix, so that norm, activation and pooling stay with the convolution before them.
+    """
+    begins = [_begins_a_run(model.get_submodule(name)) for name in layers]
+    return [name for name, end in zip(layers, [*begins, True][1:], strict=True) if end]
 
 
 def last_norm(model: nn.Module, last_layer: str, width: int) -> nn.LayerNorm | None:
@@ -203,6 +225,20 @@ def _rows_of_blocks(model: nn.Module) -> list[str]:
         rows.values(), key=lambda names: sum(_num_parameters(model.get_submodule(n)) for n in names), default=[]
     )
     return found if sum(len(list(model.get_submodule(name).children())) for name in found) > 1 else []
+
+
+def _sequence_of_modules(model: nn.Module) -> list[str]:
+    """Where there are no such rows: the sequence of most parameters among those with two layers or more."""
+    found = {
+        name: _num_parameters(module)
+        for name, module in model.named_modules()
+        if name and isinstance(module, nn.Sequential) and sum(map(_begins_a_run, module.children())) > 1
+    }
+    return [max(found, key=lambda name: found[name])] if found else []
+
+
+def _begins_a_run(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) or any(p.dim() > 1 for p in module.parameters())
 
 
 def _is_row_of_blocks(module: nn.Module) -> TypeGuard[nn.Sequential]:

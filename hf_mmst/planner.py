@@ -189,8 +189,8 @@ def plan(
             shape_of = shape_of[:1]
         batch = {**batch, "labels": torch.zeros(shape_of, dtype=torch.long, device="meta")}
     simulation = Simulation(model, batch, precision, device, head_layers)
-    if num_stages is not None and num_stages > len(simulation.layers):
-        raise ValueError(f"num_stages={num_stages} is more than the {len(simulation.layers)} layers. Set it to fewer.")
+    if num_stages is not None and num_stages > len(simulation.ends):
+        raise ValueError(f"num_stages={num_stages} is more than the {len(simulation.ends)} layers. Set it to fewer.")
     rows: dict[Way, Row] = {}
 
     def fits(way: Way) -> bool:
@@ -202,7 +202,7 @@ def plan(
 
     for way in _rivals(simulation):
         fits(way)
-    numbers = [num_stages] if num_stages is not None else _stage_numbers(len(simulation.layers))
+    numbers = [num_stages] if num_stages is not None else _stage_numbers(len(simulation.ends))
     whole = rows[Way()].peak
     chosen = None
     least: list[Way] = []
@@ -304,7 +304,7 @@ def ways_of(args: MMSTConfig) -> list[Way]:
 
 def _rivals(simulation: Simulation) -> Iterator[Way]:
     yield Way()
-    if not checkpoints_across(simulation.model, simulation.partition(len(simulation.layers))):
+    if not checkpoints_across(simulation.model, simulation.partition(len(simulation.ends))):
         yield Way(activation_checkpointing=True)
     if find_spec("peft") is not None:
         yield Way(lora=True)
@@ -315,7 +315,7 @@ def _families(simulation: Simulation) -> Iterator[Way]:
     resident = Way(stage_order="sequential", stage_residency="stage")
     yield Way()
     yield Way(stage_clipping=True)
-    separable = checkpoints_across(simulation.model, simulation.partition(len(simulation.layers))) is None
+    separable = checkpoints_across(simulation.model, simulation.partition(len(simulation.ends))) is None
     if separable and isinstance(simulation.model.get_submodule(simulation.layers[0]), GradientCheckpointingLayer):
         yield Way(stage_order="coupled")
     yield resident

@@ -1,8 +1,9 @@
 """What a run tells of itself: its results, and the model card made of them."""
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from transformers.utils import logging
 from .card import CardContent, task_of, write_card
 from .checkpoints import StageCheckpoints
 from .memory import TurnPeaks
+from .pictures import PictureCallback, write_picture
 from .planner import planned_peak
+from .residency import Residency
 from .results import run_results
 
 logger = logging.get_logger(__name__)
@@ -26,6 +29,8 @@ class StageCards(StageCheckpoints):
 
     peaks: TurnPeaks
     data_collator: Any
+    _residency: Residency | None
+    _streams: contextlib.ExitStack
 
     def results(self, metrics: Mapping[str, Any], **found: Any) -> dict[str, Any]:
         """
@@ -38,7 +43,8 @@ class StageCards(StageCheckpoints):
         model = unwrap_peft_model(self._core())
         batch = {} if self.train_dataset is None else self._batch_to_plan()
         pixels, name = batch.get("pixel_values"), getattr(model.config, "_name_or_path", "")
-        planned = planned_peak(self.args, self._core(), batch) if "labels" in batch else None
+        with self._not_streaming():
+            planned = planned_peak(self.args, self._core(), batch) if "labels" in batch else None
         known = {
             "task": task_of(model),
             "model": type(model).__name__,
@@ -49,6 +55,12 @@ class StageCards(StageCheckpoints):
             "planned_bytes": None if planned is None else planned.total,
         }
         return run_results(self.args, self.partition, metrics, **{**known, **found})
+
+    def picture_callback(self) -> PictureCallback:
+        """What sends pictures of the stages to the loggers that show them."""
+        return PictureCallback(
+            lambda: self.callback_handler.callbacks, self.peaks.by_name, lambda: self.results({})["planned_bytes"]
+        )
 
     @functools.wraps(Trainer.create_model_card)
     def create_model_card(
@@ -69,8 +81,9 @@ class StageCards(StageCheckpoints):
             evaluations = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
             dataset_of_hub = getattr(self.eval_dataset or self.train_dataset, "builder_name", None)
             found = [] if dataset_of_hub in (None, *FILE_FORMATS) else [dataset_of_hub]
+            results = self.results(evaluations[-1] if evaluations else {})
             content = CardContent.from_results(
-                self.results(evaluations[-1] if evaluations else {}),
+                results,
                 self.hub_model_id or model_name or Path(self.args.output_dir).name,
                 base_model=finetuned_from,
                 task=_listed(tasks)[0] if tasks else None,
@@ -81,9 +94,24 @@ class StageCards(StageCheckpoints):
                 tags=_listed(tags),
                 library="peft" if hasattr(self._core(), "peft_config") else "transformers",
             )
-            write_card(self.args.output_dir, content)
+            folder = self.args.output_dir
+            picture = write_picture(folder, self.state.log_history, self.peaks.by_name, results["planned_bytes"])
+            write_card(folder, content, picture)
         except Exception as error:  # a card must not end a run
             logger.warning(f"hf_mmst wrote no model card ({type(error).__name__}: {error}). Set model_card=False.")
+
+    @contextlib.contextmanager
+    def _not_streaming(self) -> Iterator[None]:
+        """Without the hooks by which layers stream through the device during training, which no plan can follow."""
+        residency = self._residency
+        if residency is None or not residency.is_streaming:
+            yield
+            return
+        self._streams.close()
+        try:
+            yield
+        finally:
+            self._streams.enter_context(residency.streaming())
 
     def _batch_to_plan(self) -> Mapping[str, Any]:
         """A batch of the training data, drawn without a trace."""

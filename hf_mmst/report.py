@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .files import replace
 from .memory import PeakMemory
+from .pictures import write_picture
 from .results import StageRow, stage_rows
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def train_and_report(trainer: "MMSTTrainer", *, model: str, dataset: str, begin:
 
 def write_results(trainer: "MMSTTrainer", metrics: Mapping[str, float], **found: Any) -> dict[str, Any]:
     """
-    Write `results.json` in the output directory, beside and renamed.
+    Write `results.json` in the output directory, beside and renamed, and `training.png`, see [`draw_training`].
 
     Args:
         trainer ([`MMSTTrainer`]): the trainer, after training.
@@ -81,6 +82,7 @@ def write_results(trainer: "MMSTTrainer", metrics: Mapping[str, float], **found:
         num_eval_samples=len(trainer.eval_dataset),
     )
     write_json(Path(trainer.args.output_dir) / "results.json", results)
+    write_picture(trainer.args.output_dir, trainer.state.log_history, trainer.peaks.by_name, results["planned_bytes"])
     return results
 
 

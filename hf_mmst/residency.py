@@ -88,6 +88,7 @@ class Residency:
         self._states: dict[StateKeys, Shelf] = {}
         self._taken: set[StateKeys] = set()
         self._active: frozenset[str] = frozenset()
+        self.is_streaming = False
         self._parameters = {name: list(model.get_submodule(name).parameters()) for name in partition.layers}
         self._shelves: dict[str, Shelf] = {}
         for name, parameters in self._parameters.items():
@@ -136,6 +137,8 @@ class Residency:
                 layer = self._model.get_submodule(name)
                 stack.callback(layer.register_forward_pre_hook(self._before_layer(name)).remove)
                 stack.callback(layer.register_forward_hook(self._after_layer(name)).remove)
+            stack.callback(setattr, self, "is_streaming", False)
+            self.is_streaming = True
             yield
 
     def _before_layer(self, name: str):

@@ -17,7 +17,7 @@ from .coupled import CoupledResidency
 from .heads import StageHeads, num_head_layers
 from .hidden_states import hidden_states_of
 from .objectives import CLASSES, objective_of
-from .partition import Partition, find_layers, tied_parameters
+from .partition import Partition, find_layers, run_ends, tied_parameters
 from .probe import on_meta, profile_layers
 from .residency import Residency, Shelf
 from .stagewise import Stagewise
@@ -98,8 +98,11 @@ class Simulation:
         self.config: Any = model.config
         self.objective = objective_of(model) or CLASSES
         self.layers = find_layers(model)
+        self.ends = run_ends(model, self.layers)
         self.profile = profile_layers(model, self.layers)
-        self.head_layers = num_head_layers(head_layers, model, [layer.width for layer in self.profile])
+        self.head_layers = num_head_layers(
+            head_layers, model, [layer.width for layer in self.profile], len(self.ends) == len(self.layers)
+        )
         self._mode = FakeTensorMode()
         self._states = WeakTensorKeyDictionary()
         self.model = self._without_data(model).train()
@@ -112,7 +115,7 @@ class Simulation:
 
     def partition(self, num_stages: int) -> Partition:
         """The cut into stages of about equal cost."""
-        return Partition.by_cost(self.layers, num_stages, [layer.flops for layer in self.profile])
+        return Partition.by_cost(self.layers, num_stages, [layer.flops for layer in self.profile], self.ends)
 
     def peak(self, way: Way) -> Peak:
         """The most memory that a step takes, over the stages if they learn one at a time."""

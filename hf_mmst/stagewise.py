@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .heads import StageHeads
 from .hidden_states import detached, hidden_states_of, with_hidden_states
-from .partition import Partition
+from .partition import Partition, run_ends
 from .transport import movement, transport
 
 
@@ -83,6 +83,7 @@ class Stagewise:
         self.model, self.partition, self.heads, self.norm = model, partition, heads, transport_norm
         self._stage_of = {name: k for k, stage in enumerate(partition.stages) for name in stage}
         self._ends = set(partition.boundaries)
+        self.run_ends = {*run_ends(model, partition.layers), *partition.boundaries}
         self._outputs: dict[str, Any] = {}  # what each frozen layer returned, tensors left out
         self._inputs: tuple[tuple, dict[str, Any]] = (), {}  # what the model was called with, for its own head
 
@@ -182,12 +183,13 @@ class Stagewise:
         """
         view = StageView()
         moved: list[torch.Tensor] = []
+        run = _Run(self.run_ends)
 
         def after_layer(name, _module, args, kwargs, output):
-            x, y = _input_of(args, kwargs), hidden_states_of(output)
+            y = hidden_states_of(output)
             kept = _fitting(mask, y)
-            if x.shape == y.shape:
-                moved.append(movement(x, y, kept, self.norm))
+            for before, after in run.until(name, _input_of(args, kwargs), y):
+                moved.append(movement(before, after, kept, self.norm))
             if name in self._ends:
                 view.movements.append(torch.stack(moved).sum(0) if moved else y.new_zeros(len(y)).float())
                 moved.clear()
@@ -217,6 +219,25 @@ class Stagewise:
                 hook = layer.register_forward_hook(functools.partial(after, name), with_kwargs=True, prepend=True)
                 stack.callback(hook.remove)
             yield
+
+
+@dataclass
+class _Run:
+    """Follows the representation through runs of modules: where a run began, and its last output of the same shape."""
+
+    ends: Collection[str]
+    _begin: torch.Tensor | None = None
+    _end: torch.Tensor | None = None
+
+    def until(self, name: str, x: torch.Tensor, y: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """After a module: from where to where its run has moved, if it ends here and has kept the shape up to there."""
+        self._begin = x if self._begin is None else self._begin
+        self._end = y if y.shape == self._begin.shape else self._end
+        if name not in self.ends:
+            return []
+        found = [] if self._end is None else [(self._begin, self._end)]
+        self._begin = self._end = None
+        return found
 
 
 class _Given(nn.Module):
@@ -253,8 +274,12 @@ class _Walk:
     mask: torch.Tensor | None
     backward: Callable[[torch.Tensor], Any]
     learned: Callable[[int, bool], Any]
+    _run: _Run = field(init=False)
     _terms: list[torch.Tensor] = field(default_factory=list)
     _sides: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._run = _Run(self.engine.run_ends)
 
     def before_layer(self, name: str, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Stand in for side inputs that would tie a stage to what is before it."""
@@ -273,11 +298,11 @@ class _Walk:
                 torch.set_grad_enabled(True)
                 self.engine.model.train()
             return None
-        x, y = _input_of(args, kwargs), hidden_states_of(output)
+        y = hidden_states_of(output)
         mask = _fitting(self.mask, y)
-        if x.shape == y.shape:
+        for before, after in self._run.until(name, _input_of(args, kwargs), y):
             with torch.set_grad_enabled(self.weights[stage] > 0):
-                self._terms.append(transport(x, y, mask, self.engine.norm))
+                self._terms.append(transport(before, after, mask, self.engine.norm))
         if name not in self.engine._ends:
             return None
         term = torch.stack(self._terms).sum() if self._terms else y.new_zeros((), dtype=torch.float32)

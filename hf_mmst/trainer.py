@@ -25,7 +25,7 @@ from .learning_rates import PRETRAINED_FACTOR, rate_factors, split_groups
 from .memory import TurnPeaks
 from .objectives import CLASSES, objective_of
 from .order import Order, Segment
-from .partition import Partition, checkpoints_across, classifier, find_layers, last_norm, tied_parameters
+from .partition import Partition, checkpoints_across, classifier, find_layers, last_norm, run_ends, tied_parameters
 from .planner import plan_for
 from .probe import LayerProfile, check_cut, own_pooling, profile_layers
 from .publishing import StageCards
@@ -88,6 +88,7 @@ class MMSTTrainer(StageCards):
         self._shares_gradients = False
         self._cut()
         self.add_callback(_StageCallback(self))
+        self.add_callback(self.picture_callback())
 
     def _plan(self) -> int | None:
         """Plan for `memory_budget`, if one is set; returns the bytes that the chosen way takes."""
@@ -163,7 +164,8 @@ class MMSTTrainer(StageCards):
         if args.stage_boundaries is not None:
             partition = Partition.by_names(layers, args.stage_boundaries)
         else:
-            partition = Partition.by_cost(layers, args.num_stages, [layer.flops for layer in profile])
+            costs = [layer.flops for layer in profile]
+            partition = Partition.by_cost(layers, args.num_stages, costs, run_ends(model, layers))
         check_cut(model, partition)
         by_name = {layer.name: layer for layer in profile}
         return partition, [by_name[name] for name in partition.boundaries[:-1]]
@@ -173,7 +175,9 @@ class MMSTTrainer(StageCards):
         layers = self.partition.layers
         if not widths:
             return [], None
-        number = num_head_layers(self.args.head_layers, model, [*widths, profile_layers(model, layers)[-1].width])
+        blocks = len(run_ends(model, layers)) == len(layers)
+        widths = [*widths, profile_layers(model, layers)[-1].width]
+        number = num_head_layers(self.args.head_layers, model, widths, blocks)
         if number > len(layers):
             raise ValueError(
                 f"head_layers={number}, but the model has {len(layers)} layers. Set head_layers to that or less."
@@ -285,7 +289,7 @@ class MMSTTrainer(StageCards):
     def _summary(self) -> str:
         """One line on the stages: layers and trainable parameters of each."""
         core = self._core()
-        layers = [len(stage) for stage in self.partition.stages]
+        layers = [len(self._engine.run_ends.intersection(stage)) for stage in self.partition.stages]
         trainable = [
             sum(p.numel() for name in stage for p in core.get_submodule(name).parameters() if p.requires_grad)
             for stage in self.partition.stages

@@ -184,7 +184,7 @@ def pilot(
 
 
 def _space(simulation: Simulation) -> dict[str, list[Any]]:
-    count = len(simulation.layers)
+    count = len(simulation.ends)
     one_width = len({layer.width for layer in simulation.profile}) == 1
     return {
         "num_stages": sorted({min(number, count) for number in (2, 4, 8, count)}),

@@ -119,6 +119,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, help="of every stage")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--hidden_layers", type=int, default=8, help="layers of the ViT from scratch")
+    parser.add_argument("--image_size", type=int, help="side in pixels; the images' own by default")
+    parser.add_argument("--architecture", help="in the place of the ViT: as for vit_cifar.py, such as vgg11_bn")
+    parser.add_argument("--architecture_args", default="{}", help="as for vit_cifar.py")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast, if not fp32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark_accuracy"))
@@ -149,8 +152,9 @@ def make_trainer(args: argparse.Namespace, config: MMSTConfig):
         return text_trainer(TextModelArguments(name), data, config, chosen(splits, args))
     splits, _ = load_images(args.dataset_name, args.one["split"] == "validation")
     name = args.model_name_or_path if args.task == "images" else None
-    model = ImageModelArguments(name, num_hidden_layers=args.hidden_layers)
-    return image_trainer(model, ImageArguments(), config, chosen(splits, args))
+    scratch = args.architecture if args.task == "scratch" else None
+    model = ImageModelArguments(name, scratch, args.architecture_args, num_hidden_layers=args.hidden_layers)
+    return image_trainer(model, ImageArguments(image_size=args.image_size), config, chosen(splits, args))
 
 
 def chosen(splits: datasets.DatasetDict, args: argparse.Namespace) -> datasets.DatasetDict:
@@ -277,6 +281,8 @@ class Runs:
 
     def best_rate(self, method: str, num_stages: int) -> float:
         """The learning rate of the highest accuracy on held-out samples, walking upwards until it falls."""
+        if len(self.args.learning_rates) == 1:
+            return self.args.learning_rates[0]
         best = None
         for rate in self.args.learning_rates:
             found = self.get(method=method, num_stages=num_stages, learning_rate=rate, seed=0, split="validation")
@@ -370,7 +376,15 @@ def main() -> None:
         if method not in ONCE or number == args.num_stages[0]
     ]
     rows = [runs.row(*one) for one in wanted]
-    settings = ("task", "num_train_samples", "num_validation_samples", "num_test_samples", "max_seq_length", "epochs")
+    settings = (
+        "task",
+        "image_size",
+        "num_train_samples",
+        "num_validation_samples",
+        "num_test_samples",
+        "max_seq_length",
+        "epochs",
+    )
     write_json(
         args.output_dir / "results.json",
         {
@@ -380,7 +394,8 @@ def main() -> None:
             "seed": 0,
             "num_seeds": args.seeds,
             "dataset": Path(args.dataset_name or TASKS[args.task]["dataset"]).name,
-            "model": Path(args.model_name_or_path or TASKS[args.task]["model"]).name,
+            "model": args.architecture or Path(args.model_name_or_path or TASKS[args.task]["model"]).name,
+            "architecture_args": json.loads(args.architecture_args),
             **{key: getattr(args, key) for key in (*settings, "batch_size", "precision", "learning_rates")},
             "rows": rows,
         },

@@ -71,7 +71,7 @@ def main() -> None:
     with args.main_process_first():
         splits, dataset = load(data_args.dataset_name, args.process_index == 0)
     trainer = image_trainer(model_args, data_args, args, splits)
-    model = Path(model_args.model_name_or_path or "ViT from scratch").name
+    model = Path(model_args.model_name_or_path or model_args.architecture or "ViT from scratch").name
     train_and_report(trainer, model=model, dataset=dataset, begin=begin)
 
 

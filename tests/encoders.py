@@ -3,6 +3,7 @@
 import torch
 import transformers as tf
 from torch import nn
+from transformers.modeling_outputs import ImageClassifierOutput
 from zoo import TEXT, VISION, WIDTH
 
 from hf_mmst.probe import dummy_inputs
@@ -18,6 +19,33 @@ DEBERTA = {"relative_attention": True, "max_relative_positions": -1}
 SPEECH = {**WIDTH, "conv_dim": (16, 16, 16), "conv_stride": (5, 4, 4), "conv_kernel": (10, 4, 4), "num_labels": 5}
 SPEECH |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 3}
 SPEECH |= {"classifier_proj_size": 16, "layerdrop": 0.0, "mask_time_prob": 0.0}
+
+
+class Vgg(tf.PreTrainedModel):
+    """A VGG as timm makes it: one sequence of convolutions, norms, activations in place and pooling."""
+
+    config_class = tf.PreTrainedConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config):
+        super().__init__(config)
+        modules, channels = [], 3
+        for width in (8, 8, "pool", 16, 16, "pool", 16):
+            if width == "pool":
+                modules.append(nn.MaxPool2d(2))
+                continue
+            modules += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            channels = width
+        self.features = nn.Sequential(*modules)
+        self.classifier = nn.Linear(channels, config.num_labels)
+        self.loss_type = "ForSequenceClassification"
+        self.post_init()
+
+    def forward(self, pixel_values, labels=None, **_):
+        logits = self.classifier(self.features(pixel_values).mean((2, 3)))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
 
 IMAGE = {
     "ViT": lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION)),
@@ -69,6 +97,7 @@ IMAGE = {
     "BiT": lambda: tf.BitForImageClassification(
         tf.BitConfig(embedding_size=8, hidden_sizes=[32, 32, 32, 64], depths=[1, 1, 2, 1], num_groups=4, num_labels=5)
     ),
+    "VGG (one sequence of single modules, as in timm)": lambda: Vgg(tf.PreTrainedConfig(num_labels=5, image_size=32)),
     "ConvNeXt": lambda: tf.ConvNextForImageClassification(tf.ConvNextConfig(**FOUR)),
     "ConvNeXt v2": lambda: tf.ConvNextV2ForImageClassification(tf.ConvNextV2Config(**FOUR)),
     "MobileNet v2": lambda: tf.MobileNetV2ForImageClassification(

@@ -130,12 +130,17 @@ def detached_step(model, partition, heads, batch, weights):
     cut all there is.
     """
     ends, losses, terms, hooks = dict(zip(partition.boundaries, range(partition.num_stages), strict=True)), [], [], []
+    into = {}  # of a convolution of a sequence of single modules: what it gets
 
-    def after(name, _module, args, kwargs, output):
+    def after(name, module, args, kwargs, output):
         x, y = first(args or tuple(kwargs.values())), first(output)
         mask = batch.get("attention_mask")
         mask = mask if mask is not None and y.dim() == 3 and mask.shape == y.shape[:2] else None
-        if x.shape == y.shape:
+        if isinstance(module, nn.Conv2d):
+            into["x"] = x
+        elif isinstance(module, nn.ReLU):  # ends what the convolution, its norm and itself make of that
+            x, module = into.pop("x"), None
+        if x.shape == y.shape and not isinstance(module, nn.Conv2d | nn.BatchNorm2d):
             terms.append(plain_transport(x, y, mask))
         stage = ends.get(name)
         if stage is None:
@@ -155,6 +160,7 @@ def detached_step(model, partition, heads, batch, weights):
         hook.remove()
     losses[-1] = losses[-1] + last
     before = {f"{n}.{p}": q for n in partition.stages[0] for p, q in model.get_submodule(n).named_parameters()}
+    before = {name: parameter for name, parameter in before.items() if parameter.requires_grad}
     reached = torch.autograd.grad(losses[-1], before.values(), allow_unused=True, retain_graph=True)
     torch.stack(losses).sum().backward()
     return [loss.item() for loss in losses], [n for n, g in zip(before, reached, strict=True) if g is not None]

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from hf_mmst import MMSTConfig, MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages, plan
 from hf_mmst.exits import EarlyExit, ExitRule
 from hf_mmst.heads import ConvHead
+from hf_mmst.partition import run_ends
 from hf_mmst.planner import planned_peak
 from hf_mmst.probe import check_cut, profile_layers
 from hf_mmst.stages import save_stages
@@ -27,7 +28,7 @@ HEADS = {}  # what kind of head each model has got, as far as it has been tested
 def cut(model):
     layers = find_layers(model)
     profile = {layer.name: layer for layer in profile_layers(model, layers)}
-    partition = Partition.by_cost(layers, 3)
+    partition = Partition.by_cost(layers, 3, ends=run_ends(model, layers))
     check_cut(model, partition)
     ends = [profile[name] for name in partition.boundaries[:-1]]
     maps = [end.is_map for end in ends]
@@ -89,7 +90,8 @@ def test_gradients_step_save_load(name, tmp_path):
         ("resnet10t", "timm_model.layer1.0", 4),
         ("convnext_atto", "timm_model.stages.0.blocks.0", 12),
         ("deit_tiny_patch16_224", "timm_model.blocks.0", 12),
-        ("vgg11_bn", "No list of layers", 0),
+        ("vgg11_bn", "timm_model.features.0", 29),
+        ("vgg11", "timm_model.features.0", 21),
         ("swin_s3_tiny_224", "with the channels last", 0),
     ],
 )

@@ -457,32 +457,6 @@ def test_schedules_move_the_weights(schedule, tmp_path):
         assert len(set(found)) == 3
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_lora_trains_its_adapters_in_every_stage_and_resumes(order, tmp_path):
-    peft = pytest.importorskip("peft")
-
-    def run(folder, **kwargs):
-        config = peft.LoraConfig(target_modules=["query", "value"], modules_to_save=["classifier"])
-        set_seed(0)
-        model = peft.get_peft_model(make("bert"), config)
-        return trainer(
-            folder, "bert", model, max_steps=12, save_strategy="steps", save_steps=7, **ORDERS[order], **kwargs
-        )
-
-    straight = run(tmp_path / "straight")
-    before = weights(straight.model)
-    straight.train()
-    after = weights(straight.model)
-    changed = {n for n in after if not torch.equal(after[n], before[n])}
-    assert changed == {n for n, p in straight.model.named_parameters() if p.requires_grad}
-    stopped = run(tmp_path / "stopped", extra={"callbacks": [StopAt(7)]})
-    stopped.train()
-    assert stopped.state.global_step == 7
-    resumed = run(tmp_path / "stopped")
-    resumed.train(resume_from_checkpoint=True)
-    assert_same(weights(resumed.model), after)
-
-
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", KINDS)
 def test_kills_at_any_moment_leave_a_checkpoint_that_resumes(kind, seed, tmp_path):

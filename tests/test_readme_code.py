@@ -1,0 +1,107 @@
+"""Every block of code in the README runs, in the order of the README, on small models and data of the names it has."""
+
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from pushes import TEXTS, tokenizer
+from zoo import Samples, make
+
+from hf_mmst.command import main
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"^```(python|bash)\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+SHORT = ["--max_steps", "4", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu"]
+TRIALS = ["--num_trials", "1", "--trial_steps", "4", "--num_stages", "2"]
+SMALL = ["--hidden_size", "24", "--num_hidden_layers", "4"]
+RECIPE = ["--max_train_samples", "64", "--max_eval_samples", "64", "--num_train_epochs", "1", *SHORT, *SMALL]
+# What makes a command short, beside the flags that it has.
+MORE = {
+    ("train", "images"): [*SHORT, *SMALL],
+    ("train", "texts"): [*SHORT, "--max_seq_length", "8"],
+    ("pilot", "images"): [*SHORT, *SMALL, *TRIALS],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder in which names on the Hub, and the reader's own files, are small local ones."""
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        make("vit", num_labels=10).save_pretrained("google/vit-base-patch16-224-in21k")
+        make("vit", num_hidden_layers=2).config.save_pretrained("google/vit-large-patch16-224")
+        make("bert", num_labels=2).save_pretrained("google-bert/bert-base-uncased")
+        tokenizer(folder).save_pretrained("google-bert/bert-base-uncased")
+        lines = [f'"{TEXTS[i % 5]} {TEXTS[i % 7]}",{("no", "yes")[i % 2]}' for i in range(40)]
+        Path("texts.csv").write_text("\n".join(["sentence,label", *lines]))
+        rng = np.random.default_rng(0)
+        for split in ("train", "test"):
+            for name in ("dark", "light"):
+                to = Path("path/to/folder", split, name)
+                to.mkdir(parents=True)
+                for number in range(12):
+                    pixels = rng.integers(100, size=(32, 32, 3), dtype=np.uint8) + np.uint8(100 * (name == "light"))
+                    (to / f"{number}.png").write_bytes(datasets.Image().encode_example(pixels)["bytes"])
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def reader(world):
+    """What the reader has by the name that the README gives it."""
+    rows = [Samples("vit", 16)[i] for i in range(16)]
+    batches = [{key: torch.stack([row[key] for row in rows]) for key in rows[0]}]
+    return {
+        "train": datasets.Dataset.from_list(rows).with_format("torch"),
+        "test": datasets.Dataset.from_list(rows).with_format("torch"),
+        "accuracy": lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+        "make_model": lambda: make("vit", num_labels=10),
+        "validation_batches": batches,
+        "images": batches[0]["pixel_values"],
+    }
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_the_block_runs(number, world, reader, monkeypatch):
+    kind, code = BLOCKS[number]
+    if kind == "python":
+        exec(re.sub(r"num_trials=\d+, max_steps=\d+", "num_trials=2, max_steps=4", code), reader)
+        return
+    for line in code.splitlines():
+        for command in line.split(" && "):
+            run(shlex.split(command), monkeypatch)
+
+
+def run(words, monkeypatch):
+    if words[0] == "hf-mmst":
+        assert main([*words[1:], *MORE.get(tuple(words[1:3]), [])]) == 0, words
+    elif words[:2] in (["accelerate", "launch"], ["python", "recipes/vit_cifar.py"]):
+        recipe, *flags = words[1 + (words[0] == "accelerate") :]
+        if "--architecture" in flags:
+            pytest.importorskip("timm", reason="timm needs torchvision")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [recipe, *flags, *RECIPE])
+            patch.syspath_prepend(ROOT / "recipes")
+            runpy.run_path(str(ROOT / recipe), run_name="__main__")
+    elif words[:2] == ["pip", "install"]:  # that this installs what is needed is what these tests run in
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert words[2] == "-e"
+        assert re.fullmatch(r"\.\[(\w+)\]", words[3])[1] in extras
+    else:
+        assert words in (["python", "-m", "venv", "v"], [".", "v/bin/activate"], ["pytest"]), words
+
+
+def test_what_they_leave_behind(world):
+    """The quickstart's checkpoint has since been trained over by the commands; adapters have a folder of their own."""
+    for name in ("vit-stages", "vit-lora"):
+        assert {"stages.json", "stages.safetensors"} <= {path.name for path in (world / name).iterdir()}
+    assert (world / "vit-stages" / "results.json").is_file()
+    assert (world / "vit-lora" / "adapter_model.safetensors").is_file()
