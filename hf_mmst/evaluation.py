@@ -38,10 +38,16 @@ class StageMetrics:
     Args:
         compute: the user's `compute_metrics`.
         preprocess: the user's `preprocess_logits_for_metrics`, or `None`.
+        join: packed predictions of some stages to those of all, if only some are there.
     """
 
-    def __init__(self, compute: Callable[[EvalPrediction], dict], preprocess: Callable | None):
-        self.compute, self.preprocess = compute, preprocess
+    def __init__(
+        self,
+        compute: Callable[[EvalPrediction], dict],
+        preprocess: Callable | None,
+        join: Callable[[Any], Any] = lambda packed: packed,
+    ):
+        self.compute, self.preprocess, self.join = compute, preprocess, join
         self.by_stage: dict[str, float] = {}
 
     def preprocess_packed(self, packed: tuple, labels: torch.Tensor) -> tuple:
@@ -53,7 +59,7 @@ class StageMetrics:
 
     def compute_packed(self, prediction: EvalPrediction) -> dict[str, float]:
         """The user's metrics of the model; `by_stage` gets those of each stage, `stage_<k>_<name>`, k from 1."""
-        predictions, scores, logits = prediction.predictions
+        predictions, scores, logits = self.join(prediction.predictions)
         num_stages = len(logits) + 1
         means = np.asarray(scores, dtype=np.float64).mean(0)
         for k, outputs in enumerate((*logits, predictions), start=1):

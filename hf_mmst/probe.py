@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from .hidden_states import detached, hidden_states_of
@@ -115,6 +115,73 @@ def check_cut(model: nn.Module, partition: Partition) -> None:
             "by a way around the end of that stage, so that it cannot be cut there. Set stage_boundaries to other "
             "layers, or num_stages to 1."
         )
+
+
+@dataclass(frozen=True)
+class Trace:
+    """
+    What a forward pass of the model in stages shows.
+
+    Attributes:
+        outputs (`dict[str, Any]`): what each layer returns, `None` in the place of each tensor, by name.
+        learners (`dict[str, frozenset[int]]`): the stages whose loss reaches each parameter, by name; those that none
+            reaches are left out.
+    """
+
+    outputs: dict[str, Any]
+    learners: dict[str, frozenset[int]]
+
+
+def trace_stages(model: nn.Module, partition: Partition) -> Trace:
+    """
+    Follow a forward pass of a copy of `model` on the meta device, in which the hidden states lose their graph at the
+    end of each stage; a model whose forward pass depends on data is run as it is, on zeros.
+
+    Raises:
+        `ValueError`: if the last layer of a stage hands on other tensors beside its hidden states.
+    """
+    twin = on_meta(model).eval()
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    try:
+        return _trace(twin, partition)
+    except _DEPENDS_ON_DATA:
+        return _trace(model, partition)
+
+
+def _trace(model: nn.Module, partition: Partition) -> Trace:
+    outputs: dict[str, Any] = {}
+    ends: list[torch.Tensor] = []
+
+    def after(name, output):
+        outputs[name] = tree_map(lambda x: None if torch.is_tensor(x) else x, output)
+        if name not in partition.boundaries[:-1]:
+            return None
+        if sum(torch.is_tensor(leaf) for leaf in tree_leaves(output)) > 1:
+            raise ValueError(
+                f"{name} of {type(model).__name__} hands on other tensors beside its hidden states. Set "
+                "stage_boundaries to other layers."
+            )
+        ends.append(hidden_states_of(output))
+        return detached(output)
+
+    with torch.enable_grad():
+        found = _run(model, partition.layers, after)
+        ends.append(found[0] if isinstance(found, tuple) else next(iter(found.values())))
+    names = {id(p): name for name, p in model.named_parameters()}
+    learners: dict[str, frozenset[int]] = {}
+    for stage, end in enumerate(ends):
+        nodes, seen = [end.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes += [one for one, _ in node.next_functions]
+            name = names.get(id(getattr(node, "variable", None)))
+            if name is not None:
+                learners[name] = learners.get(name, frozenset()) | {stage}
+    return Trace(outputs, learners)
 
 
 def _reached_twice(model: nn.Module, partition: Partition) -> tuple[int, str] | None:

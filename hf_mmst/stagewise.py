@@ -27,26 +27,30 @@ class StageStep:
         transports (`dict[int, torch.Tensor]`): transport of each stage that learned, without graph.
         transport (`torch.Tensor`): transport of the last stage that learned, with graph: its loss is the caller's.
         features (`torch.Tensor`, *optional*): input of the first stage that learned, if that is not the model's first.
+        output (`torch.Tensor`, *optional*): output of the last stage that learned, if that is not the model's last.
     """
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     transports: dict[int, torch.Tensor] = field(default_factory=dict)
     transport: torch.Tensor | float = 0.0
     features: torch.Tensor | None = None
+    output: torch.Tensor | None = None
 
 
 @dataclass
 class StageView:
     """
-    What a forward pass without learning shows.
+    What a forward pass without learning shows of the stages that were looked at.
 
     Attributes:
-        logits (`list[torch.Tensor]`): of the heads of stages 1 .. K-1, `[B, num_labels]` each.
-        movements (`list[torch.Tensor]`): how far each of the K stages moves each sample, `[B]` each.
+        logits (`list[torch.Tensor]`): of their heads, all but the model's own, `[B, num_labels]` each.
+        movements (`list[torch.Tensor]`): how far each of the stages moves each sample, `[B]` each.
+        output (`torch.Tensor`, *optional*): output of the last of them, if that is not the model's last.
     """
 
     logits: list[torch.Tensor] = field(default_factory=list)
     movements: list[torch.Tensor] = field(default_factory=list)
+    output: torch.Tensor | None = None
 
 
 class Stagewise:
@@ -73,13 +77,16 @@ class Stagewise:
         partition (`Partition`): the cut.
         heads (`StageHeads`): auxiliary heads of stages 1 .. K-1.
         transport_norm (`str`): see [`movement`].
+
+    Attributes:
+        outputs (`dict[str, Any]`): what layers that did not learn returned, tensors left out, by name.
     """
 
     def __init__(self, model: nn.Module, partition: Partition, heads: StageHeads, transport_norm: str = "relative"):
         self.model, self.partition, self.heads, self.norm = model, partition, heads, transport_norm
         self._stage_of = {name: k for k, stage in enumerate(partition.stages) for name in stage}
         self._ends = set(partition.boundaries)
-        self._outputs: dict[str, Any] = {}  # what each frozen layer returned, tensors left out
+        self.outputs: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def step(
@@ -124,7 +131,7 @@ class Stagewise:
     @contextlib.contextmanager
     def _without_layers_before(self, given: tuple[int, torch.Tensor] | None) -> Iterator[None]:
         names = [name for stage in self.partition.stages[: given[0]] for name in stage] if given else []
-        if given is None or not self._outputs.keys() >= {*names}:
+        if given is None or not self.outputs.keys() >= {*names}:
             yield
             return
         with contextlib.ExitStack() as stack:
@@ -133,17 +140,35 @@ class Stagewise:
                 hidden = given[1] if name == names[-1] else None
                 parent, _, child = name.rpartition(".")
                 siblings = self.model.get_submodule(parent)._modules
-                siblings[child] = _Given(layer, self._outputs[name], hidden)
+                siblings[child] = _Given(layer, self.outputs[name], hidden)
                 stack.callback(siblings.__setitem__, child, layer)
             yield
 
     @contextlib.contextmanager
-    def observe(self, mask: torch.Tensor | None = None) -> Iterator[StageView]:
-        """Within this context, a forward pass without learning fills the [`StageView`] that is yielded."""
+    def observe(
+        self,
+        mask: torch.Tensor | None = None,
+        stages: Sequence[int] | None = None,
+        given: tuple[int, torch.Tensor] | None = None,
+        criterion: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Iterator[StageView]:
+        """
+        Within this context, a forward pass without learning fills the [`StageView`] that is yielded.
+
+        Args:
+            mask: `[B, N]`, 1 for tokens that count.
+            stages: consecutive stages to look at, from 0; all by default. Those after them do not run, see [`step`].
+            given: as in [`step`].
+            criterion: as in [`step`], for the loss of the last of `stages` if that is not the model's last.
+        """
         view = StageView()
+        stages = range(self.partition.num_stages) if stages is None else stages
         moved: list[torch.Tensor] = []
 
         def after_layer(name, _module, args, kwargs, output):
+            stage = self._stage_of[name]
+            if stage < stages[0]:
+                return
             x, y = _input_of(args, kwargs), hidden_states_of(output)
             kept = _fitting(mask, y)
             if x.shape == y.shape:
@@ -151,13 +176,19 @@ class Stagewise:
             if name in self._ends:
                 view.movements.append(torch.stack(moved).sum(0) if moved else y.new_zeros(len(y)).float())
                 moved.clear()
-                if self._stage_of[name] < len(self.heads):
-                    view.logits.append(self.heads(self._stage_of[name], y, kept, args, kwargs).float())
+                if stage < len(self.heads):
+                    view.logits.append(self.heads(stage, y, kept, args, kwargs).float())
+                    if stage == stages[-1]:
+                        view.output = y
+                        raise _StopForward(view.logits[-1])
 
         training = self.heads.training
         self.heads.eval()
+        stopping: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if stages[-1] < self.partition.num_stages - 1:
+            stopping = _until_stopped(self.model, criterion, contextlib.nullcontext)
         try:
-            with self._hooked(None, after_layer):
+            with self._without_layers_before(given), self._hooked(None, after_layer), stopping:
                 yield view
         finally:
             self.heads.train(training)
@@ -224,7 +255,7 @@ class _Walk:
         """Add the layer's transport; at a stage's end, learn and hand on the output without its graph."""
         stage = self.engine._stage_of[name]
         if stage < self.first:
-            self.engine._outputs[name] = tree_map(lambda x: None if torch.is_tensor(x) else x, output)
+            self.engine.outputs[name] = tree_map(lambda x: None if torch.is_tensor(x) else x, output)
             if stage == self.first - 1 and name in self.engine._ends:  # all that runs from here on learns
                 self.found.features = hidden_states_of(output)
                 torch.set_grad_enabled(True)
@@ -246,6 +277,7 @@ class _Walk:
             return None
         logits = self.engine.heads(stage, y, mask, args, kwargs).float()
         if stage == self.last:
+            self.found.output = y.detach()
             raise _StopForward(logits)
         self._learn(stage, self.criterion(logits), term)
         return detached(output)
@@ -269,34 +301,48 @@ class _Walk:
             return value
         return self._sides.setdefault(id(value), (value, value.detach().requires_grad_()))[1]
 
-    @contextlib.contextmanager
-    def forward_of(self, model: nn.Module) -> Iterator[None]:
+    def forward_of(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Let the model's forward begin without graph and end early, where the stages that learn ask for it."""
         if self.first == 0 and self.last == self.engine.partition.num_stages - 1:
-            yield
-            return
-        own, forward = "forward" in vars(model), model.forward
+            return contextlib.nullcontext()
+        return _until_stopped(model, self.criterion, self._frozen_at_first)
 
-        @functools.wraps(forward)
-        def from_first_to_last(*args, **kwargs):
-            with torch.set_grad_enabled(self.first == 0):
-                model.train(self.first == 0)
-                try:
-                    return forward(*args, **kwargs)
-                except _StopForward as stop:
-                    loss = None if kwargs.get("labels") is None else self.criterion(stop.logits)
-                    return SequenceClassifierOutput(loss=loss, logits=stop.logits)
-                finally:
-                    model.train()
+    @contextlib.contextmanager
+    def _frozen_at_first(self) -> Iterator[None]:
+        with torch.set_grad_enabled(self.first == 0):
+            self.engine.model.train(self.first == 0)
+            try:
+                yield
+            finally:
+                self.engine.model.train()
 
-        model.forward = from_first_to_last
-        try:
-            yield
-        finally:
-            if own:
-                model.forward = forward
-            else:
-                del model.forward
+
+@contextlib.contextmanager
+def _until_stopped(
+    model: nn.Module,
+    criterion: Callable[[torch.Tensor], torch.Tensor] | None,
+    around: Callable[[], contextlib.AbstractContextManager],
+) -> Iterator[None]:
+    """Within this context the model's forward runs within `around`, and returns the logits that it was stopped with."""
+    own, forward = "forward" in vars(model), model.forward
+
+    @functools.wraps(forward)
+    def from_first_to_last(*args, **kwargs):
+        with around():
+            try:
+                return forward(*args, **kwargs)
+            except _StopForward as stop:
+                loss = None if criterion is None or kwargs.get("labels") is None else criterion(stop.logits)
+                return SequenceClassifierOutput(loss=loss, logits=stop.logits)
+
+    model.forward = from_first_to_last
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = forward
+        else:
+            del model.forward
 
 
 def _input_of(args: tuple, kwargs: dict) -> torch.Tensor:

@@ -30,6 +30,7 @@ from .planner import plan_for
 from .probe import LayerProfile, check_cut, profile_layers
 from .publishing import StageCards
 from .residency import Residency
+from .stage_parallel import StageParallel
 from .stagewise import StageStep, Stagewise
 from .stepping import clip_by_stage, parameters_by_stage, step_stage, steps_elementwise
 from .transport import TransportWeights
@@ -38,7 +39,7 @@ logger = logging.get_logger(__name__)
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what the host sets on a layer
 
 
-class MMSTTrainer(StageCards):
+class MMSTTrainer(StageParallel, StageCards):
     """
     A [`~transformers.Trainer`] that trains an encoder stage by stage by the minimizing movement scheme.
 
@@ -132,6 +133,7 @@ class MMSTTrainer(StageCards):
         self._cut_model = model
         self._stage_parameters = parameters_by_stage(model, self.partition, self.heads)
         self._own_head = classifier(model, self.heads.num_labels)
+        self._share_out()
 
     def _partition(self, model: nn.Module) -> tuple[Partition, list[LayerProfile]]:
         """The cut, and the layers at the ends of all stages but the last."""
@@ -268,6 +270,7 @@ class MMSTTrainer(StageCards):
             f"hf_mmst: {len(layers)} stages of {_joined(layers)} layers, {self.args.stage_order}; trainable "
             f"parameters {_joined(trainable)} in the layers, {others:,} around them, "
             f"{sum(p.numel() for p in self.heads.parameters() if p.requires_grad):,} in auxiliary heads"
+            f"{self._summary_of_shares()}"
         )
 
     def create_optimizer(self, model=None):
@@ -292,6 +295,7 @@ class MMSTTrainer(StageCards):
             self._set_learning_rates(optimizer)
         if self._residency is not None:
             self._residency.watch(optimizer)
+        self._keep_own_states(optimizer)
         return optimizer
 
     def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
@@ -381,7 +385,7 @@ class MMSTTrainer(StageCards):
 
     def _begin_step(self, step: int) -> None:
         """Make ready for the stages that learn at optimizer step `step`."""
-        self._segment = segment = self._order.at(step)
+        self._segment = segment = self._own_part(self._order.at(step))
         name = "coupled_" if segment.coupled else "" if len(segment.stages) > 1 else f"stage_{segment.stages[0] + 1}_"
         self.peaks.begin(f"{name}peak_bytes" if len(self._order.segments) > 1 else "peak_bytes")
         if self._residency is not None:
@@ -414,7 +418,7 @@ class MMSTTrainer(StageCards):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             return (loss * scale, outputs) if return_outputs else loss * scale
         mask = inputs.get("attention_mask")
-        given = self._cache.get(stages[0], keys, mask) if self._cache is not None else None
+        given = self._cache.get(stages[0], keys, mask) if self._cache is not None else self._taken()
         with self._engine.step(
             criterion=lambda logits: self._criterion(logits, labels, num_items_in_batch),
             weights=[self._weights[stage] for stage in range(self.partition.num_stages)],
@@ -425,6 +429,7 @@ class MMSTTrainer(StageCards):
             given=given and (given[0], given[1].to(self.args.device)),
         ) as step:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._hand_on(step.output)
         if self._cache is not None and step.features is not None and (given is None or given[0] < stages[0]):
             self._cache.add(stages[0], keys, mask, step.features)
         step.losses[stages[-1]] = loss.detach()
@@ -534,7 +539,7 @@ class MMSTTrainer(StageCards):
         if self.compute_metrics is None or self.args.batch_eval_metrics or not self.partition.layers:
             with streaming:
                 return loop()
-        metrics = StageMetrics(self.compute_metrics, self.preprocess_logits_for_metrics)
+        metrics = StageMetrics(self.compute_metrics, self.preprocess_logits_for_metrics, self._joined)
         with streaming, self._collecting(metrics):
             output = loop()
         by_stage = {f"{metric_key_prefix}_{name}": value for name, value in metrics.by_stage.items()}
@@ -555,13 +560,16 @@ class MMSTTrainer(StageCards):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As the host's; while metrics are collected, the predictions are packed with those of every stage."""
-        if not hasattr(self, "_stage_metrics") or prediction_loss_only:
+        plain = not hasattr(self, "_stage_metrics") or prediction_loss_only
+        if plain and not self.args.stage_parallel:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        with self._engine.observe(inputs.get("attention_mask")) as view:
+        with self._observing(inputs) as view:
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if plain:
+            return loss, logits, labels
         losses = [] if loss is None else [*(self._criterion(one, labels) for one in view.logits), loss]
-        return loss, pack(logits, view, losses), labels
+        return loss, pack(logits, view, losses[: len(view.movements)]), labels
 
 
 class _StageCallback(TrainerCallback):
