@@ -111,7 +111,7 @@ class StageCheckpoints(Trainer):
                 f"{folder} has stage heads with {number} layers, this run with {own}. Set head_layers to {number}, or "
                 "start anew."
             )
-        load_own(self.heads, stages.heads.state_dict())
+        self._refuse_differing(folder, load_own(self.heads, stages.heads.state_dict()))
         return stages
 
     def _load_weights(self, folder: str) -> bool:
@@ -126,7 +126,10 @@ class StageCheckpoints(Trainer):
             return False
         widest = functools.reduce(torch.promote_types, {p.dtype for p in model.parameters() if p.is_floating_point()})
         saved = type(model).from_pretrained(folder, config=model.config, dtype=widest)
-        differing = [name for name in load_own(model, saved.state_dict()) if not name.startswith(f"{HEADS}.")]
-        if differing:
-            raise ValueError(f"{folder} does not hold this model: it or the model lacks {', '.join(differing)}.")
+        differing = load_own(model, saved.state_dict())
+        self._refuse_differing(folder, [name for name in differing if not name.startswith(f"{HEADS}.")])
         return True
+
+    def _refuse_differing(self, folder: str, names: list[str]) -> None:
+        if names:
+            raise ValueError(f"{folder} does not hold this model: one of the two lacks {', '.join(names)}.")

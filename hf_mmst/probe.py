@@ -138,7 +138,7 @@ def trace_stages(model: nn.Module, partition: Partition) -> Trace:
     end of each stage; a model whose forward pass depends on data is run as it is, on zeros.
 
     Raises:
-        `ValueError`: if the last layer of a stage hands on other tensors beside its hidden states.
+        `ValueError`: if a stage learns from other tensors of the stage before than its hidden states.
     """
     twin = on_meta(model).eval()
     for parameter in twin.parameters():
@@ -152,18 +152,17 @@ def trace_stages(model: nn.Module, partition: Partition) -> Trace:
 def _trace(model: nn.Module, partition: Partition) -> Trace:
     outputs: dict[str, Any] = {}
     ends: list[torch.Tensor] = []
+    beside: dict[int, tuple[str, torch.Tensor]] = {}  # what ends of stages hand on beside their hidden states
 
     def after(name, output):
         outputs[name] = tree_map(lambda x: None if torch.is_tensor(x) else x, output)
         if name not in partition.boundaries[:-1]:
             return None
-        if sum(torch.is_tensor(leaf) for leaf in tree_leaves(output)) > 1:
-            raise ValueError(
-                f"{name} of {type(model).__name__} hands on other tensors beside its hidden states. Set "
-                "stage_boundaries to other layers."
-            )
         ends.append(hidden_states_of(output))
-        return detached(output)
+        output = detached(output)
+        others = [x for x in tree_leaves(output) if torch.is_tensor(x) and x is not hidden_states_of(output)]
+        beside.update({id(x.requires_grad_()): (name, x) for x in others if x.is_floating_point()})
+        return output
 
     with torch.enable_grad():
         found = _run(model, partition.layers, after)
@@ -178,7 +177,13 @@ def _trace(model: nn.Module, partition: Partition) -> Trace:
                 continue
             seen.add(node)
             nodes += [one for one, _ in node.next_functions]
-            name = names.get(id(getattr(node, "variable", None)))
+            leaf = id(getattr(node, "variable", None))
+            if leaf in beside:
+                raise ValueError(
+                    f"What follows {beside[leaf][0]} of {type(model).__name__} needs more of it than its hidden "
+                    "states. Set stage_boundaries to other layers."
+                )
+            name = names.get(leaf)
             if name is not None:
                 learners[name] = learners.get(name, frozenset()) | {stage}
     return Trace(outputs, learners)

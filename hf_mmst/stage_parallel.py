@@ -21,9 +21,8 @@ from .config import MMSTConfig
 from .heads import HEADS, StageHeads
 from .order import Segment
 from .partition import Partition
-from .probe import profile_layers, trace_stages
 from .relay import Relay
-from .shares import is_released, release, share_out
+from .shares import Share, is_released, take_share
 from .stagewise import StageView, Stagewise
 from .transport import TransportWeights
 
@@ -62,8 +61,7 @@ class StageParallel(Trainer):
     _log_sums: torch.Tensor
     _stage_parameters: list[list[nn.Parameter]]
     _relay: Relay | None = None
-    _own: range
-    _owners: dict[str, int]  # rank that has each tensor of the model and, by the name that it has in it, of the heads
+    _share: Share
     _stamp = 0
     _num_batches = 0  # of the optimizer step, so far
 
@@ -88,40 +86,16 @@ class StageParallel(Trainer):
         self.gather_function = self.accelerator.gather_for_metrics
         self._relay = Relay(self.args.device, timedelta(seconds=self.args.ddp_timeout))
 
-    def _share_out(self) -> None:
+    def _take_share(self) -> None:
         """Keep the stages of this process and let the others go."""
         if self._relay is None:
             return
-        model, partition, device = self._core(), self.partition, self.args.device
+        model, args = self._core(), self.args
         self._refuse_model(model)
-        costs = {layer.name: max(layer.flops, 1) for layer in profile_layers(model, partition.layers)}
-        shares = share_out([sum(costs[name] for name in stage) for stage in partition.stages], self._relay.num_ranks)
-        rank_of = {stage: rank for rank, share in enumerate(shares) for stage in share}
-        self._own = shares[self._relay.rank]
-        trace = trace_stages(model, partition)
-        self._engine.outputs.update(trace.outputs)
-        ranks = {id(p): rank_of[stage] for stage, parameters in enumerate(self._stage_parameters) for p in parameters}
-        for name, parameter in model.named_parameters():
-            learners = {rank_of[stage] for stage in trace.learners.get(name, ())} or {ranks[id(parameter)]}
-            if len(learners) > 1:
-                raise ValueError(
-                    f"{name} of {type(model).__name__} learns from stages in different processes. Set "
-                    "stage_parallel=False."
-                )
-            if learners != {ranks[id(parameter)]} and self.args.max_grad_norm:
-                raise ValueError(
-                    f"{name} of {type(model).__name__} is between the layers, so that it is clipped with the last "
-                    "stage, which is in another process. Set max_grad_norm=0, or stage_parallel=False."
-                )
-            ranks[id(parameter)] = learners.pop()
-        self._owners = _owners(model, ranks)
-        for stage, head in enumerate(self.heads):
-            self._owners |= dict.fromkeys((f"{HEADS}.heads.{stage}.{n}" for n in head.state_dict()), rank_of[stage])
-        everything = [*model.parameters(), *self.heads.parameters()]
-        release((p for p in everything if ranks[id(p)] != self._relay.rank), device)
-        for tensor in [*everything, *model.buffers()]:
-            if not is_released(tensor):
-                tensor.data = tensor.data.to(device)
+        every, rank, number = self._stage_parameters, self._relay.rank, self._relay.num_ranks
+        clips = args.max_grad_norm > 0
+        self._share = take_share(model, self.partition, self.heads, every, rank, number, args.device, clips)
+        self._engine.outputs.update(self._share.outputs)
 
     def _refuse_model(self, model: nn.Module) -> None:
         if not isinstance(model, PreTrainedModel):
@@ -138,12 +112,12 @@ class StageParallel(Trainer):
 
     def _own_part(self, segment: Segment) -> Segment:
         """The stages of `segment` that this process has."""
-        return segment if self._relay is None else replace(segment, stages=tuple(self._own))
+        return segment if self._relay is None else replace(segment, stages=tuple(self._share.own))
 
     def _summary_of_shares(self) -> str:
         if self._relay is None:
             return ""
-        return f"; {self._relay.num_ranks} processes, stages {self._own[0] + 1} to {self._own[-1] + 1} in the first"
+        return f"; {self._relay.num_ranks} processes with stages {self._share}"
 
     @contextlib.contextmanager
     def _flowing(self) -> Iterator[None]:
@@ -155,8 +129,9 @@ class StageParallel(Trainer):
             with self._relay.flowing():
                 yield
         except Exception as error:
-            note = f"hf_mmst: raised in rank {self._relay.rank} of {self._relay.num_ranks}"
-            error.add_note(f"{note}, which has stages {self._own[0] + 1} to {self._own[-1] + 1}.")
+            first, *_, last = [stage + 1 for stage in self._share.own for _ in range(2)]
+            stages = f"stages {first} to {last}" if last > first else f"stage {first}"
+            error.add_note(f"hf_mmst: raised in rank {self._relay.rank} of {self._relay.num_ranks}, with {stages}.")
             raise
 
     # ---- Training ----
@@ -187,7 +162,7 @@ class StageParallel(Trainer):
         """The first stage of this process and its input, if the process before has that."""
         if self._relay is None or self._relay.rank == 0:
             return None
-        return self._own[0], self._relay.take(self._stamp)
+        return self._share.own[0], self._relay.take(self._stamp)
 
     def _hand_on(self, output: torch.Tensor | None) -> None:
         if self._relay is not None and output is not None:
@@ -235,7 +210,7 @@ class StageParallel(Trainer):
         def criterion(logits):
             return self._criterion(logits, inputs["labels"])
 
-        with self._engine.observe(mask, self._own, self._taken(), criterion) as view:
+        with self._engine.observe(mask, self._share.own, self._taken(), criterion) as view:
             yield view
         self._hand_on(view.output)
 
@@ -267,11 +242,11 @@ class StageParallel(Trainer):
         if self._relay is not None:
             heads = {f"{HEADS}.{name}": tensor for name, tensor in self.heads.state_dict().items()}
             whole = self._core().state_dict() | heads
-            own = {name: tensor for name, tensor in whole.items() if self._owners[name] == self._relay.rank}
+            own = {name: tensor for name, tensor in whole.items() if self._share.owners[name] == self._relay.rank}
             found = self._relay.collect(own)
             state_dict = {name: found[name] for name in whole if name in found}
-            shared_out = zip(self._relay.gather(self._own), self._relay.gather(self._weights.state_dict()), strict=True)
-            self._weights.load_state_dict(_by_stage({k: state for own, state in shared_out for k in own}))
+            states = zip(self._share.stages, self._relay.gather(self._weights.state_dict()), strict=True)
+            self._weights.load_state_dict(_by_stage({k: state for own, state in states for k in own}))
         super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir):
@@ -311,20 +286,6 @@ class StageParallel(Trainer):
         if self._relay is not None:
             raise ValueError("hyperparameter_search draws settings in one process. Set stage_parallel=False.")
         return super().hyperparameter_search(*args, **kwargs)
-
-
-def _owners(model: nn.Module, ranks: dict[int, int]) -> dict[str, int]:
-    """The rank that has each tensor of the model: of a buffer, the one that has the nearest parameter."""
-    owners = {name: ranks[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-    for name, _ in model.named_buffers(remove_duplicate=False):
-        module = name
-        while module:
-            module = module.rpartition(".")[0]
-            near = [rank for other, rank in owners.items() if not module or other.startswith(f"{module}.")]
-            if near:
-                owners[name] = near[0]
-                break
-    return owners
 
 
 def _by_stage(states: dict[int, dict[str, Any]]) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class MMSTTrainer(StageParallel, StageCards):
         self._cut_model = model
         self._stage_parameters = parameters_by_stage(model, self.partition, self.heads)
         self._own_head = classifier(model, self.heads.num_labels)
-        self._share_out()
+        self._take_share()
 
     def _partition(self, model: nn.Module) -> tuple[Partition, list[LayerProfile]]:
         """The cut, and the layers at the ends of all stages but the last."""
