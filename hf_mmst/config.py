@@ -307,12 +307,13 @@ class MMSTConfig(TrainingArguments):
                 )
 
     def _check_stage_parallel(self) -> None:
-        if self.distributed_state is None or self.distributed_state.num_processes == 1:
-            raise ValueError(
-                "stage_parallel=True shares out the stages over several processes, but there is one. Start the script "
-                "with `torchrun --nproc_per_node 2` or `accelerate launch --num_processes 2` (2 or more, at most the "
-                "number of stages), or set stage_parallel=False."
-            )
+        for name, value in _STAGE_PARALLEL.items():
+            found = getattr(self, name)
+            if found and found != value:
+                raise ValueError(
+                    f"{name}={found!r} cannot be combined with stage_parallel=True, where all stages learn on each "
+                    f"batch, each in the process that holds it. Set {name} to {value!r}, or stage_parallel=False."
+                )
         if not self.stage_clipping and self.max_grad_norm:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm} clips by the norm of the gradients of all stages, but with "
@@ -324,13 +325,12 @@ class MMSTConfig(TrainingArguments):
                 f"head_layers={self.head_layers} gives the heads of all stages the same layers, but with "
                 "stage_parallel=True each process holds its own stages alone. Set head_layers=0."
             )
-        for name, value in _STAGE_PARALLEL.items():
-            found = getattr(self, name)
-            if found and found != value:
-                raise ValueError(
-                    f"{name}={found!r} cannot be combined with stage_parallel=True, where all stages learn on each "
-                    f"batch, each in the process that holds it. Set {name} to {value!r}, or stage_parallel=False."
-                )
+        if self.distributed_state is None or self.distributed_state.num_processes == 1:
+            raise ValueError(
+                "stage_parallel=True shares out the stages over several processes, but there is one. Start the script "
+                "with `torchrun --nproc_per_node 2` or `accelerate launch --num_processes 2` (2 or more, at most the "
+                "number of stages), or set stage_parallel=False."
+            )
 
 
 # What each of these fields must be where processes share out the stages.
@@ -344,6 +344,7 @@ _STAGE_PARALLEL = {
     "fp16_full_eval": False,
     "bf16_full_eval": False,
     "auto_find_batch_size": False,
+    "eval_use_gather_object": False,
     "deepspeed": None,
     "fsdp": None,
     "torch_compile": False,

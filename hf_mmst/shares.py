@@ -53,8 +53,8 @@ def take_share(
     """
     Keep the stages of one of several processes, on `device`, and let go of all others' weights.
 
-    A parameter is the process's own if the loss of one of its stages reaches it: embeddings are the first process's, the
-    model's last norm and classifier the last one's.
+    A parameter is the process's own if the loss of one of its stages reaches it: embeddings are the first process's,
+    the model's last norm and classifier the last one's.
 
     Args:
         model (`nn.Module`), partition ([`Partition`]), heads ([`StageHeads`]): what is shared out.

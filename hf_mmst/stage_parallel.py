@@ -78,6 +78,12 @@ class StageParallel(Trainer):
         super().create_accelerator_and_postprocess()
         if not self.args.stage_parallel:
             return
+        for name in ("deepspeed", "fsdp"):
+            if getattr(self, f"is_{name}_enabled"):
+                raise ValueError(
+                    f"{name} is switched on in the accelerate configuration, which shares out tensors in another way "
+                    "than stage_parallel=True. Use a configuration without it, or set stage_parallel=False."
+                )
         loading = self.accelerator.dataloader_config
         loading.split_batches, loading.dispatch_batches = False, False
         # Nothing is drawn in one process for another, so no random state is to be brought in line.
