@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -60,16 +60,12 @@ class StageParallel(Trainer):
     _weights: TransportWeights
     _log_sums: torch.Tensor
     _stage_parameters: list[list[nn.Parameter]]
+    _core: Callable[[], nn.Module]
+    _criterion: Callable[..., torch.Tensor]
     _relay: Relay | None = None
     _share: Share
     _stamp = 0
     _num_batches = 0  # of the optimizer step, so far
-
-    def _core(self) -> nn.Module:
-        raise NotImplementedError
-
-    def _criterion(self, logits: torch.Tensor, labels: torch.Tensor, num_items: Any = None) -> torch.Tensor:
-        raise NotImplementedError
 
     # ---- The shares ----
 
