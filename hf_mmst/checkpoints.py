@@ -14,6 +14,7 @@ from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from .config import OWN_FIELDS, MMSTConfig
 from .heads import HEADS, StageHeads
 from .partition import Partition
+from .shares import load_own
 from .stages import HEADS_NAME, JSON_NAME, Stages, load_stages, save_stages
 from .transport import TransportWeights
 
@@ -37,7 +38,9 @@ class StageCheckpoints(Trainer):
         super()._save(output_dir, {k: v for k, v in state_dict.items() if not k.startswith(f"{HEADS}.")})
         if self.args.should_save:
             config = {name: getattr(self.args, name) for name in sorted(OWN_FIELDS)}
-            save_stages(output_dir, Stages(self.partition, self.heads, config, self._weights.state_dict()))
+            heads = {k.removeprefix(f"{HEADS}."): v for k, v in state_dict.items() if k.startswith(f"{HEADS}.")}
+            stages = Stages(self.partition, self.heads, config, self._weights.state_dict())
+            save_stages(output_dir, stages, heads or None)
 
     def _save_checkpoint(self, model, trial):
         """As the host's, written beside and renamed: a folder `checkpoint-<step>` is whole or not there."""
@@ -108,7 +111,7 @@ class StageCheckpoints(Trainer):
                 f"{folder} has stage heads with {number} layers, this run with {own}. Set head_layers to {number}, or "
                 "start anew."
             )
-        self.heads.load_state_dict(stages.heads.state_dict())
+        self._refuse_differing(folder, load_own(self.heads, stages.heads.state_dict()))
         return stages
 
     def _load_weights(self, folder: str) -> bool:
@@ -123,10 +126,10 @@ class StageCheckpoints(Trainer):
             return False
         widest = functools.reduce(torch.promote_types, {p.dtype for p in model.parameters() if p.is_floating_point()})
         saved = type(model).from_pretrained(folder, config=model.config, dtype=widest)
-        found = model.load_state_dict(saved.state_dict(), strict=False)
-        missing = [name for name in found.missing_keys if not name.startswith(f"{HEADS}.")]
-        if missing or found.unexpected_keys:
-            raise ValueError(
-                f"{folder} does not hold this model: missing {missing}, unexpected {found.unexpected_keys}"
-            )
+        differing = load_own(model, saved.state_dict())
+        self._refuse_differing(folder, [name for name in differing if not name.startswith(f"{HEADS}.")])
         return True
+
+    def _refuse_differing(self, folder: str, names: list[str]) -> None:
+        if names:
+            raise ValueError(f"{folder} does not hold this model: one of the two lacks {', '.join(names)}.")

@@ -1,5 +1,6 @@
 """What the user says: TrainingArguments plus the fields of stage-wise training, each checked at once."""
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass, field, fields
@@ -89,6 +90,12 @@ class MMSTConfig(TrainingArguments):
         cache_views (`int`, *optional*):
             Fixes random augmentation: in epoch e a sample is view e mod `cache_views` of it. A feature cache needs
             that where the dataset is random.
+        stage_parallel (`bool`, *optional*, defaults to `False`):
+            Shares out the stages, not the samples, over the processes of `torchrun` or `accelerate launch`: each of P
+            holds the weights, gradients and optimizer states of its stages alone, learns on every batch, and hands the
+            output of its last stage on to the next process. It computes what the simultaneous order computes in one
+            process. `per_device_train_batch_size` is the whole batch, and `world_size` is 1, as the samples are not
+            shared out. It needs `stage_clipping=True` or `max_grad_norm=0`, and heads without layers.
         model_card (`bool`, *optional*, defaults to `True`):
             Whether [`MMSTTrainer.push_to_hub`] and [`MMSTTrainer.create_model_card`] write a model card,
             `README.md` and `stages.png` in `output_dir`; `False` leaves one that you wrote alone.
@@ -171,6 +178,10 @@ class MMSTConfig(TrainingArguments):
             "help": "Number of different views that random augmentation makes of a sample; not limited if unset."
         },
     )
+    stage_parallel: bool = field(
+        default=False,
+        metadata={"help": "Share out the stages over the processes, in the place of the samples."},
+    )
     model_card: bool = field(
         default=True, metadata={"help": "Write a model card, README.md and stages.png, when pushing to the Hub."}
     )
@@ -187,8 +198,25 @@ class MMSTConfig(TrainingArguments):
 
     @property
     def place_model_on_device(self):
-        """As the host's; layers at rest do not go to the device, nor does what is not planned yet."""
-        return super().place_model_on_device and self.stage_residency == "all" and self.memory_budget is None
+        """As the host's; layers at rest do not go to the device, nor does what is not planned or not shared out yet."""
+        whole = self.stage_residency == "all" and self.memory_budget is None and not self.stage_parallel
+        return super().place_model_on_device and whole
+
+    @property
+    def world_size(self):
+        """As the host's: the number of processes that share out the samples; 1 where they share out the stages."""
+        return 1 if self.stage_parallel else super().world_size
+
+    @contextlib.contextmanager
+    def main_process_first(self, local=True, desc="work"):
+        """As the host's, also where the processes share out the stages."""
+        if not self.stage_parallel:
+            with super().main_process_first(local, desc):
+                yield
+        else:
+            state = self.distributed_state
+            with state.local_main_process_first() if local else state.main_process_first():
+                yield
 
     def check_stages(self) -> None:
         """Check the fields of stage-wise training; called again when a hyper-parameter search has set one."""
@@ -274,6 +302,8 @@ class MMSTConfig(TrainingArguments):
                 "With several processes the stages' gradients would not be averaged under "
                 "ddp_find_unused_parameters=False or ddp_static_graph=True. Leave both unset."
             )
+        if self.stage_parallel:
+            self._check_stage_parallel()
         for name in ("deepspeed", "fsdp", "torch_compile"):
             if getattr(self, name):
                 raise ValueError(
@@ -281,7 +311,49 @@ class MMSTConfig(TrainingArguments):
                     f"the stages wrongly. Leave {name} unset; several GPUs are used through `accelerate launch`."
                 )
 
+    def _check_stage_parallel(self) -> None:
+        for name, value in _STAGE_PARALLEL.items():
+            found = getattr(self, name)
+            if found and found != value:
+                raise ValueError(
+                    f"{name}={found!r} cannot be combined with stage_parallel=True, where all stages learn on each "
+                    f"batch, each in the process that holds it. Set {name} to {value!r}, or stage_parallel=False."
+                )
+        if not self.stage_clipping and self.max_grad_norm:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} clips by the norm of the gradients of all stages, but with "
+                "stage_parallel=True the stages are at different batches at any time. Set stage_clipping=True, which "
+                "clips each stage by itself, or max_grad_norm=0."
+            )
+        if self.head_layers:
+            raise ValueError(
+                f"head_layers={self.head_layers} gives the heads of all stages the same layers, but with "
+                "stage_parallel=True each process holds its own stages alone. Set head_layers=0."
+            )
+        if self.distributed_state is None or self.distributed_state.num_processes == 1:
+            raise ValueError(
+                "stage_parallel=True shares out the stages over several processes, but there is one. Start the script "
+                "with `torchrun --nproc_per_node 2` or `accelerate launch --num_processes 2` (2 or more, at most the "
+                "number of stages), or set stage_parallel=False."
+            )
 
+
+# What each of these fields must be where processes share out the stages.
+_STAGE_PARALLEL = {
+    "stage_order": "simultaneous",
+    "stage_residency": "all",
+    "feature_cache": "none",
+    "coupled_laps": 0,
+    "memory_budget": None,
+    "fp16": False,
+    "fp16_full_eval": False,
+    "bf16_full_eval": False,
+    "auto_find_batch_size": False,
+    "eval_use_gather_object": False,
+    "deepspeed": None,
+    "fsdp": None,
+    "torch_compile": False,
+}
 OWN_FIELDS = {f.name for f in fields(MMSTConfig)} - {f.name for f in fields(TrainingArguments)}
 _CHOICES = {
     "stage_order": get_args(StageOrder),

@@ -1,6 +1,6 @@
 """What a forward pass shows of each stage, gathered along with the model's own predictions -> metrics of each stage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +22,11 @@ def unpack(packed: Any) -> Any:
 class StageScores:
     """
     The transport of each stage, and its loss, over all samples of an evaluation.
-
-    Args:
-        num_stages (`int`): K.
     """
 
-    def __init__(self, num_stages: int):
-        self.num_stages = num_stages
-        self._rows: list[torch.Tensor] = []
+    def __init__(self) -> None:
+        self._movements: list[torch.Tensor] = []
+        self._losses: list[torch.Tensor] = []
 
     def add(
         self, movements: list[torch.Tensor], losses: list[torch.Tensor], gather: Callable[[torch.Tensor], torch.Tensor]
@@ -42,13 +39,24 @@ class StageScores:
             losses (`list[torch.Tensor]`): the batch's mean loss of each stage, or none.
             gather (`Callable`): gathers a tensor `[B, ...]` of all processes.
         """
-        rows = [*movements, *(loss.float().expand(len(movements[0])) for loss in losses)]
-        self._rows.append(gather(torch.stack(rows, 1)).cpu())
+        columns = [*movements, *(loss.float().expand(len(movements[0])) for loss in losses)]
+        rows = gather(torch.stack(columns, 1)).cpu()
+        self._movements.append(rows[:, : len(movements)])
+        self._losses.append(rows[:, len(movements) :])
+
+    @classmethod
+    def joined(cls, parts: Sequence["StageScores"]) -> "StageScores":
+        """The scores of all stages, of those of some stages each, for the same samples."""
+        whole = cls()
+        whole._movements = [torch.cat(rows, 1) for rows in zip(*(part._movements for part in parts), strict=True)]
+        whole._losses = [torch.cat(rows, 1) for rows in zip(*(part._losses for part in parts), strict=True)]
+        return whole
 
     def means(self, perplexity: bool = False) -> dict[str, float]:
         """`stage_<k>_loss`, its exponential `stage_<k>_perplexity` if asked for, `stage_<k>_transport`; k from 1."""
-        means = torch.cat(self._rows).double().mean(0) if self._rows else torch.empty(0)
-        moved, losses = means[: self.num_stages], means[self.num_stages :]
+        moved, losses = (
+            torch.cat(rows).double().mean(0) if rows else torch.empty(0) for rows in (self._movements, self._losses)
+        )
         found = {"loss": losses, **({"perplexity": losses.exp()} if perplexity else {}), "transport": moved}
         return {f"stage_{k + 1}_{name}": one.item() for name, values in found.items() for k, one in enumerate(values)}
 
@@ -60,10 +68,16 @@ class StageMetrics:
     Args:
         compute: the user's `compute_metrics`.
         preprocess: the user's `preprocess_logits_for_metrics`, or `None`.
+        join: packed predictions of some stages to those of all, if only some are there.
     """
 
-    def __init__(self, compute: Callable[[EvalPrediction], dict], preprocess: Callable | None):
-        self.compute, self.preprocess = compute, preprocess
+    def __init__(
+        self,
+        compute: Callable[[EvalPrediction], dict],
+        preprocess: Callable | None,
+        join: Callable[[Any], Any] = lambda packed: packed,
+    ):
+        self.compute, self.preprocess, self.join = compute, preprocess, join
         self.by_stage: dict[str, float] = {}
 
     def preprocess_packed(self, packed: tuple, labels: torch.Tensor) -> tuple:
@@ -75,7 +89,7 @@ class StageMetrics:
 
     def compute_packed(self, prediction: EvalPrediction) -> dict[str, float]:
         """The user's metrics of the model; `by_stage` gets those of each stage, `stage_<k>_<name>`, k from 1."""
-        predictions, logits = prediction.predictions
+        predictions, logits = self.join(prediction.predictions)
         for k, outputs in enumerate((*logits, predictions), start=1):
             metrics = self.compute(
                 EvalPrediction(outputs, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from .hidden_states import detached, hidden_states_of, with_hidden_states
@@ -146,6 +146,78 @@ def own_pooling(model: nn.Module, last_layer: str) -> str:
         outputs = _run(model, [last_layer], after)
     logits = outputs[0] if isinstance(outputs, tuple) else next(iter(outputs.values()))
     return "cls" if bool(logits.isfinite().all()) else "mean"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """
+    What a forward pass of the model in stages shows.
+
+    Attributes:
+        outputs (`dict[str, Any]`): what each layer returns, `None` in the place of each tensor, by name.
+        learners (`dict[str, frozenset[int]]`): the stages whose loss reaches each parameter, by name; those that none
+            reaches are left out.
+    """
+
+    outputs: dict[str, Any]
+    learners: dict[str, frozenset[int]]
+
+
+def trace_stages(model: nn.Module, partition: Partition) -> Trace:
+    """
+    Follow a forward pass of a copy of `model` on the meta device, in which the hidden states lose their graph at the
+    end of each stage; a model whose forward pass depends on data is run as it is, on zeros.
+
+    Raises:
+        `ValueError`: if a stage learns from other tensors of the stage before than its hidden states.
+    """
+    twin = on_meta(model).eval()
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    try:
+        return _trace(twin, partition)
+    except _DEPENDS_ON_DATA:
+        return _trace(model, partition)
+
+
+def _trace(model: nn.Module, partition: Partition) -> Trace:
+    outputs: dict[str, Any] = {}
+    ends: list[torch.Tensor] = []
+    beside: dict[int, tuple[str, torch.Tensor]] = {}  # what ends of stages hand on beside their hidden states
+
+    def after(name, output):
+        outputs[name] = tree_map(lambda x: None if torch.is_tensor(x) else x, output)
+        if name not in partition.boundaries[:-1]:
+            return None
+        ends.append(hidden_states_of(output))
+        output = detached(output)
+        others = [x for x in tree_leaves(output) if torch.is_tensor(x) and x is not hidden_states_of(output)]
+        beside.update({id(x.requires_grad_()): (name, x) for x in others if x.is_floating_point()})
+        return output
+
+    with torch.enable_grad():
+        found = _run(model, partition.layers, after)
+        ends.append(found[0] if isinstance(found, tuple) else next(iter(found.values())))
+    names = {id(p): name for name, p in model.named_parameters()}
+    learners: dict[str, frozenset[int]] = {}
+    for stage, end in enumerate(ends):
+        nodes, seen = [end.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes += [one for one, _ in node.next_functions]
+            leaf = id(getattr(node, "variable", None))
+            if leaf in beside:
+                raise ValueError(
+                    f"What follows {beside[leaf][0]} of {type(model).__name__} needs more of it than its hidden "
+                    "states. Set stage_boundaries to other layers."
+                )
+            name = names.get(leaf)
+            if name is not None:
+                learners[name] = learners.get(name, frozenset()) | {stage}
+    return Trace(outputs, learners)
 
 
 def _reached_twice(model: nn.Module, partition: Partition) -> tuple[int, str] | None:

@@ -42,9 +42,10 @@ class StageCards(StageCheckpoints):
         """
         model = unwrap_peft_model(self._core())
         batch = {} if self.train_dataset is None else self._batch_to_plan()
+        shared_out = self.args.stage_parallel  # what one process takes is not planned yet
         pixels, name = batch.get("pixel_values"), getattr(model.config, "_name_or_path", "")
         with self._not_streaming():
-            planned = planned_peak(self.args, self._core(), batch) if "labels" in batch else None
+            planned = planned_peak(self.args, self._core(), batch) if "labels" in batch and not shared_out else None
         known = {
             "task": task_of(model),
             "model": type(model).__name__,

@@ -111,7 +111,7 @@ def run_results(args: MMSTConfig, partition: Partition, metrics: Mapping[str, An
         "num_stages": partition.num_stages,
         "stages": partition.stages,
         **{name: _plain(getattr(args, name)) for name in SETTINGS},
-        "num_processes": args.world_size,
+        "num_processes": args.distributed_state.num_processes if args.stage_parallel else args.world_size,
         "command": command_line(sys.argv),
         "device": asdict(device_of(args.device)),
         "versions": {"python": platform.python_version(), **package_versions()},

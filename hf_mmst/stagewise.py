@@ -27,26 +27,30 @@ class StageStep:
         transports (`dict[int, torch.Tensor]`): transport of each stage that learned, without graph.
         transport (`torch.Tensor`): transport of the last stage that learned, with graph: its loss is the caller's.
         features (`torch.Tensor`, *optional*): input of the first stage that learned, if that is not the model's first.
+        output (`torch.Tensor`, *optional*): output of the last stage that learned, if that is not the model's last.
     """
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     transports: dict[int, torch.Tensor] = field(default_factory=dict)
     transport: torch.Tensor | float = 0.0
     features: torch.Tensor | None = None
+    output: torch.Tensor | None = None
 
 
 @dataclass
 class StageView:
     """
-    What a forward pass without learning shows.
+    What a forward pass without learning shows of the stages that were looked at.
 
     Attributes:
-        logits (`list[Any]`): what was read of the heads' logits of stages 1 .. K-1; see [`Stagewise.observe`].
-        movements (`list[torch.Tensor]`): how far each of the K stages moves each sample, `[B]` each.
+        logits (`list[Any]`): what was read of their heads' logits, all but the model's own; see [`Stagewise.observe`].
+        movements (`list[torch.Tensor]`): how far each of the stages moves each sample, `[B]` each.
+        output (`torch.Tensor`, *optional*): output of the last of them, if that is not the model's last.
     """
 
     logits: list[Any] = field(default_factory=list)
     movements: list[torch.Tensor] = field(default_factory=list)
+    output: torch.Tensor | None = None
 
 
 class Stagewise:
@@ -77,6 +81,9 @@ class Stagewise:
         partition (`Partition`): the cut.
         heads (`StageHeads`): auxiliary heads of stages 1 .. K-1.
         transport_norm (`str`): see [`movement`].
+
+    Attributes:
+        outputs (`dict[str, Any]`): what layers that did not learn returned, tensors left out, by name.
     """
 
     def __init__(self, model: nn.Module, partition: Partition, heads: StageHeads, transport_norm: str = "relative"):
@@ -84,7 +91,7 @@ class Stagewise:
         self._stage_of = {name: k for k, stage in enumerate(partition.stages) for name in stage}
         self._ends = set(partition.boundaries)
         self.run_ends = {*run_ends(model, partition.layers), *partition.boundaries}
-        self._outputs: dict[str, Any] = {}  # what each frozen layer returned, tensors left out
+        self.outputs: dict[str, Any] = {}
         self._inputs: tuple[tuple, dict[str, Any]] = (), {}  # what the model was called with, for its own head
 
     @contextlib.contextmanager
@@ -130,10 +137,10 @@ class Stagewise:
     @contextlib.contextmanager
     def _without_layers_before(self, given: tuple[int, torch.Tensor] | None) -> Iterator[None]:
         names = [name for stage in self.partition.stages[: given[0]] for name in stage] if given else []
-        if given is None or not self._outputs.keys() >= {*names}:
+        if given is None or not self.outputs.keys() >= {*names}:
             yield
             return
-        with self._left_out(self._outputs, names, given[1]):
+        with self._left_out(self.outputs, names, given[1]):
             yield
 
     @contextlib.contextmanager
@@ -172,7 +179,12 @@ class Stagewise:
 
     @contextlib.contextmanager
     def observe(
-        self, mask: torch.Tensor | None = None, read: Callable[[torch.Tensor], Any] = lambda logits: logits
+        self,
+        mask: torch.Tensor | None = None,
+        read: Callable[[torch.Tensor], Any] = lambda logits: logits,
+        stages: Sequence[int] | None = None,
+        given: tuple[int, torch.Tensor] | None = None,
+        criterion: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> Iterator[StageView]:
         """
         Within this context, a forward pass without learning fills the [`StageView`] that is yielded.
@@ -180,12 +192,19 @@ class Stagewise:
         Args:
             mask: `[B, N]`, 1 for tokens that count.
             read: what is kept of each head's logits; all of them by default.
+            stages: consecutive stages to look at, from 0; all by default. Those after them do not run, see [`step`].
+            given: as in [`step`].
+            criterion: as in [`step`], for the loss of the last of `stages` if that is not the model's last.
         """
         view = StageView()
+        stages = range(self.partition.num_stages) if stages is None else stages
         moved: list[torch.Tensor] = []
         run = _Run(self.run_ends)
 
         def after_layer(name, _module, args, kwargs, output):
+            stage = self._stage_of[name]
+            if stage < stages[0]:
+                return
             y = hidden_states_of(output)
             kept = _fitting(mask, y)
             for before, after in run.until(name, _input_of(args, kwargs), y):
@@ -193,13 +212,20 @@ class Stagewise:
             if name in self._ends:
                 view.movements.append(torch.stack(moved).sum(0) if moved else y.new_zeros(len(y)).float())
                 moved.clear()
-                if self._stage_of[name] < len(self.heads):
-                    view.logits.append(read(self.logits(self._stage_of[name], kept, args, kwargs, output)))
+                if stage < len(self.heads):
+                    logits = self.logits(stage, kept, args, kwargs, output)
+                    view.logits.append(read(logits))
+                    if stage == stages[-1]:
+                        view.output = y
+                        raise _StopForward(logits)
 
         training = self.heads.training
         self.heads.eval()
+        stopping: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if stages[-1] < self.partition.num_stages - 1:
+            stopping = _until_stopped(self.model, criterion, contextlib.nullcontext)
         try:
-            with self._hooked(None, after_layer):
+            with self._without_layers_before(given), self._hooked(None, after_layer), stopping:
                 yield view
         finally:
             self.heads.train(training)
@@ -292,7 +318,7 @@ class _Walk:
         """Add the layer's transport; at a stage's end, learn and hand on the output without its graph."""
         stage = self.engine._stage_of[name]
         if stage < self.first:
-            self.engine._outputs[name] = _without_tensors(output)
+            self.engine.outputs[name] = _without_tensors(output)
             if stage == self.first - 1 and name in self.engine._ends:  # all that runs from here on learns
                 self.found.features = hidden_states_of(output)
                 torch.set_grad_enabled(True)
@@ -313,6 +339,7 @@ class _Walk:
         if stage == self.engine.partition.num_stages - 1:
             return None
         if stage == self.last:
+            self.found.output = y.detach()
             raise _StopForward(self.engine.logits(stage, mask, args, kwargs, output))
         self._learn(stage, self.criterion(self.engine.logits(stage, mask, args, kwargs, output)), term)
         return detached(output)
@@ -336,34 +363,48 @@ class _Walk:
             return value
         return self._sides.setdefault(id(value), (value, value.detach().requires_grad_()))[1]
 
-    @contextlib.contextmanager
-    def forward_of(self, model: nn.Module) -> Iterator[None]:
+    def forward_of(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Let the model's forward begin without graph and end early, where the stages that learn ask for it."""
         if self.first == 0 and self.last == self.engine.partition.num_stages - 1:
-            yield
-            return
-        own, forward = "forward" in vars(model), model.forward
+            return contextlib.nullcontext()
+        return _until_stopped(model, self.criterion, self._frozen_at_first)
 
-        @functools.wraps(forward)
-        def from_first_to_last(*args, **kwargs):
-            with torch.set_grad_enabled(self.first == 0):
-                model.train(self.first == 0)
-                try:
-                    return forward(*args, **kwargs)
-                except _StopForward as stop:
-                    loss = None if kwargs.get("labels") is None else self.criterion(stop.logits)
-                    return SequenceClassifierOutput(loss=loss, logits=stop.logits)
-                finally:
-                    model.train()
+    @contextlib.contextmanager
+    def _frozen_at_first(self) -> Iterator[None]:
+        with torch.set_grad_enabled(self.first == 0):
+            self.engine.model.train(self.first == 0)
+            try:
+                yield
+            finally:
+                self.engine.model.train()
 
-        model.forward = from_first_to_last
-        try:
-            yield
-        finally:
-            if own:
-                model.forward = forward
-            else:
-                del model.forward
+
+@contextlib.contextmanager
+def _until_stopped(
+    model: nn.Module,
+    criterion: Callable[[torch.Tensor], torch.Tensor] | None,
+    around: Callable[[], contextlib.AbstractContextManager],
+) -> Iterator[None]:
+    """Within this context the model's forward runs within `around`, and returns the logits that it was stopped with."""
+    own, forward = "forward" in vars(model), model.forward
+
+    @functools.wraps(forward)
+    def from_first_to_last(*args, **kwargs):
+        with around():
+            try:
+                return forward(*args, **kwargs)
+            except _StopForward as stop:
+                loss = None if criterion is None or kwargs.get("labels") is None else criterion(stop.logits)
+                return SequenceClassifierOutput(loss=loss, logits=stop.logits)
+
+    model.forward = from_first_to_last
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = forward
+        else:
+            del model.forward
 
 
 def _input_of(args: tuple, kwargs: dict) -> torch.Tensor:

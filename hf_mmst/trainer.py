@@ -30,6 +30,7 @@ from .planner import plan_for
 from .probe import LayerProfile, check_cut, own_pooling, profile_layers
 from .publishing import StageCards
 from .residency import Residency
+from .stage_parallel import StageParallel
 from .stagewise import StageStep, Stagewise
 from .stepping import clip_by_stage, parameters_by_stage, step_stage, steps_elementwise
 from .transport import TransportWeights
@@ -38,7 +39,7 @@ logger = logging.get_logger(__name__)
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what the host sets on a layer
 
 
-class MMSTTrainer(StageCards):
+class MMSTTrainer(StageParallel, StageCards):
     """
     A [`~transformers.Trainer`] that trains an encoder stage by stage by the minimizing movement scheme.
 
@@ -138,6 +139,7 @@ class MMSTTrainer(StageCards):
         self._own_head = classifier(model, self.heads.num_labels) if self.heads.kind != "own" else []
         tied = tied_parameters(model, self.partition.layers) if len(self.heads) and self.heads.kind == "own" else []
         self._tied = [parameter for parameter in tied if parameter.requires_grad]
+        self._take_share()
 
     def _partition(self, model: nn.Module) -> tuple[Partition, list[LayerProfile]]:
         """The cut, and the layers at the ends of all stages but the last."""
@@ -299,6 +301,7 @@ class MMSTTrainer(StageCards):
             f"hf_mmst: {len(layers)} stages of {_joined(layers)} layers, {self.args.stage_order}; trainable "
             f"parameters {_joined(trainable)} in the layers, {others:,} around them, "
             f"{sum(p.numel() for p in self.heads.parameters() if p.requires_grad):,} in auxiliary heads"
+            f"{self._summary_of_shares()}"
         )
 
     def create_optimizer(self, model=None):
@@ -323,6 +326,7 @@ class MMSTTrainer(StageCards):
             self._set_learning_rates(optimizer)
         if self._residency is not None:
             self._residency.watch(optimizer)
+        self._keep_own_states(optimizer)
         return optimizer
 
     def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
@@ -412,7 +416,7 @@ class MMSTTrainer(StageCards):
 
     def _begin_step(self, step: int) -> None:
         """Make ready for the stages that learn at optimizer step `step`."""
-        self._segment = segment = self._order.at(step)
+        self._segment = segment = self._own_part(self._order.at(step))
         for parameter in self._tied:  # else later stages would change what the first, at rest, begins with
             parameter.requires_grad_(segment.coupled or 0 in segment.stages)
         name = "coupled_" if segment.coupled else "" if len(segment.stages) > 1 else f"stage_{segment.stages[0] + 1}_"
@@ -455,7 +459,7 @@ class MMSTTrainer(StageCards):
         # Transport is a mean over samples, whatever number of labels they have.
         weights = [self._weights[stage] * samples / scale for stage in range(self.partition.num_stages)]
         mask = inputs.get("attention_mask")
-        given = self._cache.get(stages[0], keys, mask) if self._cache is not None else None
+        given = self._cache.get(stages[0], keys, mask) if self._cache is not None else self._taken()
         with self._engine.step(
             criterion=lambda logits: weigh(self._criterion(logits, labels, num_items_in_batch)),
             weights=weights,
@@ -466,6 +470,7 @@ class MMSTTrainer(StageCards):
             given=given and (given[0], given[1].to(self.args.device)),
         ) as step:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._hand_on(step.output)
         if self._cache is not None and step.features is not None and (given is None or given[0] < stages[0]):
             self._cache.add(stages[0], keys, mask, step.features)
         loss = weigh(loss)
@@ -582,13 +587,15 @@ class MMSTTrainer(StageCards):
         if not self.partition.layers:
             with streaming:
                 return loop()
-        scores = StageScores(self.partition.num_stages)
-        metrics = None
+        scores, metrics = StageScores(), None
         if self.compute_metrics is not None and not self.args.batch_eval_metrics:
-            metrics = StageMetrics(self.compute_metrics, self.preprocess_logits_for_metrics)
+            metrics = StageMetrics(self.compute_metrics, self.preprocess_logits_for_metrics, self._joined)
         with streaming, self._collecting(scores, metrics):
             output = loop()
-        found = {**(metrics.by_stage if metrics else {}), **scores.means(perplexity=self._objective.head == "own")}
+        found = {
+            **(metrics.by_stage if metrics else {}),
+            **self._of_all(scores).means(perplexity=self._objective.head == "own"),
+        }
         by_stage = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         predictions = unpack(output.predictions) if metrics else output.predictions
         return EvalLoopOutput(predictions, output.label_ids, {**output.metrics, **by_stage}, output.num_samples)
@@ -619,9 +626,9 @@ class MMSTTrainer(StageCards):
                 losses.append(self._criterion(logits, given))
             return logits if packing else None
 
-        with self._engine.observe(inputs.get("attention_mask"), read) as view:
+        with self._observing(inputs, read) as view:
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        losses = [] if loss is None or given is None else [*losses, loss]
+        losses = [] if loss is None or given is None else [*losses, loss][: len(view.movements)]
         self._stage_scores.add(view.movements, losses, self.gather_function)
         return loss, pack(logits, view) if packing else logits, labels
 
