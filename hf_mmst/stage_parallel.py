@@ -65,6 +65,7 @@ class StageParallel(Trainer):
     _criterion: Callable[..., torch.Tensor]
     _relay: Relay | None = None
     _share: Share
+    _watched: torch.optim.Optimizer | None = None
     _stamp = 0
     _num_batches = 0  # of the optimizer step, so far
 
@@ -276,8 +277,10 @@ class StageParallel(Trainer):
 
     def _keep_own_states(self, optimizer: torch.optim.Optimizer) -> None:
         """Hold optimizer states of this process's parameters alone; the others never have gradients here."""
-        if self._relay is None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
+        if self._relay is None or optimizer is self._watched:
             return
+        self._watched = optimizer
         for parameter in [p for p in optimizer.state if is_released(p)]:
             del optimizer.state[parameter]
 

@@ -23,6 +23,13 @@ class Killed(TrainerCallback):
             os.kill(os.getpid(), 9)
 
 
+class Drawn(Samples):
+    """Samples whose labels are drawn anew each time."""
+
+    def __getitem__(self, index):
+        return {**super().__getitem__(index), "labels": torch.randint(5, ())}
+
+
 class Differing(Samples):
     """Samples whose labels are other ones in each process."""
 
@@ -37,7 +44,7 @@ def held(tensors):
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def run(name, folder, settings, resume=None, dropout=False, killed=False, differing=False):
+def run(name, folder, settings, resume=None, dropout=False, killed=False, data="Samples", times=1):
     """A batch of 8 of 30 samples, whatever the number of processes; returns what is known at the end."""
     args = MMSTConfig(
         folder,
@@ -61,12 +68,13 @@ def run(name, folder, settings, resume=None, dropout=False, killed=False, differ
     trainer = MMSTTrainer(
         make(name, dropout=dropout),
         args,
-        train_dataset=(Differing if differing else Samples)(name, 30),
+        train_dataset={"Samples": Samples, "Drawn": Drawn, "Differing": Differing}[data](name, 30),
         eval_dataset=Samples(name, 21, seed=1),
         compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
         callbacks=[Killed()] if killed else [],
     )
-    trainer.train(resume_from_checkpoint=resume)
+    for _ in range(times):
+        trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     trainer.compute_metrics = None
     predictions = trainer.predict(Samples(name, 21, seed=1)).predictions

@@ -41,6 +41,7 @@ SETTINGS = {
     "bf16": ("bert", {"bf16": True, "max_grad_norm": 0, "stage_clipping": False}),
     "resumed": ("bert", RESUMING),
     "resumed_by_two": ("bert", RESUMING),
+    "twice": ("vit", {"max_steps": 5, "gradient_checkpointing": True, "optim": "adagrad"}),
     "dropout": ("vit", {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}),
     "dropout_resumed": ("vit", {"max_steps": 4}),
 }
@@ -75,9 +76,10 @@ def done(tmp_path_factory):
         2,
         [
             shared(root, "resumed_by_two", resume=saved),
+            shared(root, "twice", data="Drawn", times=2),
             shared(root, "dropout", dropout=True),
             shared(root, "dropout_resumed", dropout=True, resume=str(root / "dropout" / "checkpoint-2")),
-            {**shared(root, "plain", differing=True), "folder": str(root / "differing")},
+            {**shared(root, "plain", data="Differing"), "folder": str(root / "differing")},
         ],
     )
     return root, three, ended, two
@@ -93,6 +95,8 @@ def alone(tmp_path_factory, done):
         found[kind] = run(name, str(root / kind), settings)
     name, settings = SETTINGS["resumed"]
     run(name, str(root / "resumed"), settings, resume=str(done[0] / "saving" / "checkpoint-4"))
+    name, settings = SETTINGS["twice"]
+    run(name, str(root / "twice"), settings, data="Drawn", times=2)
     return root, found
 
 
@@ -149,6 +153,12 @@ def test_resuming_goes_on_as_if_nothing_had_been(kind, done, alone):
     assert (root / kind / "0.json").exists(), (three.stderr + two.stderr)[-3000:]
     assert_same_files(root / "saving" / "checkpoint-8", root / kind)
     assert_same_files(alone[0] / "resumed", root / kind)
+
+
+def test_training_again_and_labels_drawn_at_random(done, alone):
+    root, *_, two = done
+    assert (root / "twice" / "0.json").exists(), two.stderr[-3000:]
+    assert_same_files(alone[0] / "twice", root / "twice")
 
 
 def test_what_is_drawn_at_random_is_drawn_again_after_resuming(done):
