@@ -129,7 +129,23 @@ def test_metrics_are_taken_apart():
 def test_tasks_are_known_by_class():
     assert task_of(make("vit")) == "image-classification"
     assert task_of(make("bert")) == "text-classification"
+    assert task_of(make("bert-tokens")) == "token-classification"
+    assert task_of(make("bert-mlm")) == "fill-mask"
+    assert task_of(make("gpt2")) == "text-generation"
     assert task_of(make("bert").bert) is None
+
+
+def test_language_models_show_perplexities_and_no_early_exit(tmp_path):
+    done = run(tmp_path, name="llama")
+    done.compute_metrics = None
+    done.evaluate()
+    done.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "| stage | layers | loss | perplexity | transport |" in card.text
+    assert "AutoModelForCausalLM.from_pretrained" in card.text
+    assert "auxiliary heads of the stages before the last.\n\n## Stages" in card.text
+    assert "EarlyExit" not in card.text
+    assert card.data.pipeline_tag == "text-generation"
 
 
 def test_the_signature_is_trainers():
