@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from zoo import Samples, make
 
 from hf_mmst import MMSTConfig, MMSTTrainer
@@ -36,6 +36,26 @@ CASES = {  # name of the model, settings
 }
 
 
+class Watch(TrainerCallback):
+    """Counts the stages whose gradients are sent before a step ends, and the layers that have gradients then."""
+
+    def __init__(self):
+        self.starts = self.layers = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        reduction = self.trainer._reduction
+        if reduction is not None:
+            self.start, reduction.start = reduction.start, self.count
+
+    def count(self, stage):
+        self.starts += 1
+        self.start(stage)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        layers = [self.trainer.model.get_submodule(name) for name in self.trainer.partition.layers]
+        self.layers += sum(any(p.grad is not None for p in layer.parameters()) for layer in layers)
+
+
 def train(case: str, folder: Path) -> dict[str, torch.Tensor]:
     """Train with a total batch of 12, whatever the number of processes; returns weights and numbers."""
     name, settings = CASES[case]
@@ -56,26 +76,45 @@ def train(case: str, folder: Path) -> dict[str, torch.Tensor]:
     if "frozen" in case:
         for layer in model.vit.layers[1:3]:
             layer.requires_grad_(False)
-    trainer = MMSTTrainer(
+    watch = Watch()
+    watch.trainer = trainer = MMSTTrainer(
         model,
         args,
         train_dataset=Samples(name, 34 if whole else 48),  # 34: the last batch of an epoch is smaller
         eval_dataset=Samples(name, 24, seed=1),
         compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+        callbacks=[watch],
     )
     trainer.train()
     metrics = trainer.evaluate()
     found = {**trainer.model.state_dict(), **{f"heads.{k}": v for k, v in trainer.heads.state_dict().items()}}
     found |= {key: torch.tensor(value) for key, value in metrics.items() if "stage" in key}
     logged = next(entry for entry in trainer.state.log_history if "stage_1_loss" in entry)
+    found |= {"watched.starts": torch.tensor(watch.starts), "watched.layers": torch.tensor(watch.layers)}
     return found | {f"logged.{key}": torch.tensor(logged[key]) for key in ("loss", "stage_1_loss", "stage_1_transport")}
+
+
+def reduce_unlike() -> dict[str, torch.Tensor]:
+    """What is made of gradients that come late, in one process only, or not at all."""
+    rank = torch.distributed.get_rank()
+    model = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in ("late", "one", "none")})
+    late, one, none = model.values()
+    reduction = Reduction(model, [[late.weight], [one.weight, none.weight]])
+    found = {f"weights of {name}": layer.weight.clone() for name, layer in model.items()}
+    late.weight.grad = torch.full((1, 2), float(rank))
+    reduction.start(0)
+    one.weight.grad = torch.ones(1, 2) if rank == 0 else None
+    reduction.start(1)
+    late.weight.grad = torch.ones(1, 2) if rank == 1 else None
+    reduction.finish()
+    return found | {name: layer.weight.grad for name, layer in model.items() if layer.weight.grad is not None}
 
 
 def main(folder: Path, cases: list[str]) -> None:
     """Train each case, and write what it gives beside those of the other processes."""
     torch.set_num_threads(1)
-    for case in cases:
-        found = train(case, folder)
+    for case in [*cases, "unlike"]:
+        found = train(case, folder) if case in CASES else reduce_unlike()
         rank = torch.distributed.get_rank()
         save_file({key: tensor.detach().clone() for key, tensor in found.items()}, folder / f"{case}.{rank}")
     sys.stdout.flush()
