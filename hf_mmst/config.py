@@ -273,8 +273,8 @@ class MMSTConfig(TrainingArguments):
             )
         if self.ddp_static_graph:
             raise ValueError(
-                "ddp_static_graph=True awaits all gradients at the end of a step, but those of a stage are averaged when "
-                "it has learned. Leave it unset."
+                "ddp_static_graph=True awaits all gradients at the end of a step, but those of a stage are averaged "
+                "when it has learned. Leave it unset."
             )
         for name in ("deepspeed", "fsdp", "torch_compile"):
             if getattr(self, name):
