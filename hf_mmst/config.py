@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 StageOrder = Literal["simultaneous", "sequential", "multi_lap", "coupled"]
@@ -256,7 +257,7 @@ class MMSTConfig(TrainingArguments):
                     "stage_order and stage_boundaries unset, or memory_budget."
                 )
         started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started > self.world_size:
+        if started > PartialState().num_processes:
             raise ValueError(
                 f"{started} processes were started, but each of them would train by itself: without a GPU they find "
                 "each other only if told to use the CPU. Set use_cpu=True, or start one process."
