@@ -1,6 +1,7 @@
 """Gradients of a stage -> their mean over all processes, on its way while the next stage runs."""
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -30,7 +31,7 @@ class Reduction:
     def __init__(self, model: nn.Module, stages: Sequence[Sequence[nn.Parameter]]):
         self._stages = [[p for p in stage if p.requires_grad] for stage in stages]
         self._parameters = [p for stage in self._stages for p in stage]
-        self._sent: list[tuple[int, _Message]] = []
+        self._sent: dict[int, list[_Message]] = {}
         least = min(self._parameters, key=torch.Tensor.numel)  # it does not wrap a model with nothing to learn
         taken = {id(p) for p in self._parameters if p is not least}
         names = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in taken]
@@ -59,22 +60,21 @@ class Reduction:
 
     def start(self, stage: int) -> None:
         """Take the gradients of `stage`, from 0, and send them off."""
-        self._sent += [(stage, _Message(parameters)) for parameters in _by_type(self._stages[stage])]
+        self._sent[stage] = [_Message(parameters) for parameters in _by_type(self._stages[stage])]
 
     def wait(self, stage: int) -> None:
         """Give back the means of the gradients of `stage` that were sent."""
-        for message in [sent for sent in self._sent if sent[0] == stage]:
-            message[1].give_back()
-            self._sent.remove(message)
+        for message in self._sent.pop(stage, ()):
+            message.give_back()
 
     def finish(self) -> None:
         """Average all gradients that have not been sent, and give back the means of all."""
-        learned = torch.tensor([p.grad is not None for p in self._parameters], dtype=torch.int32)
-        learned = learned.to(self._parameters[0].device)
+        device = self._parameters[0].device
+        learned = torch.tensor([p.grad is not None for p in self._parameters], dtype=torch.int32, device=device)
         dist.all_reduce(learned, dist.ReduceOp.MAX)
         left = [p for p, has in zip(self._parameters, learned.tolist(), strict=True) if has]
-        messages = [_Message(parameters) for parameters in _by_type(left)]
-        for message in [*(sent for _, sent in self._sent), *messages]:
+        last = [_Message(parameters) for parameters in _by_type(left)]
+        for message in itertools.chain(*self._sent.values(), last):
             message.give_back()
         self._sent.clear()
 
