@@ -2,10 +2,12 @@
 
 import contextlib
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 StageOrder = Literal["simultaneous", "sequential", "multi_lap", "coupled"]
@@ -24,7 +26,8 @@ class MMSTConfig(TrainingArguments):
     Some fields of the host differ in effect. `num_train_epochs` is what *every stage* gets (with laps: `N / num_laps`
     epochs per lap), and `max_steps`, when set, is the total over all stages and laps, shared out evenly, remainder to
     the last; in the `"simultaneous"` order all stages learn on each batch, so both mean what they mean in `Trainer`.
-    `ddp_find_unused_parameters` is always on, for gradients to be averaged over processes.
+    With several processes the gradients of each stage are averaged when it has learned, so that what is set of
+    DistributedDataParallel's buckets and unused parameters counts with one stage only.
 
     Args:
         num_stages (`int`, *optional*, defaults to 4):
@@ -73,8 +76,9 @@ class MMSTConfig(TrainingArguments):
         stage_clipping (`bool`, *optional*, defaults to `False`):
             Clips the gradients of each stage to `max_grad_norm` by itself. In the simultaneous order a stage's
             optimizer step then follows its backward at once (also where `max_grad_norm` is 0), so that the gradients
-            of one stage are in memory, not of all. With gradient accumulation, a gradient scaler (fp16), several
-            processes or side inputs that layers share, all step at the end, as in `Trainer`, to the same effect.
+            of one stage are in memory, not of all; with several processes those of two, of which one's are on their
+            way. With gradient accumulation, a gradient scaler (fp16) or side inputs that layers share, all step at the
+            end, as in `Trainer`, to the same effect.
         memory_budget (`str`, *optional*):
             Bytes of device memory, as in `"4GiB"`, to plan for when the trainer is made (see [`plan`]): `num_stages`,
             `stage_order`, `stage_clipping`, `stage_residency` and `activation_checkpointing` are set to the ways of
@@ -189,8 +193,6 @@ class MMSTConfig(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.check_stages()
-        # A stage that has learned looks unused to DistributedDataParallel: without this its gradients stay local.
-        self.ddp_find_unused_parameters = True
 
     def __getstate__(self):
         """What is pickled, as in `training_args.bin`: everything but the token."""
@@ -287,6 +289,12 @@ class MMSTConfig(TrainingArguments):
                     f'memory_budget="{self.memory_budget}" chooses the order of training and the cut. Leave '
                     "stage_order and stage_boundaries unset, or memory_budget."
                 )
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > PartialState().num_processes:
+            raise ValueError(
+                f"{started} processes were started, but each of them would train by itself: without a GPU they find "
+                "each other only if told to use the CPU. Set use_cpu=True, or start one process."
+            )
         if self.stage_residency == "stage" and self.world_size > 1:
             raise ValueError(
                 f'stage_residency="stage" is for a single process, but there are {self.world_size}: the wrapper that '
@@ -297,10 +305,10 @@ class MMSTConfig(TrainingArguments):
                 "Reentrant checkpointing would silently stop every stage but the first from learning, because a "
                 "stage's input carries no gradient. Set use_reentrant to False in activation_checkpointing_kwargs."
             )
-        if self.ddp_find_unused_parameters is False or self.ddp_static_graph:
+        if self.ddp_static_graph:
             raise ValueError(
-                "With several processes the stages' gradients would not be averaged under "
-                "ddp_find_unused_parameters=False or ddp_static_graph=True. Leave both unset."
+                "ddp_static_graph=True awaits all gradients at the end of a step, but those of a stage are averaged "
+                "when it has learned. Leave it unset."
             )
         if self.stage_parallel:
             self._check_stage_parallel()

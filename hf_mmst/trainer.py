@@ -29,6 +29,7 @@ from .partition import Partition, checkpoints_across, classifier, find_layers, l
 from .planner import plan_for
 from .probe import LayerProfile, check_cut, own_pooling, profile_layers
 from .publishing import StageCards
+from .reduction import Reduction
 from .residency import Residency
 from .stage_parallel import StageParallel
 from .stagewise import StageStep, Stagewise
@@ -84,9 +85,10 @@ class MMSTTrainer(StageParallel, StageCards):
         self._streams = contextlib.ExitStack()  # holds what streams layers through the device in a training run
         self._cache: FeatureCache | None = None
         self._views: FixedViews | None = None
-        self._step_labels, self._step_samples = 0.0, 0
+        self._step_labels, self._step_samples = 0.0, 0.0
         self._early_norms: list[torch.Tensor] = []  # of the gradients of stages that have stepped already
         self._shares_gradients = False
+        self._reduction: Reduction | None = None
         self._cut()
         self.add_callback(_StageCallback(self))
         self.add_callback(self.picture_callback())
@@ -269,7 +271,7 @@ class MMSTTrainer(StageParallel, StageCards):
             for parameter in self._tied:
                 parameter.requires_grad_(True)
             self._core()._modules.pop(HEADS, None)
-            vars(self._core()).pop("_ddp_params_and_buffers_to_ignore", None)
+            Reduction.forget(self._core())
             if self._residency is not None:
                 self._residency.rest()
 
@@ -309,9 +311,9 @@ class MMSTTrainer(StageParallel, StageCards):
         self._cut()
         core = self._core()
         core.add_module(HEADS, self.heads)
-        # Every stage's loss steps back through these, which DistributedDataParallel takes for an error.
-        shared = [f"{HEADS}.layers.{name}" for name, _ in self.heads.layers.named_parameters()]
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(core, shared)
+        wrapped = self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if wrapped and self.partition.num_stages > 1:
+            self._reduction = Reduction(core, self._stage_parameters)
         for layer in self.heads.layers:  # checkpointed as the model's own
             own = vars(core.get_submodule(self.partition.layers[-1]))
             vars(layer).update({name: own[name] for name in CHECKPOINTING if name in own})
@@ -427,13 +429,14 @@ class MMSTTrainer(StageParallel, StageCards):
             self._cache.begin(segment.stages[0])
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As the host's; remembers how many labels the optimizer step has in all, and how many samples."""
+        """As the host's; remembers the step's number of labels and of samples, on average over the processes."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         labels = [batch.get("labels") for batch in batches if isinstance(batch, Mapping)]
-        self._step_labels = sum(self._objective.count(some) for some in labels)
-        self._step_samples = sum(len(some) for some in labels if torch.is_tensor(some))
-        if self._objective.head != "pooled" and self.args.average_tokens_across_devices:
-            self._step_labels = self._mean(torch.tensor(self._step_labels, dtype=torch.double)).item()
+        numbers = [self._objective.count(some) for some in labels], [len(x) for x in labels if torch.is_tensor(x)]
+        counts = torch.tensor([float(sum(found)) for found in numbers])
+        if self.args.average_tokens_across_devices:
+            counts = self._mean(counts)
+        self._step_labels, self._step_samples = counts.tolist()
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -482,16 +485,26 @@ class MMSTTrainer(StageParallel, StageCards):
         return (loss, outputs) if return_outputs else loss
 
     def _step_early(self, stage: int, shared: bool) -> None:
-        """Step a stage right after its backward, where that makes no difference but to memory."""
+        """
+        Step a stage right after its backward, where that makes no difference but to memory.
+
+        With several processes its gradients are sent to the others, and the stage before it, whose are back, steps.
+        """
         self._shares_gradients |= shared
+        if self._reduction is not None and self.accelerator.sync_gradients:
+            if not self._shares_gradients:
+                self._reduction.start(stage)
+            stage -= 1
         if (
             not self._shares_gradients
             and (self.args.stage_clipping or self.args.max_grad_norm == 0)
             and self.args.gradient_accumulation_steps == 1
-            and self.args.world_size == 1
+            and stage >= 0
             and self.accelerator.scaler is None
             and steps_elementwise(self.optimizer)
         ):
+            if self._reduction is not None:
+                self._reduction.wait(stage)
             norm = step_stage(self.optimizer, self._stage_parameters, stage, self.args.max_grad_norm or math.inf)
             self._early_norms.append(norm)
 
@@ -521,13 +534,13 @@ class MMSTTrainer(StageParallel, StageCards):
         """What keeps one layer in device memory, while all of them learn end to end."""
         return self._residency if isinstance(self._residency, CoupledResidency) and self._segment.coupled else None
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, model, *args, **kwargs):
         """As the host's; in the coupled order, the layer that the backward pass ended at is put to rest."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            for parameter in self.heads.layers.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = self._mean(parameter.grad)
+        reducing: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self._reduction is not None:
+            reducing = self._reduction.micro_batch(model, last=self.accelerator.sync_gradients)
+        with reducing:
+            loss = super().training_step(model, *args, **kwargs)
         if self._coupled is not None:
             self._coupled.settle()
         return loss

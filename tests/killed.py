@@ -1,5 +1,6 @@
 """A run that saves at each step, resumes from what is there, and is killed from outside. Arguments: folder, kind."""
 
+import os
 import sys
 
 import torch
@@ -16,6 +17,14 @@ KINDS = {
         "dropout": True,
     },
 }
+PROCESSES = {  # one or two
+    "max_steps": 36,
+    "stage_order": "sequential",
+    "transport_schedule": "adaptive",
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", "1")),
+}
 
 
 class Says(TrainerCallback):
@@ -25,11 +34,11 @@ class Says(TrainerCallback):
         print("begins", flush=True)
 
 
-def run(folder, kind):
+def run(folder, kind, *callbacks):
     from test_trainer import trainer
 
-    settings = {"save_strategy": "steps", "save_steps": 1, **KINDS[kind]}
-    trained = trainer(folder, extra={"callbacks": [Says()]}, **settings)
+    settings = {"save_strategy": "steps", "save_steps": 1, **(KINDS | {"processes": PROCESSES})[kind]}
+    trained = trainer(folder, extra={"callbacks": [Says(), *callbacks]}, **settings)
     last = get_last_checkpoint(folder) if folder.is_dir() else None
     trained.train(resume_from_checkpoint=last)
     return trained

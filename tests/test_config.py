@@ -92,7 +92,7 @@ def test_flags_and_yaml(tmp_path):
             {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
             "Set use_reentrant to False",
         ),
-        ({"ddp_find_unused_parameters": False}, "Leave both unset"),
+        ({"ddp_static_graph": True}, "Leave it unset"),
         ({"torch_compile": True}, "torch_compile=True is not supported"),
     ],
 )
@@ -123,3 +123,10 @@ def test_too_few_steps(tmp_path):
         ValueError, match="2 optimizer steps cannot be shared out over 4 turns of 4 stages in 1 laps.*at least 4"
     ):
         MMSTTrainer(make("vit"), args, train_dataset=Samples("vit")).train()
+
+
+def test_processes_that_would_not_find_each_other_are_refused(tmp_path, monkeypatch):
+    config = MMSTConfig(str(tmp_path), use_cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were started.*Set use_cpu=True"):
+        config.check_stages()

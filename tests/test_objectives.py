@@ -1,6 +1,5 @@
 """Tasks with a label for each token: gradients against the equations, training, evaluation, resume, and refusals."""
 
-import functools
 import itertools
 import math
 from pathlib import Path
@@ -12,8 +11,6 @@ from bert_text import package_folder
 from encoders import CAUSAL, MODELS, OF_TOKENS
 from encoders import build as make_of_tokens
 from reference import gradients, next_token_loss, token_loss, train_step
-from safetensors.torch import load_file
-from test_processes import launch
 from test_stagewise import assert_close
 from test_trainer import StopAt, arguments, assert_same, losses, trainer, weights
 from transformers import (
@@ -28,7 +25,6 @@ from transformers import (
     set_seed,
 )
 from transformers.loss.loss_utils import LOSS_MAPPING
-from worker import train as train_alone
 from zoo import DECODER, NUM_LABELS, TEXT, TOKENS, Samples, batch, make
 
 from hf_mmst import MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages, plan
@@ -201,21 +197,6 @@ def test_accumulation_equals_the_large_batch(name, settings, tmp_path):
         torch.testing.assert_close(weights(parts.model)[key], tensor, rtol=1e-4, atol=1e-5)
     logged = [[e[k] for e in run.state.log_history for k in sorted(e) if k.startswith("stage_")] for run in runs]
     assert logged[1] == pytest.approx(logged[0], rel=1e-3)
-
-
-def test_two_processes_equal_one(tmp_path):
-    """Gradients of what several stages share, tied and not, and means over the labels of both processes."""
-    orders = {"bert-tokens": "simultaneous", "gpt2": "simultaneous", "bert-mlm": "sequential", "llama": "sequential"}
-    launch(2, ",".join(orders), ",".join(orders.values()), "accumulation", str(tmp_path / "two"), read=False)
-    for name, order in orders.items():
-        train_alone(name, order, "accumulation", str(tmp_path / name))
-        alone = load_file(f"{tmp_path / name}.0")
-        first, second = (load_file(f"{tmp_path / 'two'}-{name}.{rank}") for rank in (0, 1))
-        for key, tensor in alone.items():
-            assert torch.equal(first[key], second[key]), (name, key)
-            if not key.startswith("eval"):
-                message = functools.partial("{}, {}: {}".format, name, key)
-                torch.testing.assert_close(first[key], tensor, rtol=1e-4, atol=1e-6, msg=message)
 
 
 OF_ALL = [(task, name) for task, models in OF_TOKENS.items() for name in models]

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from benchmark_scaling import Job, on_paper, ratios, vit_large
 from datasets import Dataset
 from zoo import Samples, make
 
@@ -12,6 +13,7 @@ README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "model_cards" / "results"
 MEMORY = ROOT / "model_cards" / "memory"
 ACCURACY = ROOT / "model_cards" / "accuracy"
+SCALING = ROOT / "model_cards" / "scaling"
 PLANNER = ROOT / "model_cards" / "planner.json"
 METHODS = {"end_to_end": "end to end", "greedy": "greedy (w = 0)", "mmst": "MMST (w = 0.3)"}
 
@@ -71,6 +73,36 @@ def test_the_accuracy_table_is_what_the_benchmark_wrote():
     assert README.partition("<!-- accuracy -->\n")[2].partition("\n<!-- /accuracy -->")[0] == accuracy_table()
 
 
+def scaling_table():
+    head = "| model | processes | method | step | peak | times as fast |\n|---|---|---|---|---|---|"
+    lines = [head]
+    for path in sorted(SCALING.glob("*.json")):
+        found = json.loads(path.read_text())
+        model = f"{found['model']}, batch {found['batch_size']}, K = {found['num_stages']}"
+        for row, ratio in zip(found["rows"], ratios(found["rows"]), strict=True):
+            numbers = [f"{ratio[name]:.2f}" for name in ("step", "peak", "scaling")]
+            lines.append("| " + " | ".join([model, str(row["num_processes"]), row["method"], *numbers]) + " |")
+    return "\n".join(lines)
+
+
+def test_the_scaling_table_is_what_the_benchmark_wrote():
+    assert README.partition("<!-- scaling -->\n")[2].partition("\n<!-- /scaling -->")[0] == scaling_table()
+
+
+def test_the_table_on_paper_is_what_the_formulas_give():
+    assert README.partition("<!-- on_paper -->\n")[2].partition("\n<!-- /on_paper -->")[0] == on_paper(vit_large())
+    job = Job(100 * 2**20, 10 * 2**20, 2, 5 * 2**20, samples=3, micro_batches=4)
+    cells = [[cell.strip() for cell in line.split("|")[3:-1]] for line in on_paper(job, (2, 4)).splitlines()[2:]]
+    assert cells == [
+        ["400", "600", "0%", "1,600"],
+        ["400", "600", "0%", "800, 400"],
+        ["120", "320", "20%", "800"],
+        ["440", "660", "0%", "1,760"],
+        ["220", "330", "0%", "880"],
+        ["60", "280", "0%", "880"],
+    ]
+
+
 def planner_table():
     lines = ["| model | precision | settings | planned MiB | measured MiB | ratio |\n|---|---|---|---|---|---|"]
     for row in json.loads(PLANNER.read_text())["rows"]:
@@ -108,7 +140,7 @@ def test_one_resident_stage_takes_what_is_promised():
 def test_every_result_names_its_command_versions_and_device():
     paths = list(RESULTS.glob("*.json"))
     assert len(paths) == 6
-    for path in [*paths, *MEMORY.glob("*.json"), *ACCURACY.glob("*.json"), PLANNER]:
+    for path in [*paths, *MEMORY.glob("*.json"), *ACCURACY.glob("*.json"), *SCALING.glob("*.json"), PLANNER]:
         found = json.loads(path.read_text())
         assert found["command"].startswith("recipes/")
         assert {"torch", "transformers", "accelerate"} <= found["versions"].keys()

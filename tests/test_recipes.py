@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -82,7 +85,8 @@ def test_a_folder_of_parquet_images_on_two_processes(tmp_path):
         images = [rng.integers(100, size=(16, 16, 3), dtype=np.uint8) + np.uint8(100 * label) for label in labels]
         rows = datasets.Dataset.from_dict({"img": images, "label": labels}, features=features)
         rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    config = RECIPES / "configs" / "accelerate" / "cpu_2_processes.yaml"
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0")
     flags = [
         "--dataset_name",
         str(tmp_path / "data"),
@@ -126,3 +130,29 @@ def test_the_example_configurations_are_valid(recipe, tmp_path):
     config = RECIPES / "configs" / recipe.replace(".py", ".yaml")
     done = run(recipe, tmp_path, "--config", str(config), "--bf16", "false", "--num_stages", "0", launcher=())
     assert "num_stages=0 is not a whole number of at least 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "precision", "settings"),
+    [
+        ("one_gpu", "NO", "bf16", {}),
+        ("cpu_2_processes", "MULTI_GPU", "no", {}),
+        ("multi_gpu", "MULTI_GPU", "bf16", {}),
+        ("fsdp2", "FSDP", "bf16", {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}),
+        ("deepspeed_zero2", "DEEPSPEED", "bf16", {"zero_stage": 2}),
+        ("deepspeed_zero3", "DEEPSPEED", "bf16", {"zero_stage": 3}),
+    ],
+)
+def test_the_launch_configurations_are_valid(name, kind, precision, settings):
+    path = RECIPES / "configs" / "accelerate" / f"{name}.yaml"
+    found = load_config_from_file(str(path))  # refuses a key that it does not know
+    assert (found.distributed_type, found.mixed_precision, found.num_machines) == (kind, precision, 1)
+    nested = {**(found.fsdp_config or {}), **(found.deepspeed_config or {})}
+    assert nested.items() >= settings.items()
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    assert nested.keys() <= known.keys()
+    assert {file.stem for file in path.parent.iterdir()} == {
+        *("one_gpu", "cpu_2_processes", "multi_gpu", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
+    }
+    says = re.search(r"^# accelerate launch --config_file (\S+)", path.read_text(), re.MULTILINE)
+    assert RECIPES.parent / says[1] == path
