@@ -48,8 +48,8 @@ def test_processes_equal_one(case, launched, alone):
         if key.startswith("watched"):
             continue
         assert all(torch.equal(first[key], other[key]) for other in others), key
-        if any(name in key for name in ("transport", "loss", "perplexity", "accuracy")):
-            torch.testing.assert_close(first[key], tensor, rtol=2e-3, atol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
+        if any(name in key for name in ("transport", "loss", "perplexity", "accuracy")):  # means of batches
+            torch.testing.assert_close(first[key], tensor, rtol=5e-3, atol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
         else:
             torch.testing.assert_close(first[key], tensor, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
 
