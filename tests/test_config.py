@@ -27,6 +27,7 @@ OWN_FIELDS = {
     "stage_residency": "all",
     "feature_cache": "none",
     "cache_views": None,
+    "stage_parallel": False,
     "model_card": True,
 }
 

@@ -41,7 +41,7 @@ SETTINGS = {
     "bf16": ("bert", {"bf16": True, "max_grad_norm": 0, "stage_clipping": False}),
     "resumed": ("bert", RESUMING),
     "resumed_by_two": ("bert", RESUMING),
-    "twice": ("vit", {"max_steps": 5, "gradient_checkpointing": True, "optim": "adagrad"}),
+    "twice": ("vit", {"max_steps": 5, "activation_checkpointing": True, "optim": "adagrad"}),
     "dropout": ("vit", {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}),
     "dropout_resumed": ("vit", {"max_steps": 4}),
 }
