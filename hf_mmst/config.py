@@ -269,12 +269,6 @@ class MMSTConfig(TrainingArguments):
                 "With several processes the stages' gradients would not be averaged under "
                 "ddp_find_unused_parameters=False or ddp_static_graph=True. Leave both unset."
             )
-        for name in ("deepspeed", "fsdp", "torch_compile"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not supported: its wrapper around the model would train "
-                    f"the stages wrongly. Leave {name} unset; several GPUs are used through `accelerate launch`."
-                )
 
 
 OWN_FIELDS = {f.name for f in fields(MMSTConfig)} - {f.name for f in fields(TrainingArguments)}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.loss.loss_utils import LOSS_MAPPING, ForSequenceClassificationLoss
@@ -17,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 from transformers.utils import logging
 
+from .compiling import compiled, take_compilation
 from .config import MMSTConfig
 from .coupled import CoupledResidency
 from .evaluation import StageMetrics, pack, unpack
@@ -33,6 +33,7 @@ from .residency import Residency
 from .stagewise import StageStep, Stagewise
 from .stepping import clip_by_stage, parameters_by_stage, step_stage, steps_elementwise
 from .transport import TransportWeights
+from .wrappers import numel
 
 logger = logging.get_logger(__name__)
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what the host sets on a layer
@@ -107,6 +108,10 @@ class MMSTTrainer(StageCards):
         if self._cut_model is model:
             return
         self.args.check_stages()
+        with self._wrapper.whole(model):
+            self._cut_whole(model)
+
+    def _cut_whole(self, model: nn.Module) -> None:
         self.partition, ends = self._partition(model)
         num_stages = self.partition.num_stages
         if num_stages > 1:
@@ -120,7 +125,8 @@ class MMSTTrainer(StageCards):
             *self._last_layers(model, [end.width for end in ends]),
         )
         self.heads.to(device=self.args.device, dtype=_dtype(model))
-        self._engine = Stagewise(model, self.partition, self.heads, self.args.transport_norm)
+        first = self._wrapper.hooks_first
+        self._engine = Stagewise(model, self.partition, self.heads, self.args.transport_norm, first)
         self._weights = TransportWeights(self.args.transport_schedule, self.args.transport_weight, num_stages)
         self._order = Order.build("simultaneous", num_stages, 1, 1)
         self._segment = self._order.at(0)
@@ -130,7 +136,7 @@ class MMSTTrainer(StageCards):
             kind = CoupledResidency if self._couples() else Residency
             self._residency = kind(model, self.partition, self.args.device, self.args.output_dir)
         self._cut_model = model
-        self._stage_parameters = parameters_by_stage(model, self.partition, self.heads)
+        self._share_out()
         self._own_head = classifier(model, self.heads.num_labels)
 
     def _partition(self, model: nn.Module) -> tuple[Partition, list[LayerProfile]]:
@@ -177,18 +183,7 @@ class MMSTTrainer(StageCards):
         return [model.get_submodule(name) for name in layers[len(layers) - number :]], norm
 
     def _refuse_wrappers(self) -> None:
-        for name in ("deepspeed", "fsdp"):
-            if getattr(self, f"is_{name}_enabled"):
-                raise ValueError(
-                    f"{name} is switched on in the accelerate configuration: its wrapper around the model would train "
-                    "the stages wrongly. Use a configuration without it; several GPUs need no wrapper but "
-                    "`accelerate launch`'s own."
-                )
-        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-            raise ValueError(
-                "torch.compile is switched on in the accelerate configuration: compiled as a whole, the model would "
-                "silently leave stages untrained. Set dynamo_backend to no."
-            )
+        self._wrapper.refuse(self.args)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process, which nn.DataParallel cannot train in stages. "
@@ -260,14 +255,15 @@ class MMSTTrainer(StageCards):
         core = self._core()
         layers = [len(stage) for stage in self.partition.stages]
         trainable = [
-            sum(p.numel() for name in stage for p in core.get_submodule(name).parameters() if p.requires_grad)
+            sum(numel(p) for name in stage for p in core.get_submodule(name).parameters() if p.requires_grad)
             for stage in self.partition.stages
         ]
-        others = sum(p.numel() for p in core.parameters() if p.requires_grad) - sum(trainable)
+        heads = sum(numel(p) for p in self.heads.parameters() if p.requires_grad)
+        others = sum(numel(p) for p in core.parameters() if p.requires_grad) - sum(trainable)
         return (
             f"hf_mmst: {len(layers)} stages of {_joined(layers)} layers, {self.args.stage_order}; trainable "
             f"parameters {_joined(trainable)} in the layers, {others:,} around them, "
-            f"{sum(p.numel() for p in self.heads.parameters() if p.requires_grad):,} in auxiliary heads"
+            f"{heads:,} in auxiliary heads"
         )
 
     def create_optimizer(self, model=None):
@@ -275,6 +271,7 @@ class MMSTTrainer(StageCards):
         self._cut()
         core = self._core()
         core.add_module(HEADS, self.heads)
+        self._share_out()
         # Every stage's loss steps back through these, which DistributedDataParallel takes for an error.
         shared = [f"{HEADS}.layers.{name}" for name, _ in self.heads.layers.named_parameters()]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(core, shared)
@@ -294,6 +291,10 @@ class MMSTTrainer(StageCards):
             self._residency.watch(optimizer)
         return optimizer
 
+    def _share_out(self) -> None:
+        """Share the parameters out over the stages; sharding puts others in their place."""
+        self._stage_parameters = parameters_by_stage(self._core(), self.partition, self.heads)
+
     def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
         args, core = self.args, self._core()
         factor = PRETRAINED_FACTOR if len(self.heads) and is_pretrained(core) else 1.0
@@ -305,8 +306,9 @@ class MMSTTrainer(StageCards):
             split_groups(optimizer, factors)
 
     def create_accelerator_and_postprocess(self):
-        """As the host's; layers at rest are not moved to the device."""
+        """As the host's; layers at rest are not moved to the device, and compiled layer by layer."""
         super().create_accelerator_and_postprocess()
+        self._compilation = take_compilation(self.accelerator)
         if self.args.stage_residency == "stage":
             self.accelerator.device_placement = False
 
@@ -415,15 +417,16 @@ class MMSTTrainer(StageCards):
             return (loss * scale, outputs) if return_outputs else loss * scale
         mask = inputs.get("attention_mask")
         given = self._cache.get(stages[0], keys, mask) if self._cache is not None else None
-        with self._engine.step(
+        learning = self._engine.step(
             criterion=lambda logits: self._criterion(logits, labels, num_items_in_batch),
             weights=[self._weights[stage] for stage in range(self.partition.num_stages)],
             stages=stages,
             mask=mask,
-            backward=lambda loss: self.accelerator.backward(loss * scale),
+            backward=lambda loss: self._wrapper.backward(loss * scale),
             learned=self._step_early,
             given=given and (given[0], given[1].to(self.args.device)),
-        ) as step:
+        )
+        with self._wrapper.forward(self._core(), self.partition), learning as step:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self._cache is not None and step.features is not None and (given is None or given[0] < stages[0]):
             self._cache.add(stages[0], keys, mask, step.features)
@@ -442,6 +445,7 @@ class MMSTTrainer(StageCards):
             and (self.args.stage_clipping or self.args.max_grad_norm == 0)
             and self.args.gradient_accumulation_steps == 1
             and self.args.world_size == 1
+            and self._wrapper.steps_alone
             and self.accelerator.scaler is None
             and steps_elementwise(self.optimizer)
         ):
@@ -477,7 +481,7 @@ class MMSTTrainer(StageCards):
     def training_step(self, *args, **kwargs):
         """As the host's; in the coupled order, the layer that the backward pass ended at is put to rest."""
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients and not self._wrapper.reduces_all:
             for parameter in self.heads.layers.parameters():
                 if parameter.grad is not None:
                     parameter.grad = self._mean(parameter.grad)
@@ -572,11 +576,16 @@ class _StageCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._refuse_checkpointing()
+        self.trainer._share_out()
         if state.is_world_process_zero:
             print(self.trainer._summary())
         if self.trainer._residency is not None:
             self.trainer._residency.rest()  # optimizer states of a checkpoint are on the device now
             self.trainer._streams.enter_context(self.trainer._residency.streaming())
+        if self.trainer._compilation is not None:
+            layers = [self.trainer._core().get_submodule(name) for name in self.trainer.partition.layers]
+            layers += self.trainer.heads.layers
+            self.trainer._streams.enter_context(compiled(layers, **self.trainer._compilation))
         self.trainer._begin_step(state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
