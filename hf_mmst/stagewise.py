@@ -74,7 +74,7 @@ class Stagewise:
         heads (`StageHeads`): auxiliary heads of stages 1 .. K-1.
         transport_norm (`str`): see [`movement`].
         hooks_first (`bool`): whether a stage ends before the hooks run that others have put on its last layer, so that
-            recorders of hidden states see what the next stage sees; after them where a wrapper's have to run first.
+            recorders of hidden states see what the next stage sees; if not, theirs run within its own.
     """
 
     def __init__(
@@ -178,10 +178,11 @@ class Stagewise:
             for name in self.partition.layers:
                 layer = self.model.get_submodule(name)
                 if before is not None:
-                    hook = layer.register_forward_pre_hook(functools.partial(before, name), with_kwargs=True)
+                    beginning = functools.partial(before, name)
+                    hook = layer.register_forward_pre_hook(beginning, with_kwargs=True, prepend=not self._first)
                     stack.callback(hook.remove)
-                hook = functools.partial(after, name)
-                hook = layer.register_forward_hook(hook, with_kwargs=True, prepend=self._first)
+                ending = functools.partial(after, name)
+                hook = layer.register_forward_hook(ending, with_kwargs=True, prepend=self._first)
                 stack.callback(hook.remove)
             yield
 

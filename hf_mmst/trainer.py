@@ -272,6 +272,7 @@ class MMSTTrainer(StageCards):
         core = self._core()
         core.add_module(HEADS, self.heads)
         self._share_out()
+        self._wrapper.prepare(core, self.partition)
         # Every stage's loss steps back through these, which DistributedDataParallel takes for an error.
         shared = [f"{HEADS}.layers.{name}" for name, _ in self.heads.layers.named_parameters()]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(core, shared)

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
 from .config import MMSTConfig
@@ -43,6 +44,9 @@ class Wrapper:
         Raises:
             `ValueError`: saying what to set.
         """
+
+    def prepare(self, model: nn.Module, partition: Partition) -> None:
+        """Say what the wrapper has to know of the stages, before it is put around the model."""
 
     def backward(self, loss: torch.Tensor) -> None:
         """Step back through the loss of a stage that is not the last."""
@@ -91,6 +95,13 @@ class FullyShardedWrapper(Wrapper):
             )
         _refuse_for_shards("FSDP", args)
         _refuse_cache("FSDP", args)
+
+    def prepare(self, model: nn.Module, partition: Partition) -> None:
+        """Gather parameters layer by layer, if nothing else is set: what models say themselves is not made for it."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None:
+            kinds = {type(model.get_submodule(name)).__name__ for name in partition.layers}
+            plugin.transformer_cls_names_to_wrap = sorted(kinds)
 
     @contextlib.contextmanager
     def forward(self, model: nn.Module, partition: Partition) -> Iterator[None]:
