@@ -8,6 +8,8 @@ import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import nn
 
+from .config import MMSTConfig
+
 
 def take_compilation(accelerator: Any) -> dict[str, Any] | None:
     """
@@ -22,6 +24,29 @@ def take_compilation(accelerator: Any) -> dict[str, Any] | None:
         return None
     accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
     return plugin.to_kwargs()
+
+
+def refuse_compilation(args: MMSTConfig, compilation: dict[str, Any]) -> None:
+    """
+    Refuse what cannot be compiled.
+
+    Raises:
+        `ValueError`: saying what to set.
+    """
+    if args.stage_residency != "stage":
+        return
+    if args.coupled_laps or args.stage_order == "coupled":
+        setting = f"coupled_laps={args.coupled_laps}" if args.coupled_laps else 'stage_order="coupled"'
+        raise ValueError(
+            f"{setting} brings layers to the device while they are recomputed, which cannot be compiled. Set "
+            "torch_compile=False (dynamo_backend to no in the accelerate configuration), or another stage_order."
+        )
+    if compilation.get("mode") in ("reduce-overhead", "max-autotune"):
+        raise ValueError(
+            f"The mode {compilation['mode']} of torch.compile needs weights that stay where they are, but with "
+            'stage_residency="stage" they move. Set torch_compile_mode to "default" or '
+            '"max-autotune-no-cudagraphs", or stage_residency="all".'
+        )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 from transformers.utils import logging
 
-from .compiling import compiled, take_compilation
+from .compiling import compiled, refuse_compilation, take_compilation
 from .config import MMSTConfig
 from .coupled import CoupledResidency
 from .evaluation import StageMetrics, pack, unpack
@@ -183,7 +183,9 @@ class MMSTTrainer(StageCards):
         return [model.get_submodule(name) for name in layers[len(layers) - number :]], norm
 
     def _refuse_wrappers(self) -> None:
-        self._wrapper.refuse(self.args)
+        self._wrapper.refuse(self.args, self._compilation is not None)
+        if self._compilation is not None:
+            refuse_compilation(self.args, self._compilation)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process, which nn.DataParallel cannot train in stages. "
@@ -272,7 +274,7 @@ class MMSTTrainer(StageCards):
         core = self._core()
         core.add_module(HEADS, self.heads)
         self._share_out()
-        self._wrapper.prepare(core, self.partition)
+        self._wrapper.prepare(core, self.partition, self.heads)
         # Every stage's loss steps back through these, which DistributedDataParallel takes for an error.
         shared = [f"{HEADS}.layers.{name}" for name, _ in self.heads.layers.named_parameters()]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(core, shared)
@@ -440,6 +442,11 @@ class MMSTTrainer(StageCards):
 
     def _step_early(self, stage: int, shared: bool) -> None:
         """Step a stage right after its backward, where that makes no difference but to memory."""
+        if shared and not self._wrapper.takes_shared:
+            raise ValueError(
+                f"The layers of {type(self._core()).__name__} share an input that learns, such as a position bias, and "
+                "DeepSpeed cannot add up its gradients over the stages. Use FSDP, or set num_stages=1."
+            )
         self._shares_gradients |= shared
         if (
             not self._shares_gradients

@@ -12,6 +12,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
 from .config import MMSTConfig
+from .heads import StageHeads
 from .partition import Partition
 
 
@@ -26,26 +27,32 @@ class Wrapper:
         own_files (`bool`): whether it resumes from files of its own, which hold the heads with the model.
         reduces_all (`bool`): whether gradients that several stages' losses add to are averaged over the processes.
         steps_alone (`bool`): whether the optimizer can step the parameters of one stage.
+        takes_shared (`bool`): whether gradients of side inputs that layers share may come by themselves.
         hooks_first (`bool`): whether stages end before the wrapper's own hooks on a layer have run.
     """
 
     own_files = False
     reduces_all = False
     steps_alone = True
+    takes_shared = True
     hooks_first = True
 
     def __init__(self, accelerator: Any):
         self.accelerator = accelerator
 
-    def refuse(self, args: MMSTConfig) -> None:
+    def refuse(self, args: MMSTConfig, compiles: bool) -> None:
         """
         Refuse what cannot be.
+
+        Args:
+            args ([`MMSTConfig`]): the settings.
+            compiles (`bool`): whether layers are compiled.
 
         Raises:
             `ValueError`: saying what to set.
         """
 
-    def prepare(self, model: nn.Module, partition: Partition) -> None:
+    def prepare(self, model: nn.Module, partition: Partition, heads: StageHeads) -> None:
         """Say what the wrapper has to know of the stages, before it is put around the model."""
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -81,7 +88,7 @@ class FullyShardedWrapper(Wrapper):
     steps_alone = False
     hooks_first = False
 
-    def refuse(self, args: MMSTConfig) -> None:
+    def refuse(self, args: MMSTConfig, compiles: bool) -> None:
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.fsdp_version == 1:
             raise ValueError(
@@ -96,7 +103,7 @@ class FullyShardedWrapper(Wrapper):
         _refuse_for_shards("FSDP", args)
         _refuse_cache("FSDP", args)
 
-    def prepare(self, model: nn.Module, partition: Partition) -> None:
+    def prepare(self, model: nn.Module, partition: Partition, heads: StageHeads) -> None:
         """Gather parameters layer by layer, if nothing else is set: what models say themselves is not made for it."""
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None:
@@ -130,6 +137,7 @@ class DeepSpeedWrapper(Wrapper):
     own_files = True
     reduces_all = True
     steps_alone = False
+    takes_shared = False
     hooks_first = False
 
     def __init__(self, accelerator: Any):
@@ -137,7 +145,7 @@ class DeepSpeedWrapper(Wrapper):
         self._config = accelerator.state.deepspeed_plugin.deepspeed_config
         self.zero_stage = accelerator.state.deepspeed_plugin.zero_stage
 
-    def refuse(self, args: MMSTConfig) -> None:
+    def refuse(self, args: MMSTConfig, compiles: bool) -> None:
         _refuse_for_shards("DeepSpeed", args)
         for name in ("optimizer", "scheduler"):
             if name in self._config:
@@ -146,6 +154,13 @@ class DeepSpeedWrapper(Wrapper):
                     f"knows neither heads nor stages. Leave {name} out of it, and set optim, learning_rate and "
                     "lr_scheduler_type of MMSTConfig."
                 )
+        if args.stage_order != "simultaneous" or args.coupled_laps:
+            rest = "heads" if args.stage_order == "simultaneous" else "stages"
+            name, value = ("coupled_laps", 0) if rest == "heads" else ("stage_order", '"simultaneous"')
+            raise ValueError(
+                f"{name}={getattr(args, name)!r}, but DeepSpeed steps all parameters at once, and so moves also those of "
+                f"{rest} that rest, by momentum and weight decay. Set {name}={value}, or use FSDP."
+            )
         if args.stage_clipping:
             raise ValueError(
                 "stage_clipping=True, but DeepSpeed clips the gradients of all stages together. Set "
@@ -153,12 +168,27 @@ class DeepSpeedWrapper(Wrapper):
             )
         if self.zero_stage == 3:
             _refuse_cache("ZeRO stage 3", args)
+            if compiles:
+                raise ValueError(
+                    "torch.compile is switched on, but ZeRO stage 3 gathers parameters inside of the layers that would "
+                    "be compiled. Set torch_compile=False (dynamo_backend to no in the accelerate configuration), "
+                    "zero_optimization.stage to 2 in the DeepSpeed configuration, or use FSDP."
+                )
             if args.activation_checkpointing:
                 raise ValueError(
                     "activation_checkpointing=True, but a layer that ZeRO stage 3 gathers is not found again when a "
                     "stage's backward pass recomputes it. Set zero_optimization.stage to 2 in the DeepSpeed "
                     "configuration, or activation_checkpointing=False, or use FSDP."
                 )
+
+    def prepare(self, model: nn.Module, partition: Partition, heads: StageHeads) -> None:
+        """Refuse heads with layers where gradients of several backward passes are not added up."""
+        if self.zero_stage == 3 and len(heads.layers) > 0:
+            raise ValueError(
+                f"The heads have {len(heads.layers)} layers, which learn from the losses of several stages, but ZeRO "
+                "stage 3 keeps the gradient of the last one only. Set head_layers=0, or zero_optimization.stage to 2 "
+                "in the DeepSpeed configuration, or use FSDP."
+            )
 
     def backward(self, loss: torch.Tensor) -> None:
         engine = self.accelerator.deepspeed_engine_wrapped.engine
@@ -171,7 +201,7 @@ class DeepSpeedWrapper(Wrapper):
         if not sharded:
             yield
             return
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters(sharded):
             yield

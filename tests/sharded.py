@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -35,11 +34,13 @@ RUNS = {
     "swin": {"stage_boundaries": ["swin.encoder.layers.0.blocks.0", "swin.encoder.layers.1.blocks.1"]},
     "beit": {"max_grad_norm": 0.5},
     "distilbert": {"bf16": True},
+    "roberta": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "adamw_torch", "adam_epsilon": 0.01},
 }
 FSDP = {
     "vit": {"stage_clipping": True, "activation_checkpointing": True, "torch_compile_backend": "eager"},
     "swin": {"fsdp_config": {"transformer_layer_cls_to_wrap": ["SwinStage"]}},
 }
+RESUMED = {"fsdp": "bert", "zero2": "bert", "zero3": "roberta"}
 DEEPSPEED = {
     "zero_optimization": {"stage": 2, "stage3_gather_16bit_weights_on_model_save": True},
     "train_micro_batch_size_per_gpu": "auto",
@@ -71,18 +72,37 @@ def trainer(kind: str, folder: str, name: str, **settings) -> MMSTTrainer:
     settings = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.05, "save_steps": 2, **settings}
     args = MMSTConfig(
         folder,
-        **{"num_stages": 3, "transport_weight": 1.0, "logging_steps": 1, "report_to": "none", "disable_tqdm": True},
+        num_stages=3,
+        transport_weight=1.0,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
         **settings,
         **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 8 // size),
     )
     set_seed(0)
     return (OnCPU if kind == "fsdp" else MMSTTrainer)(
-        make(name),
+        loaded_in_shards(folder, name) if kind == "zero3" else make(name),
         args,
         train_dataset=Samples(name, 32),
         eval_dataset=Samples(name, 16, seed=1),
         compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
     )
+
+
+def loaded_in_shards(folder: str, name: str) -> torch.nn.Module:
+    """The model, as `from_pretrained` makes it where ZeRO stage 3 is switched on: each process has a part."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    model = make(name)
+    model.save_pretrained(f"{folder}.init")  # in the main process
+    PartialState().wait_for_everyone()
+    rates = {key: 0.0 for key, value in vars(model.config).items() if "drop" in key and isinstance(value, float)}
+    model = type(model).from_pretrained(f"{folder}.init", **rates)
+    assert any(p.numel() < p.ds_numel for p in model.parameters())
+    model.config.name_or_path = ""  # its settings are those of a model from scratch
+    return model.train()
 
 
 def settings_of(kind: str, name: str) -> dict:
@@ -93,14 +113,16 @@ def settings_of(kind: str, name: str) -> dict:
     if kind == "fsdp":
         return settings | {"fsdp": True, **FSDP.get(name, {})}
     zero = DEEPSPEED["zero_optimization"] | {"stage": int(kind[-1])}
-    return settings | {"use_cpu": False, "deepspeed": DEEPSPEED | {"zero_optimization": zero}}
+    return settings | {"deepspeed": DEEPSPEED | {"zero_optimization": zero}}
 
 
 def found(trained: MMSTTrainer) -> dict[str, torch.Tensor]:
     """Weights, heads, metrics and logs of a run, whole; to be called in each process."""
     tensors = trained._wrapper.state_dict(trained.model)
     tensors |= {f"{HEADS}.{key}": value for key, value in trained._wrapper.state_dict(trained.heads).items()}
-    tensors |= {key: torch.tensor(value) for key, value in trained.evaluate().items() if "loss" in key or "accuracy" in key}
+    tensors |= {
+        key: torch.tensor(value) for key, value in trained.evaluate().items() if "loss" in key or "accuracy" in key
+    }
     logged = [entry for entry in trained.state.log_history if "stage_1_loss" in entry]
     names = [key for key in logged[-1] if "loss" in key or "transport" in key or key == "grad_norm"]
     tensors["best"] = torch.tensor(int((trained.state.best_model_checkpoint or "-0").rpartition("-")[2]))
@@ -115,11 +137,15 @@ def train(kind: str, folder: str, name: str, resume: str | None = None, **settin
 
 def main(kind: str, folder: str, *names: str) -> None:
     torch.set_num_threads(1)
+    if kind.startswith("zero"):
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, which takes a minute
     for name in names:
         done = train(kind, f"{folder}/{name}", name)
         rank = PartialState().process_index
         save_file(done, f"{folder}/{kind}.{name}.{rank}")
-        if kind != "alone" and name == "bert":
+        if name == RESUMED.get(kind):
             resumed = train(kind, f"{folder}/{name}", name, resume=f"{folder}/{name}/checkpoint-2")
             save_file(resumed, f"{folder}/{kind}.resumed.{rank}")
     sys.stdout.flush()
