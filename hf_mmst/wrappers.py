@@ -158,8 +158,8 @@ class DeepSpeedWrapper(Wrapper):
             rest = "heads" if args.stage_order == "simultaneous" else "stages"
             name, value = ("coupled_laps", 0) if rest == "heads" else ("stage_order", '"simultaneous"')
             raise ValueError(
-                f"{name}={getattr(args, name)!r}, but DeepSpeed steps all parameters at once, and so moves also those of "
-                f"{rest} that rest, by momentum and weight decay. Set {name}={value}, or use FSDP."
+                f"{name}={getattr(args, name)!r}, but DeepSpeed steps all parameters, and so moves {rest} that "
+                f"rest, too, by momentum and weight decay. Set {name}={value}, or use FSDP."
             )
         if args.stage_clipping:
             raise ValueError(
