@@ -14,7 +14,9 @@ from sharded import RESUMED, train
 from transformers import AutoModelForSequenceClassification
 
 from hf_mmst import MMSTConfig, load_stages
+from hf_mmst.compiling import refuse_compilation
 from hf_mmst.heads import HEADS
+from hf_mmst.partition import Partition
 from hf_mmst.wrappers import DeepSpeedWrapper, FullyShardedWrapper, Wrapper, wrapper_of
 
 WORKER = Path(__file__).with_name("sharded.py")
@@ -96,7 +98,7 @@ def test_checkpoints_are_plain_models_with_their_heads(shards):
 
 
 def fsdp(**plugin):
-    plugin = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", **plugin}
+    plugin = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", "auto_wrap_policy": None, **plugin}
     return FullyShardedWrapper(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**plugin))))
 
 
@@ -139,6 +141,50 @@ def test_what_can_be_is_not_refused(tmp_path):
         wrapper.refuse(simultaneous, compiles=True)
     sequential = MMSTConfig(str(tmp_path), use_cpu=True, stage_order="sequential", stage_clipping=True)
     fsdp().refuse(sequential, compiles=False)
+
+
+SETTINGS = {
+    '`stage_order="simultaneous"`': {},
+    '`stage_order="sequential"`, `"multi_lap"`': {"stage_order": "sequential"},
+    "`coupled_laps`": {"coupled_laps": 1},
+    '`stage_order="coupled"`': {"stage_order": "coupled"},
+    "`head_layers`": {"head_layers": 1},
+    "accumulation, `max_grad_norm`": {"gradient_accumulation_steps": 2},
+    "`stage_clipping`": {"stage_clipping": True},
+    "`activation_checkpointing`": {"activation_checkpointing": True},
+    '`stage_residency="stage"`': {"stage_order": "sequential", "stage_residency": "stage"},
+    "`feature_cache`": {"stage_order": "sequential", "feature_cache": "disk"},
+    "`memory_budget`": {"memory_budget": "1GiB"},
+    "`torch_compile`": {"torch_compile": True},
+}
+
+
+def combinations(folder):
+    """What works with what, as the README says it."""
+
+    def works(wrapper, settings):
+        args = MMSTConfig(str(folder), use_cpu=True, **settings)
+        try:
+            if wrapper is None:
+                refuse_compilation(args, {})
+            else:
+                wrapper.refuse(args, args.torch_compile)
+                model = SimpleNamespace(get_submodule=lambda name: None)
+                wrapper.prepare(model, Partition(()), SimpleNamespace(layers=[None] * (args.head_layers or 0)))
+        except ValueError:
+            return "-"
+        return "yes"
+
+    columns = {"FSDP2": fsdp(), "ZeRO-1, ZeRO-2": deepspeed(2), "ZeRO-3": deepspeed(3), "`torch_compile`": None}
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, settings in SETTINGS.items():
+        lines.append(" | ".join([f"| {name}", *(works(wrapper, settings) for wrapper in columns.values())]) + " |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_combinations_is_true(tmp_path):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    assert text.partition("<!-- wrappers -->\n")[2].partition("\n<!-- /wrappers -->")[0] == combinations(tmp_path)
 
 
 def test_heads_with_layers_are_refused_where_their_gradients_are_not_added_up():
