@@ -109,6 +109,14 @@ class FullyShardedWrapper(Wrapper):
         if plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None:
             kinds = {type(model.get_submodule(name)).__name__ for name in partition.layers}
             plugin.transformer_cls_names_to_wrap = sorted(kinds)
+        kinds = {*(plugin.transformer_cls_names_to_wrap or ())} if plugin.activation_checkpointing else set()
+        for name, module in model.named_modules():
+            if type(module).__name__ in kinds and any(_is_inside(end, name) for end in partition.boundaries[:-1]):
+                raise ValueError(
+                    f"FSDP's activation checkpointing runs {name} twice as a whole, although a stage ends within it. "
+                    f"Leave {type(module).__name__} out of transformer_layer_cls_to_wrap in fsdp_config, or "
+                    "activation_checkpointing."
+                )
 
     @contextlib.contextmanager
     def forward(self, model: nn.Module, partition: Partition) -> Iterator[None]:

@@ -11,12 +11,15 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from sharded import RESUMED, train
+from torch import nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoModelForSequenceClassification
+from zoo import make
 
 from hf_mmst import MMSTConfig, load_stages
 from hf_mmst.compiling import refuse_compilation
 from hf_mmst.heads import HEADS
-from hf_mmst.partition import Partition
+from hf_mmst.partition import Partition, find_layers
 from hf_mmst.wrappers import DeepSpeedWrapper, FullyShardedWrapper, Wrapper, wrapper_of
 
 WORKER = Path(__file__).with_name("sharded.py")
@@ -99,6 +102,7 @@ def test_checkpoints_are_plain_models_with_their_heads(shards):
 
 def fsdp(**plugin):
     plugin = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", "auto_wrap_policy": None, **plugin}
+    plugin = {"activation_checkpointing": False, **plugin}
     return FullyShardedWrapper(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**plugin))))
 
 
@@ -169,8 +173,7 @@ def combinations(folder):
                 refuse_compilation(args, {})
             else:
                 wrapper.refuse(args, args.torch_compile)
-                model = SimpleNamespace(get_submodule=lambda name: None)
-                wrapper.prepare(model, Partition(()), SimpleNamespace(layers=[None] * (args.head_layers or 0)))
+                wrapper.prepare(nn.Module(), Partition(()), SimpleNamespace(layers=[None] * (args.head_layers or 0)))
         except ValueError:
             return "-"
         return "yes"
@@ -191,6 +194,18 @@ def test_heads_with_layers_are_refused_where_their_gradients_are_not_added_up():
     with pytest.raises(ValueError, match="The heads have 1 layers.*Set head_layers=0"):
         deepspeed(3).prepare(None, None, SimpleNamespace(layers=[None]))
     deepspeed(2).prepare(None, None, SimpleNamespace(layers=[None]))
+
+
+def test_layers_are_what_is_gathered_and_checkpointed():
+    plugin = {"auto_wrap_policy": transformer_auto_wrap_policy, "transformer_cls_names_to_wrap": None}
+    model = make("swin")
+    partition = Partition.by_cost(find_layers(model), 6)
+    wrapper = fsdp(**plugin, activation_checkpointing=True)
+    wrapper.prepare(model, partition, None)
+    assert wrapper.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap == ["SwinLayer"]
+    wrapper = fsdp(**plugin | {"transformer_cls_names_to_wrap": ["SwinStage"]}, activation_checkpointing=True)
+    with pytest.raises(ValueError, match="runs swin.encoder.layers.0 twice.*Leave SwinStage out"):
+        wrapper.prepare(model, partition, None)
 
 
 def test_a_process_alone_has_no_wrapper():
