@@ -186,6 +186,11 @@ class MMSTTrainer(StageCards):
         self._wrapper.refuse(self.args, self._compilation is not None)
         if self._compilation is not None:
             refuse_compilation(self.args, self._compilation)
+        if self.is_fsdp_xla_enabled or getattr(self, "is_distributed_loading_by_transformers", False):
+            what = "FSDP on XLA" if self.is_fsdp_xla_enabled else "A model that was put in shards when it was loaded"
+            raise ValueError(
+                f"{what} cannot be trained in stages. Load the model whole, and set fsdp=True without xla."
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process, which nn.DataParallel cannot train in stages. "

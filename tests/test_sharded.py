@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from sharded import RESUMED, train
+from sharded import RESUMED, train, trainer
 from torch import nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoModelForSequenceClassification
@@ -206,6 +206,13 @@ def test_layers_are_what_is_gathered_and_checkpointed():
     wrapper = fsdp(**plugin | {"transformer_cls_names_to_wrap": ["SwinStage"]}, activation_checkpointing=True)
     with pytest.raises(ValueError, match="runs swin.encoder.layers.0 twice.*Leave SwinStage out"):
         wrapper.prepare(model, partition, None)
+
+
+def test_a_model_that_is_in_shards_already_is_refused(tmp_path):
+    made = trainer("alone", str(tmp_path), "vit", use_cpu=True)
+    made.is_distributed_loading_by_transformers = True
+    with pytest.raises(ValueError, match="put in shards when it was loaded.*Load the model whole, and set fsdp=True"):
+        made._refuse_wrappers()
 
 
 def test_a_process_alone_has_no_wrapper():
