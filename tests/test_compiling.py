@@ -1,5 +1,6 @@
 """Layers that are compiled one by one: the numbers of eager layers, few graphs, and nothing left behind."""
 
+import os
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ from test_trainer import trainer, weights
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback, set_seed
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # few graphs, for which starting processes takes longer
 RESIDENT = {"stage_order": "sequential", "max_steps": 9, "stage_residency": "stage"}
 
 
@@ -42,8 +44,7 @@ def run(folder, name, watch=None, **settings):
         ),
     ],
 )
-def test_the_numbers_are_those_of_eager_layers(name, backend, settings, kinds, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # few graphs, for which starting more takes longer
+def test_the_numbers_are_those_of_eager_layers(name, backend, settings, kinds, tmp_path):
     torch._dynamo.reset()
     counters.clear()
     watch = Graphs()
