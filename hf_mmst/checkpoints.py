@@ -4,8 +4,10 @@ import functools
 import os
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -15,8 +17,9 @@ from .config import OWN_FIELDS, MMSTConfig
 from .heads import HEADS, StageHeads
 from .partition import Partition
 from .shares import load_own
-from .stages import HEADS_NAME, JSON_NAME, Stages, load_stages, save_stages
+from .stages import HEADS_NAME, JSON_NAME, Stages, read_stages, save_stages
 from .transport import TransportWeights
+from .wrappers import Wrapper, wrapper_of
 
 
 class StageCheckpoints(Trainer):
@@ -31,16 +34,21 @@ class StageCheckpoints(Trainer):
     _cut: Callable[[], None]
     _mean: Callable[[torch.Tensor], torch.Tensor]
 
+    @property
+    def _wrapper(self) -> Wrapper:
+        """What is around the model when it trains."""
+        return wrapper_of(self.accelerator)
+
     def _save(self, output_dir=None, state_dict=None):
-        """A plain checkpoint of the model, and its stages beside it."""
+        """A plain checkpoint of the model, and its stages beside it; of a model in shards, in each process."""
         output_dir = output_dir if output_dir is not None else self.args.output_dir
+        heads = self._wrapper.state_dict(self.heads)
         state_dict = self._core().state_dict() if state_dict is None else state_dict
         super()._save(output_dir, {k: v for k, v in state_dict.items() if not k.startswith(f"{HEADS}.")})
         if self.args.should_save:
             config = {name: getattr(self.args, name) for name in sorted(OWN_FIELDS)}
-            heads = {k.removeprefix(f"{HEADS}."): v for k, v in state_dict.items() if k.startswith(f"{HEADS}.")}
-            stages = Stages(self.partition, self.heads, config, self._weights.state_dict())
-            save_stages(output_dir, stages, heads or None)
+            heads |= {k.removeprefix(f"{HEADS}."): v for k, v in state_dict.items() if k.startswith(f"{HEADS}.")}
+            save_stages(output_dir, Stages(self.partition, self.heads, config, self._weights.state_dict()), heads)
 
     def _save_checkpoint(self, model, trial):
         """As the host's, written beside and renamed: a folder `checkpoint-<step>` is whole or not there."""
@@ -87,40 +95,49 @@ class StageCheckpoints(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Weights, heads and transport weights, as they were saved."""
         self._cut()
-        stages = self._load_stages(resume_from_checkpoint)
-        self._weights.load_state_dict(stages.transport_state)
+        self._weights.load_state_dict(self._check_stages(resume_from_checkpoint)["transport_state"])
         if not self._load_weights(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """As the host's; with DeepSpeed, which loads the weights by itself, transport weights, too."""
+        if checkpoint is not None and self.is_deepspeed_enabled:
+            self._weights.load_state_dict(self._check_stages(checkpoint)["transport_state"])
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_best_model(self):
         """Weights and heads of the best checkpoint."""
-        self._load_stages(self.state.best_model_checkpoint)
+        self._check_stages(self.state.best_model_checkpoint)
         if not self._load_weights(self.state.best_model_checkpoint):
             super()._load_best_model()
 
-    def _load_stages(self, folder: str) -> Stages:
-        stages = load_stages(folder, self._core())
-        if stages.partition != self.partition:
+    def _check_stages(self, folder: str) -> dict[str, Any]:
+        """What `folder` says of its stages, which must be those of this run."""
+        content = read_stages(folder)
+        partition = Partition(tuple(tuple(stage) for stage in content["stages"]))
+        if partition != self.partition:
             raise ValueError(
-                f"{folder} was cut into stages after {', '.join(stages.partition.boundaries)}, this run after "
+                f"{folder} was cut into stages after {', '.join(partition.boundaries)}, this run after "
                 f"{', '.join(self.partition.boundaries)}. Set stage_boundaries to the former, or start anew."
             )
-        number, own = len(stages.heads.layers), len(self.heads.layers)
+        number, own = content["heads"]["num_layers"], len(self.heads.layers)
         if number != own:
             raise ValueError(
                 f"{folder} has stage heads with {number} layers, this run with {own}. Set head_layers to {number}, or "
                 "start anew."
             )
-        self._refuse_differing(folder, load_own(self.heads, stages.heads.state_dict()))
-        return stages
+        return content
 
     def _load_weights(self, folder: str) -> bool:
         """
-        Load the model's weights by way of `from_pretrained`, if it is a plain Hugging Face model.
+        Load the heads, and the model's weights by way of `from_pretrained`, if it is a plain Hugging Face model.
 
         `save_pretrained` writes the key names of the Hub. Where those are not the module's own (ViT, DeiT, Swin, ...),
         the host's `load_state_dict(strict=False)` would restore nothing and only warn.
         """
+        if self._wrapper.own_files:
+            return False
+        self._refuse_differing(folder, load_own(self.heads, load_file(os.path.join(folder, HEADS_NAME))))
         model = self._core()
         if not isinstance(model, PreTrainedModel):
             return False

@@ -312,12 +312,6 @@ class MMSTConfig(TrainingArguments):
             )
         if self.stage_parallel:
             self._check_stage_parallel()
-        for name in ("deepspeed", "fsdp", "torch_compile"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not supported: its wrapper around the model would train "
-                    f"the stages wrongly. Leave {name} unset; several GPUs are used through `accelerate launch`."
-                )
 
     def _check_stage_parallel(self) -> None:
         for name, value in _STAGE_PARALLEL.items():

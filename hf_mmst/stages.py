@@ -84,7 +84,21 @@ def load_stages(name: str | os.PathLike, model: nn.Module | None = None) -> Stag
         `ValueError`: if they were written by a later version of the format, or the heads' layers cannot be made.
     """
     folder = checkpoint_folder(name)
-    path = folder / JSON_NAME
+    content = read_stages(folder)
+    partition = Partition(tuple(tuple(stage) for stage in content["stages"]))
+    number = content["heads"].pop("num_layers")
+    layers: list[nn.Module] = []
+    if number > 0:
+        model = _architecture(name) if model is None else model
+        layers = [model.get_submodule(name) for name in partition.layers[-number:]]
+    heads = StageHeads(**content["heads"], layers=layers)
+    heads.load_state_dict(load_file(folder / HEADS_NAME))
+    return Stages(partition, heads, content["config"], content["transport_state"])
+
+
+def read_stages(folder: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint's `stages.json` says. Errors: those of [`load_stages`]."""
+    path = Path(folder) / JSON_NAME
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} holds no {JSON_NAME}, so it was not written by MMSTTrainer. Pass a folder that was, or train "
@@ -96,15 +110,7 @@ def load_stages(name: str | os.PathLike, model: nn.Module | None = None) -> Stag
             f"{path} has format_version {content['format_version']}, this version of hf_mmst reads up to "
             f"{FORMAT_VERSION}. Upgrade hf_mmst."
         )
-    partition = Partition(tuple(tuple(stage) for stage in content["stages"]))
-    number = content["heads"].pop("num_layers")
-    layers: list[nn.Module] = []
-    if number > 0:
-        model = _architecture(name) if model is None else model
-        layers = [model.get_submodule(name) for name in partition.layers[-number:]]
-    heads = StageHeads(**content["heads"], layers=layers)
-    heads.load_state_dict(load_file(folder / HEADS_NAME))
-    return Stages(partition, heads, content["config"], content["transport_state"])
+    return content
 
 
 def _architecture(name: str | os.PathLike) -> nn.Module:

@@ -81,13 +81,23 @@ class Stagewise:
         partition (`Partition`): the cut.
         heads (`StageHeads`): auxiliary heads of stages 1 .. K-1.
         transport_norm (`str`): see [`movement`].
+        hooks_first (`bool`): whether a stage ends before the hooks run that others have put on its last layer, so that
+            recorders of hidden states see what the next stage sees; if not, theirs run within its own.
 
     Attributes:
         outputs (`dict[str, Any]`): what layers that did not learn returned, tensors left out, by name.
     """
 
-    def __init__(self, model: nn.Module, partition: Partition, heads: StageHeads, transport_norm: str = "relative"):
+    def __init__(
+        self,
+        model: nn.Module,
+        partition: Partition,
+        heads: StageHeads,
+        transport_norm: str = "relative",
+        hooks_first: bool = True,
+    ):
         self.model, self.partition, self.heads, self.norm = model, partition, heads, transport_norm
+        self._first = hooks_first
         self._stage_of = {name: k for k, stage in enumerate(partition.stages) for name in stage}
         self._ends = set(partition.boundaries)
         self.run_ends = {*run_ends(model, partition.layers), *partition.boundaries}
@@ -239,10 +249,11 @@ class Stagewise:
             for name in self.partition.layers:
                 layer = self.model.get_submodule(name)
                 if before is not None:
-                    hook = layer.register_forward_pre_hook(functools.partial(before, name), with_kwargs=True)
+                    beginning = functools.partial(before, name)
+                    hook = layer.register_forward_pre_hook(beginning, with_kwargs=True, prepend=not self._first)
                     stack.callback(hook.remove)
-                # First of the layer's hooks, so that recorders of hidden states see what the next stage sees.
-                hook = layer.register_forward_hook(functools.partial(after, name), with_kwargs=True, prepend=True)
+                ending = functools.partial(after, name)
+                hook = layer.register_forward_hook(ending, with_kwargs=True, prepend=self._first)
                 stack.callback(hook.remove)
             yield
 

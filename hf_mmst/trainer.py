@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -16,6 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 from transformers.utils import logging
 
+from .compiling import compiled, refuse_compilation, take_compilation
 from .config import MMSTConfig
 from .coupled import CoupledResidency
 from .evaluation import StageMetrics, StageScores, pack, unpack
@@ -35,6 +35,7 @@ from .stage_parallel import StageParallel
 from .stagewise import StageStep, Stagewise
 from .stepping import clip_by_stage, parameters_by_stage, step_stage, steps_elementwise
 from .transport import TransportWeights
+from .wrappers import numel
 
 logger = logging.get_logger(__name__)
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what the host sets on a layer
@@ -115,6 +116,10 @@ class MMSTTrainer(StageParallel, StageCards):
         if self.args.stage_order != "coupled" and (self.args.num_stages > 1 or self.args.stage_boundaries is not None):
             self._refuse_task(model)
         self._objective = objective_of(model) or CLASSES
+        with self._wrapper.whole(model):
+            self._cut_whole(model)
+
+    def _cut_whole(self, model: nn.Module) -> None:
         self.partition, ends = self._partition(model)
         num_stages = self.partition.num_stages
         self.heads = StageHeads(
@@ -127,7 +132,8 @@ class MMSTTrainer(StageParallel, StageCards):
             self._objective.head,
         )
         self.heads.to(device=self.args.device, dtype=_dtype(model))
-        self._engine = Stagewise(model, self.partition, self.heads, self.args.transport_norm)
+        first = self._wrapper.hooks_first
+        self._engine = Stagewise(model, self.partition, self.heads, self.args.transport_norm, first)
         self._weights = TransportWeights(self.args.transport_schedule, self.args.transport_weight, num_stages)
         self._order = Order.build("simultaneous", num_stages, 1, 1)
         self._segment = self._order.at(0)
@@ -137,10 +143,8 @@ class MMSTTrainer(StageParallel, StageCards):
             kind = CoupledResidency if self._couples() else Residency
             self._residency = kind(model, self.partition, self.args.device, self.args.output_dir)
         self._cut_model = model
-        self._stage_parameters = parameters_by_stage(model, self.partition, self.heads)
+        self._share_out()
         self._own_head = classifier(model, self.heads.num_labels) if self.heads.kind != "own" else []
-        tied = tied_parameters(model, self.partition.layers) if len(self.heads) and self.heads.kind == "own" else []
-        self._tied = [parameter for parameter in tied if parameter.requires_grad]
         self._take_share()
 
     def _partition(self, model: nn.Module) -> tuple[Partition, list[LayerProfile]]:
@@ -196,17 +200,13 @@ class MMSTTrainer(StageParallel, StageCards):
         return self.args.head_pooling
 
     def _refuse_wrappers(self) -> None:
-        for name in ("deepspeed", "fsdp"):
-            if getattr(self, f"is_{name}_enabled"):
-                raise ValueError(
-                    f"{name} is switched on in the accelerate configuration: its wrapper around the model would train "
-                    "the stages wrongly. Use a configuration without it; several GPUs need no wrapper but "
-                    "`accelerate launch`'s own."
-                )
-        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        self._wrapper.refuse(self.args, self._compilation is not None)
+        if self._compilation is not None:
+            refuse_compilation(self.args, self._compilation)
+        if self.is_fsdp_xla_enabled or getattr(self, "is_distributed_loading_by_transformers", False):
+            what = "FSDP on XLA" if self.is_fsdp_xla_enabled else "A model that was put in shards when it was loaded"
             raise ValueError(
-                "torch.compile is switched on in the accelerate configuration: compiled as a whole, the model would "
-                "silently leave stages untrained. Set dynamo_backend to no."
+                f"{what} cannot be trained in stages. Load the model whole, and set fsdp=True without xla."
             )
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -295,15 +295,15 @@ class MMSTTrainer(StageParallel, StageCards):
         core = self._core()
         layers = [len(self._engine.run_ends.intersection(stage)) for stage in self.partition.stages]
         trainable = [
-            sum(p.numel() for name in stage for p in core.get_submodule(name).parameters() if p.requires_grad)
+            sum(numel(p) for name in stage for p in core.get_submodule(name).parameters() if p.requires_grad)
             for stage in self.partition.stages
         ]
-        others = sum(p.numel() for p in core.parameters() if p.requires_grad) - sum(trainable)
+        heads = sum(numel(p) for p in self.heads.parameters() if p.requires_grad)
+        others = sum(numel(p) for p in core.parameters() if p.requires_grad) - sum(trainable)
         return (
             f"hf_mmst: {len(layers)} stages of {_joined(layers)} layers, {self.args.stage_order}; trainable "
             f"parameters {_joined(trainable)} in the layers, {others:,} around them, "
-            f"{sum(p.numel() for p in self.heads.parameters() if p.requires_grad):,} in auxiliary heads"
-            f"{self._summary_of_shares()}"
+            f"{heads:,} in auxiliary heads{self._summary_of_shares()}"
         )
 
     def create_optimizer(self, model=None):
@@ -311,8 +311,9 @@ class MMSTTrainer(StageParallel, StageCards):
         self._cut()
         core = self._core()
         core.add_module(HEADS, self.heads)
-        wrapped = self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if wrapped and self.partition.num_stages > 1:
+        self._share_out()
+        self._wrapper.prepare(core, self.partition, self.heads)
+        if self.args.world_size > 1 and self.partition.num_stages > 1 and not self._wrapper.reduces:
             self._reduction = Reduction(core, self._stage_parameters)
         for layer in self.heads.layers:  # checkpointed as the model's own
             own = vars(core.get_submodule(self.partition.layers[-1]))
@@ -331,6 +332,13 @@ class MMSTTrainer(StageParallel, StageCards):
         self._keep_own_states(optimizer)
         return optimizer
 
+    def _share_out(self) -> None:
+        """Share the parameters out over the stages; sharding puts others in their place."""
+        core = self._core()
+        self._stage_parameters = parameters_by_stage(core, self.partition, self.heads)
+        tied = tied_parameters(core, self.partition.layers) if len(self.heads) and self.heads.kind == "own" else []
+        self._tied = [parameter for parameter in tied if parameter.requires_grad]
+
     def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
         args, core = self.args, self._core()
         factor = PRETRAINED_FACTOR if len(self.heads) and is_pretrained(core) else 1.0
@@ -342,8 +350,9 @@ class MMSTTrainer(StageParallel, StageCards):
             split_groups(optimizer, factors)
 
     def create_accelerator_and_postprocess(self):
-        """As the host's; layers at rest are not moved to the device."""
+        """As the host's; layers at rest are not moved to the device, and compiled layer by layer."""
         super().create_accelerator_and_postprocess()
+        self._compilation = take_compilation(self.accelerator)
         if self.args.stage_residency == "stage":
             self.accelerator.device_placement = False
 
@@ -463,15 +472,16 @@ class MMSTTrainer(StageParallel, StageCards):
         weights = [self._weights[stage] * samples / scale for stage in range(self.partition.num_stages)]
         mask = inputs.get("attention_mask")
         given = self._cache.get(stages[0], keys, mask) if self._cache is not None else self._taken()
-        with self._engine.step(
+        learning = self._engine.step(
             criterion=lambda logits: weigh(self._criterion(logits, labels, num_items_in_batch)),
             weights=weights,
             stages=stages,
             mask=mask,
-            backward=lambda loss: self.accelerator.backward(loss * scale),
+            backward=lambda loss: self._wrapper.backward(loss * scale),
             learned=self._step_early,
             given=given and (given[0], given[1].to(self.args.device)),
-        ) as step:
+        )
+        with self._wrapper.forward(self._core(), self.partition), learning as step:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._hand_on(step.output)
         if self._cache is not None and step.features is not None and (given is None or given[0] < stages[0]):
@@ -490,6 +500,11 @@ class MMSTTrainer(StageParallel, StageCards):
 
         With several processes its gradients are sent to the others, and the stage before it, whose are back, steps.
         """
+        if shared and not self._wrapper.takes_shared:
+            raise ValueError(
+                f"The layers of {type(self._core()).__name__} share an input that learns, such as a position bias, and "
+                "DeepSpeed cannot add up its gradients over the stages. Use FSDP, or set num_stages=1."
+            )
         self._shares_gradients |= shared
         if self._reduction is not None and self.accelerator.sync_gradients:
             if not self._shares_gradients:
@@ -500,6 +515,7 @@ class MMSTTrainer(StageParallel, StageCards):
             and (self.args.stage_clipping or self.args.max_grad_norm == 0)
             and self.args.gradient_accumulation_steps == 1
             and stage >= 0
+            and self._wrapper.steps_alone
             and self.accelerator.scaler is None
             and steps_elementwise(self.optimizer)
         ):
@@ -654,11 +670,16 @@ class _StageCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._refuse_checkpointing()
+        self.trainer._share_out()
         if state.is_world_process_zero:
             print(self.trainer._summary())
         if self.trainer._residency is not None:
             self.trainer._residency.rest()  # optimizer states of a checkpoint are on the device now
             self.trainer._streams.enter_context(self.trainer._residency.streaming())
+        if self.trainer._compilation is not None:
+            layers = [self.trainer._core().get_submodule(name) for name in self.trainer.partition.layers]
+            layers += self.trainer.heads.layers
+            self.trainer._streams.enter_context(compiled(layers, **self.trainer._compilation))
         self.trainer._begin_step(state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):

@@ -94,7 +94,6 @@ def test_flags_and_yaml(tmp_path):
             "Set use_reentrant to False",
         ),
         ({"ddp_static_graph": True}, "Leave it unset"),
-        ({"torch_compile": True}, "torch_compile=True is not supported"),
     ],
 )
 def test_bad_values_are_refused_at_once(given, message, tmp_path):
