@@ -41,8 +41,8 @@ from hf_mmst.report import write_json
 from hf_mmst.results import command_line, device_of, package_versions
 from hf_mmst.texts import TextArguments, TextModelArguments, load_texts, text_trainer
 
-PAPER = {"head_layers": 0, "head_rate": 1}  # as in the paper, whatever the model
-LAYERS = {"head_layers": 1, "head_rate": 1}
+PAPER = {"head_layers": 0, "head_rate": 1, "head_pooling": "mean"}  # as in the paper, whatever the model
+LAYERS = {"head_layers": 1, "head_rate": 1, "head_pooling": "mean"}
 METHODS = {
     "end-to-end": None,
     "end-to-end, head rate": {"num_stages": 1, "transport_weight": 0.0, "head_rate": 10},
