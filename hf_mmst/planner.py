@@ -304,9 +304,11 @@ def ways_of(args: MMSTConfig) -> list[Way]:
 
 def _rivals(simulation: Simulation) -> Iterator[Way]:
     yield Way()
-    if not checkpoints_across(simulation.model, simulation.partition(len(simulation.ends))):
+    if _checkpoints_layers(simulation):
         yield Way(activation_checkpointing=True)
-    if find_spec("peft") is not None:
+    layers = [simulation.model.get_submodule(name) for name in simulation.layers]
+    linear = any(isinstance(module, nn.Linear) for layer in layers for module in layer.modules())
+    if linear and find_spec("peft") is not None:
         yield Way(lora=True)
 
 
@@ -315,12 +317,18 @@ def _families(simulation: Simulation) -> Iterator[Way]:
     resident = Way(stage_order="sequential", stage_residency="stage")
     yield Way()
     yield Way(stage_clipping=True)
-    separable = checkpoints_across(simulation.model, simulation.partition(len(simulation.ends))) is None
+    separable = _checkpoints_layers(simulation)
     if separable and isinstance(simulation.model.get_submodule(simulation.layers[0]), GradientCheckpointingLayer):
         yield Way(stage_order="coupled")
     yield resident
     if separable:
         yield replace(resident, activation_checkpointing=True)
+
+
+def _checkpoints_layers(simulation: Simulation) -> bool:
+    """Whether activation checkpointing runs each layer by itself."""
+    able = getattr(simulation.model, "supports_gradient_checkpointing", False)
+    return able and checkpoints_across(simulation.model, simulation.partition(len(simulation.ends))) is None
 
 
 def _stage_numbers(num_layers: int) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any
 from .config import MMSTConfig
 from .partition import Partition
 
-PACKAGES = ("hf-mmst", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft")
+PACKAGES = ("hf-mmst", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft", "timm")
 SETTINGS = (
     "stage_order",
     "num_laps",

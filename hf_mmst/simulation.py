@@ -141,7 +141,8 @@ class Simulation:
         tracker = FlatMemTracker()
 
         def held():
-            return tracker.get_tracker_snapshot("current")[torch.device(self.device)]["Total"]
+            # Before anything is held there is no entry: the first layer may be the first to allocate.
+            return tracker.get_tracker_snapshot("current").get(torch.device(self.device), {}).get("Total", 0)
 
         def before(name, *_):
             begin[name] = held()

@@ -47,6 +47,7 @@ class Vgg(tf.PreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
+VGG = "VGG (one sequence of single modules, as in timm)"
 IMAGE = {
     "ViT": lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION)),
     "DeiT": lambda: tf.DeiTForImageClassification(tf.DeiTConfig(**VISION)),
@@ -97,7 +98,7 @@ IMAGE = {
     "BiT": lambda: tf.BitForImageClassification(
         tf.BitConfig(embedding_size=8, hidden_sizes=[32, 32, 32, 64], depths=[1, 1, 2, 1], num_groups=4, num_labels=5)
     ),
-    "VGG (one sequence of single modules, as in timm)": lambda: Vgg(tf.PreTrainedConfig(num_labels=5, image_size=32)),
+    VGG: lambda: Vgg(tf.PreTrainedConfig(num_labels=5, image_size=32)),
     "ConvNeXt": lambda: tf.ConvNextForImageClassification(tf.ConvNextConfig(**FOUR)),
     "ConvNeXt v2": lambda: tf.ConvNextV2ForImageClassification(tf.ConvNextV2Config(**FOUR)),
     "MobileNet v2": lambda: tf.MobileNetV2ForImageClassification(

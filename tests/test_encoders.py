@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
-from encoders import ENCODERS, MODELS, REFUSED, build, inputs
+from encoders import ENCODERS, MODELS, REFUSED, VGG, build, inputs
 from reference import detached_step, gradients
 from test_trainer import arguments, weights
 from torch import nn
@@ -15,6 +17,7 @@ from transformers import TrainerCallback
 from hf_mmst import MMSTConfig, MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages, plan
 from hf_mmst.exits import EarlyExit, ExitRule
 from hf_mmst.heads import ConvHead
+from hf_mmst.images import ImageModelArguments, _build
 from hf_mmst.partition import run_ends
 from hf_mmst.planner import planned_peak
 from hf_mmst.probe import check_cut, profile_layers
@@ -117,11 +120,51 @@ def test_models_of_timm(architecture, first, number):
     assert_same(model, heads, expected)
 
 
+def test_a_stage_of_single_modules_ends_before_a_convolution(tmp_path, capsys):
+    """A layer is a convolution with all up to the next; its transport is that of the part that keeps the shape."""
+    model = build(VGG)
+    layers = find_layers(model)
+    assert run_ends(model, layers) == [f"features.{i}" for i in (2, 6, 9, 13, 16)]
+    run = MMSTTrainer(model, arguments(tmp_path, num_stages=5, max_steps=1), train_dataset=Pictures())
+    assert run.partition.stages[1] == ("features.3", "features.4", "features.5", "features.6")
+    run.train()
+    assert "5 stages of 1+1+1+1+1 layers" in capsys.readouterr().out
+    x = inputs(model)["pixel_values"]
+    with torch.no_grad(), run._engine.observe() as view:
+        model.eval()(x)
+        into = model.features[:3](x)
+        onto = model.features[3:6](into)
+    torch.testing.assert_close(view.movements[1], ((onto - into) ** 2).sum((1, 2, 3)) / (into**2).sum((1, 2, 3)))
+    assert view.movements[0].tolist() == view.movements[2].tolist() == [0.0, 0.0, 0.0]
+    assert all(moved > 0 for k in (1, 3, 4) for moved in view.movements[k].tolist())
+    with pytest.raises(ValueError, match="num_stages=6, but the model has 5 layers"):
+        MMSTTrainer(build(VGG), arguments(tmp_path, num_stages=6))
+    with pytest.raises(
+        ValueError, match="head_layers=1, but Vgg is a sequence of single modules.*Set head_layers to 0"
+    ):
+        MMSTTrainer(build(VGG), arguments(tmp_path, head_layers=1))
+    planned = plan(build(VGG), 4, num_stages=5)
+    assert any("5" in row.name for row in planned.rows)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_cut_is_refused_with_a_reason(name, tmp_path):
     make, _, message = REFUSED[name]
     with pytest.raises(ValueError, match=re.escape(message)):
         MMSTTrainer(make(), arguments(tmp_path, num_stages=3))
+
+
+def test_a_network_of_timm_is_made_from_scratch_for_the_images_there_are():
+    pytest.importorskip("timm", reason="timm needs torchvision; models of transformers run without it")
+    image = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [np.zeros((28, 28), np.uint8)], "label": [0]}
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=image))
+    given = ImageModelArguments(architecture="vgg11_bn", architecture_args='{"mlp_ratio": 0.0625}')
+    model, processor = _build(given, splits, 32)
+    assert processor is None
+    assert (model.config.image_size, model.config.num_channels, model.config.num_labels) == (32, 1, 2)
+    assert model.timm_model.pre_logits.fc1.out_channels == 256
+    assert model(torch.zeros(2, 1, 32, 32)).logits.shape == (2, 2)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -143,9 +186,10 @@ def statistics(model, stage=None):
     }
 
 
-def test_statistics_of_frozen_stages_do_not_move(tmp_path):
+@pytest.mark.parametrize("name", ["ResNet", VGG])
+def test_statistics_of_frozen_stages_do_not_move(name, tmp_path):
     """BatchNorm's running mean and variance change while a stage learns, and at no other time."""
-    model = build("ResNet")
+    model = build(name)
     seen = {}
 
     class Watch(TrainerCallback):
@@ -189,7 +233,7 @@ def test_convolutional_networks_train_and_come_back(pooling, tmp_path):
     assert all(torch.equal(tensor, run.heads.state_dict()[n]) for n, tensor in saved.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["ResNet", "ConvNeXt", "PVT"])
+@pytest.mark.parametrize("name", ["ResNet", "ConvNeXt", "PVT", VGG])
 def test_cached_features_and_one_resident_stage_change_no_number(name, tmp_path):
     runs = []
     for kind, settings in enumerate(({}, {"feature_cache": "disk", "stage_residency": "stage"})):
@@ -201,7 +245,7 @@ def test_cached_features_and_one_resident_stage_change_no_number(name, tmp_path)
         torch.testing.assert_close(runs[1][key], tensor, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["ResNet", "DeBERTa v2", "Funnel", "MPNet", "wav2vec 2.0", "Longformer"])
+@pytest.mark.parametrize("name", ["ResNet", VGG, "DeBERTa v2", "Funnel", "MPNet", "wav2vec 2.0", "Longformer"])
 def test_samples_leave_early(name):
     model = build(name).eval()
     batch = inputs(model)

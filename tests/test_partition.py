@@ -69,6 +69,13 @@ def test_the_cut_by_cost_is_the_best_one():
     assert [len(stage) for stage in Partition.by_cost(list("abcdefghijkl"), 4).stages] == [3, 3, 3, 3]
 
 
+def test_a_cut_ends_where_it_may():
+    layers = list("abcdef")
+    assert Partition.by_cost(layers, 2, [5, 1, 1, 1, 1, 1], ends=["c", "f"]).stages == (tuple("abc"), tuple("def"))
+    with pytest.raises(ValueError, match="num_stages=3, but the model has 2 layers"):
+        Partition.by_cost(layers, 3, ends=["c", "f"])
+
+
 def test_the_cut_by_names():
     layers = list("abcdef")
     expected = (("a", "b"), ("c", "d", "e"), ("f",))

@@ -14,6 +14,7 @@ RESULTS = ROOT / "model_cards" / "results"
 MEMORY = ROOT / "model_cards" / "memory"
 ACCURACY = ROOT / "model_cards" / "accuracy"
 SCALING = ROOT / "model_cards" / "scaling"
+CONVOLUTIONAL = ROOT / "model_cards" / "convolutional"
 PLANNER = ROOT / "model_cards" / "planner.json"
 METHODS = {"end_to_end": "end to end", "greedy": "greedy (w = 0)", "mmst": "MMST (w = 0.3)"}
 
@@ -55,15 +56,16 @@ def test_the_memory_table_is_what_the_benchmark_wrote():
     assert README.partition("<!-- memory -->\n")[2].partition("\n<!-- /memory -->")[0] == memory_table()
 
 
-def accuracy_table():
+def accuracy_table(folder=ACCURACY):
     head = "| task | K | method | learning rate | accuracy | stages before | peak MiB |\n|---|---|---|---|---|---|---|"
     lines = [head]
-    for path in sorted(ACCURACY.glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
         task = f"{found['dataset']}, {found['num_train_samples']:,} samples, {found['model']}"
         for row in sorted(found["rows"], key=lambda row: (row["num_stages"] > 1, row["num_stages"])):
             cells = [task, row["num_stages"], row["method"], f"{row['learning_rate']:g}"]
-            cells.append(f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f}")
+            error = f" ± {100 * row['standard_error']:.1f}" if len(row["accuracies"]) > 1 else " (one seed)"
+            cells.append(f"{100 * row['accuracy']:.1f}{error}")
             cells.append(", ".join(f"{100 * value:.1f}" for value in row["stage_accuracy"][:-1]) or "-")
             lines.append("| " + " | ".join(map(str, [*cells, f"{row['peak_bytes'] / 2**20:.0f}"])) + " |")
     return "\n".join(lines)
@@ -103,6 +105,15 @@ def test_the_table_on_paper_is_what_the_formulas_give():
     ]
 
 
+def convolutional_table():
+    return accuracy_table(CONVOLUTIONAL)
+
+
+def test_the_table_of_convolutional_networks_is_what_the_benchmark_wrote():
+    found = README.partition("<!-- convolutional -->\n")[2].partition("\n<!-- /convolutional -->")[0]
+    assert found == convolutional_table()
+
+
 def planner_table():
     lines = ["| model | precision | settings | planned MiB | measured MiB | ratio |\n|---|---|---|---|---|---|"]
     for row in json.loads(PLANNER.read_text())["rows"]:
@@ -140,7 +151,8 @@ def test_one_resident_stage_takes_what_is_promised():
 def test_every_result_names_its_command_versions_and_device():
     paths = list(RESULTS.glob("*.json"))
     assert len(paths) == 6
-    for path in [*paths, *MEMORY.glob("*.json"), *ACCURACY.glob("*.json"), *SCALING.glob("*.json"), PLANNER]:
+    folders = (MEMORY, ACCURACY, SCALING, CONVOLUTIONAL)
+    for path in [*paths, *(path for folder in folders for path in folder.glob("*.json")), PLANNER]:
         found = json.loads(path.read_text())
         assert found["command"].startswith("recipes/")
         assert {"torch", "transformers", "accelerate"} <= found["versions"].keys()

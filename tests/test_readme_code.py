@@ -59,6 +59,7 @@ def reader(world):
     """What the reader has by the name that the README gives it."""
     rows = [Samples("vit", 16)[i] for i in range(16)]
     batches = [{key: torch.stack([row[key] for row in rows]) for key in rows[0]}]
+    batches[0]["labels"] %= 2  # what the commands have trained knows two labels
     return {
         "train": datasets.Dataset.from_list(rows).with_format("torch"),
         "test": datasets.Dataset.from_list(rows).with_format("torch"),
