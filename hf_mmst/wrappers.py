@@ -190,12 +190,14 @@ class DeepSpeedWrapper(Wrapper):
                 )
 
     def prepare(self, model: nn.Module, partition: Partition, heads: StageHeads) -> None:
-        """Refuse heads with layers where gradients of several backward passes are not added up."""
-        if self.zero_stage == 3 and len(heads.layers) > 0:
+        """Refuse what several stages share where gradients of several backward passes are not added up."""
+        if self.zero_stage == 3 and (len(heads.layers) > 0 or heads.kind == "own"):
+            shared, remedy = "The model's own head learns", ""
+            if heads.kind != "own":
+                shared, remedy = f"The heads have {len(heads.layers)} layers, which learn", "head_layers=0, or "
             raise ValueError(
-                f"The heads have {len(heads.layers)} layers, which learn from the losses of several stages, but ZeRO "
-                "stage 3 keeps the gradient of the last one only. Set head_layers=0, or zero_optimization.stage to 2 "
-                "in the DeepSpeed configuration, or use FSDP."
+                f"{shared} from the losses of several stages, but ZeRO stage 3 keeps the gradient of the last one only. "
+                f"Set {remedy}zero_optimization.stage to 2 in the DeepSpeed configuration, or use FSDP."
             )
 
     def backward(self, loss: torch.Tensor) -> None:

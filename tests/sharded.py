@@ -35,6 +35,8 @@ RUNS = {
     "swin": {"stage_boundaries": ["swin.encoder.layers.0.blocks.0", "swin.encoder.layers.1.blocks.1"]},
     "beit": {"max_grad_norm": 0.5},
     "distilbert": {"bf16": True},
+    "gpt2": {"max_grad_norm": 0.5},  # its own head for all stages, tied
+    "llama": {"max_grad_norm": 0.5},
     "roberta": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "adamw_torch", "adam_epsilon": 0.01},
 }
 COMPILED = {"activation_checkpointing": True, "torch_compile_backend": "eager"}
