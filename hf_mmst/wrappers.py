@@ -196,7 +196,7 @@ class DeepSpeedWrapper(Wrapper):
             if heads.kind != "own":
                 shared, remedy = f"The heads have {len(heads.layers)} layers, which learn", "head_layers=0, or "
             raise ValueError(
-                f"{shared} from the losses of several stages, but ZeRO stage 3 keeps the gradient of the last one only. "
+                f"{shared} from the losses of several stages, but ZeRO stage 3 keeps the last one's gradient only. "
                 f"Set {remedy}zero_optimization.stage to 2 in the DeepSpeed configuration, or use FSDP."
             )
 
