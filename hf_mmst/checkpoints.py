@@ -126,6 +126,12 @@ class StageCheckpoints(Trainer):
                 f"{folder} has stage heads with {number} layers, this run with {own}. Set head_layers to {number}, or "
                 "start anew."
             )
+        pooling = content["heads"]["pooling"]
+        if pooling != self.heads.pooling:
+            raise ValueError(
+                f'{folder} has stage heads that pool "{pooling}", those of this run pool "{self.heads.pooling}". Set '
+                f'head_pooling to "{pooling}", or start anew.'
+            )
         return content
 
     def _load_weights(self, folder: str) -> bool:

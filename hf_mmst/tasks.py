@@ -128,7 +128,7 @@ def evaluate(
         args = MMSTConfig(
             folder,
             stage_boundaries=list(stages.partition.boundaries),
-            head_pooling=stages.config["head_pooling"],
+            head_pooling="auto" if any(stages.heads.maps) else stages.heads.pooling,
             head_layers=len(stages.heads.layers),
             transport_norm=stages.config["transport_norm"],
             per_device_eval_batch_size=batch_size,

@@ -137,6 +137,8 @@ def test_what_cannot_be_is_refused(tmp_path):
     trainer(tmp_path, head_layers=1, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="has stage heads with 1 layers, this run with 0. Set head_layers to 1"):
         trainer(tmp_path, max_steps=1).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match='those of this run pool "cls". Set head_pooling to "mean"'):
+        trainer(tmp_path, head_layers=1, head_pooling="cls", max_steps=1).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(("name", "pooling"), [("vit", "cls"), ("bert", "cls"), ("dinov2", "mean"), ("swin", "mean")])

@@ -8,10 +8,10 @@ import torch
 from encoders import REFUSED
 from test_coupled import run as coupled
 from test_trainer import arguments, trainer
-from transformers import BertConfig, BertForMaskedLM, TrainingArguments
+from transformers import BertConfig, BertForQuestionAnswering, TrainingArguments
 from zoo import TEXT, Samples, make
 
-from hf_mmst import MMSTConfig, MMSTTrainer, load_stages
+from hf_mmst import MMSTConfig, MMSTTrainer, find_layers, load_stages
 from hf_mmst.command import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -55,7 +55,7 @@ MESSAGES = {
         "the name that is proposed",
     ),
     "has no encoder to cut into stages": (
-        lambda folder: MMSTTrainer(torch.nn.Linear(2, 2), arguments(folder)),
+        lambda folder: find_layers(torch.nn.Linear(2, 2)),
         "no list, row or sequence of layers was found in the model",
         "another model, or `num_stages=1`",
     ),
@@ -65,7 +65,7 @@ MESSAGES = {
         "another model, or `num_stages=1`",
     ),
     "attend causally: it is a decoder": (
-        refused("GPT-2, Llama and other decoders"),
+        refused("GPT-2, Llama and other decoders, as classifiers of sequences"),
         "a head in the middle would judge what it has not seen yet",
         "an encoder, such as ViT or BERT",
     ),
@@ -79,10 +79,10 @@ MESSAGES = {
         "something carries activations past the end of a stage, so that it would not learn by itself",
         "other `stage_boundaries`, or `num_stages=1`",
     ),
-    "has no classification or regression head": (
-        lambda folder: MMSTTrainer(BertForMaskedLM(BertConfig(**TEXT)), arguments(folder)),
-        "a stage's loss needs one label vector for each sample",
-        "a model for classification, or a `compute_loss_func`",
+    "has no head of which the stages' local losses could be made": (
+        lambda folder: MMSTTrainer(BertForQuestionAnswering(BertConfig(**TEXT)), arguments(folder)),
+        "the model's task is none of those [above](#tasks)",
+        "a model for one of them, or a `compute_loss_func`",
     ),
     "skips layers at random": (
         layerdrop,

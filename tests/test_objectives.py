@@ -272,9 +272,7 @@ class Rows(torch.utils.data.Dataset):
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("gpt2", {"num_stages": 3}),
         ("gpt2", {"num_stages": 3, "stage_order": "sequential", "stage_residency": "stage"}),
-        ("llama", {"num_stages": 3, "stage_order": "sequential"}),
         ("llama", {"num_stages": 6, "stage_clipping": True}),
     ],
 )

@@ -35,7 +35,9 @@ ORDERS = {
     "coupled": {"stage_order": "coupled"},
     "coupled laps": {"stage_order": "sequential", "coupled_laps": 1},
 }
-CASES = [(kind, order) for kind in ADAPTERS for order in ORDERS if kind == "lora" or order != "coupled laps"]
+CASES = [
+    (kind, order) for kind in ADAPTERS for order in ORDERS if kind == "lora" or order in ("simultaneous", "sequential")
+]
 STEPS = 8
 
 

@@ -28,7 +28,7 @@ SMALL = ViTConfig(
 )
 
 
-@pytest.mark.parametrize(("name", "precision", "way", "head_layers"), COMBINATIONS)
+@pytest.mark.parametrize(("name", "precision", "way", "head_layers"), COMBINATIONS[1::2])
 def test_within_3_percent_of_real_training(name, precision, way, head_layers, tmp_path):
     """PyTorch's own account of the real tensors of a real run, from the optimizer states to the last gradient."""
     model = build(name)

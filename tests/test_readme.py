@@ -16,6 +16,7 @@ ACCURACY = ROOT / "model_cards" / "accuracy"
 SCALING = ROOT / "model_cards" / "scaling"
 CONVOLUTIONAL = ROOT / "model_cards" / "convolutional"
 PLANNER = ROOT / "model_cards" / "planner.json"
+NEW_USER = ROOT / "model_cards" / "new_user.json"
 METHODS = {"end_to_end": "end to end", "greedy": "greedy (w = 0)", "mmst": "MMST (w = 0.3)"}
 
 
@@ -146,6 +147,19 @@ def test_one_resident_stage_takes_what_is_promised():
     assert peak["resident"] <= 0.6 * peak["end-to-end+checkpointing"]
     coupled = {r["method"]: r for r in json.loads((MEMORY / "vit_base_cpu_coupled.json").read_text())["rows"]}
     assert coupled["coupled"]["peak_bytes"] <= 0.2 * coupled["end-to-end"]["peak_bytes"]
+
+
+def new_user_table():
+    lines = ["| step | command | seconds | says |\n|---|---|---|---|"]
+    for step in json.loads(NEW_USER.read_text())["steps"]:
+        command = step["command"] if len(step["command"]) < 100 else f"{step['command'][:90]} ..."
+        shown = ", ".join(f"`{' '.join(line.split())}`" for line in step["shown"])
+        lines.append(f"| {step['name']} | `{command}` | {step['seconds']:.0f} | {shown} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_a_new_user_is_what_was_timed():
+    assert README.partition("<!-- new_user -->\n")[2].partition("\n<!-- /new_user -->")[0] == new_user_table()
 
 
 def test_every_result_names_its_command_versions_and_device():

