@@ -124,11 +124,12 @@ def evaluate(
             f"{model} knows the labels {', '.join(known)}; {dataset} has {', '.join(found)}. Pass a dataset with the "
             "same labels in the same order."
         )
+    pooling: Any = "auto" if any(stages.heads.maps) else stages.heads.pooling
     with tempfile.TemporaryDirectory() as folder:
         args = MMSTConfig(
             folder,
             stage_boundaries=list(stages.partition.boundaries),
-            head_pooling="auto" if any(stages.heads.maps) else stages.heads.pooling,
+            head_pooling=pooling,
             head_layers=len(stages.heads.layers),
             transport_norm=stages.config["transport_norm"],
             per_device_eval_batch_size=batch_size,
