@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from pushes import TEXTS, tokenizer
+from transformers import AutoTokenizer
 from zoo import Samples, make
 
 from hf_mmst.command import main
@@ -43,6 +44,7 @@ def world(tmp_path_factory):
         make("vit", num_hidden_layers=2).config.save_pretrained("google/vit-large-patch16-224")
         make("bert", num_labels=2).save_pretrained("google-bert/bert-base-uncased")
         tokenizer(folder).save_pretrained("google-bert/bert-base-uncased")
+        make("qwen2", num_hidden_layers=4).save_pretrained("Qwen/Qwen2-0.5B")
         lines = [f'"{TEXTS[i % 5]} {TEXTS[i % 7]}",{("no", "yes")[i % 2]}' for i in range(40)]
         Path("texts.csv").write_text("\n".join(["sentence,label", *lines]))
         rng = np.random.default_rng(0)
@@ -69,6 +71,8 @@ def reader(world):
         "make_model": lambda: make("vit", num_labels=10),
         "validation_batches": batches,
         "images": batches[0]["pixel_values"],
+        "tokenizer": AutoTokenizer.from_pretrained("google-bert/bert-base-uncased"),
+        "texts": datasets.Dataset.from_list([{"input_ids": list(range(5, 15))}] * 16),
     }
 
 
@@ -80,7 +84,7 @@ def test_the_block_runs(number, world, reader, monkeypatch):
         return
     for line in code.splitlines():
         for command in line.split(" && "):
-            run(shlex.split(command), monkeypatch)
+            run(shlex.split(command, comments=True), monkeypatch)
 
 
 def run(words, monkeypatch):
@@ -98,6 +102,8 @@ def run(words, monkeypatch):
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert words[2] == "-e"
         assert re.fullmatch(r"\.\[(\w+)\]", words[3])[1] in extras
+    elif words[0] == "torchrun":  # tests/test_stage_parallel.py does
+        assert words[1:] == ["--nproc_per_node", "3", "train.py"]
     else:
         assert words in (["python", "-m", "venv", "v"], [".", "v/bin/activate"], ["pytest"]), words
 
