@@ -50,8 +50,8 @@ def main() -> None:
     args = parser.parse_args()
     steps = []
     with tempfile.TemporaryDirectory() as folder, Hub() as hub:
-        environment = os.environ | {
-            "PATH": f"{folder}/v/bin:{os.environ['PATH']}",
+        plain = os.environ | {"PATH": f"{folder}/v/bin:{os.environ['PATH']}"}
+        with_hub = plain | {
             "HF_ENDPOINT": hub.url,
             "HF_TOKEN": hub.token,
             "HF_HOME": f"{folder}/home",
@@ -60,6 +60,7 @@ def main() -> None:
         }
         for name, command, pattern in STEPS:
             line = command.replace("{root}", args.root).replace("{torch}", args.torch)
+            environment = with_hub if "me/digits" in command else plain
             begin = time.perf_counter()
             done = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
             seconds = time.perf_counter() - begin

@@ -10,8 +10,6 @@ import pytest
 from hub_server import Hub
 from huggingface_hub import ModelCard
 
-pytestmark = pytest.mark.xdist_group("hub")  # what is made once for all of them is made in one worker
-
 WORKER = Path(__file__).parent / "pushes.py"
 
 

@@ -15,8 +15,6 @@ from test_trainer import StopAt
 from transformers.trainer_utils import get_last_checkpoint
 from worker import CASES, train
 
-pytestmark = pytest.mark.xdist_group("processes")  # what is made once for all of them is made in one worker
-
 TESTS = Path(__file__).parent
 
 

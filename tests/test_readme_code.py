@@ -17,8 +17,6 @@ from zoo import Samples, make
 
 from hf_mmst.command import main
 
-pytestmark = pytest.mark.xdist_group("readme_code")  # what is made once for all of them is made in one worker
-
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(python|bash)\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
 SHORT = ["--max_steps", "4", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu"]

@@ -22,8 +22,6 @@ from hf_mmst.heads import HEADS, StageHeads
 from hf_mmst.partition import Partition, find_layers
 from hf_mmst.wrappers import DeepSpeedWrapper, FullyShardedWrapper, Wrapper, wrapper_of
 
-pytestmark = pytest.mark.xdist_group("sharded")  # what is made once for all of them is made in one worker
-
 WORKER = Path(__file__).with_name("sharded.py")
 KINDS = {
     "fsdp": ["bert", "vit", "swin", "beit", "gpt2", "llama", "distilbert"],

@@ -22,8 +22,6 @@ from hf_mmst import MMSTConfig, Stagewise, load_stages
 from hf_mmst.shares import is_released, share_out, take_share
 from hf_mmst.stepping import parameters_by_stage
 
-pytestmark = pytest.mark.xdist_group("stage_parallel")  # what is made once for all of them is made in one worker
-
 WORKER = Path(__file__).with_name("shared_out.py")
 SAVING = {
     "gradient_accumulation_steps": 2,
