@@ -77,6 +77,7 @@ class MMSTTrainer(StageParallel, StageCards):
                 "TrainingArguments takes."
             )
         super().__init__(model, args, *others, **kwargs)
+        self._refuse_rates()
         # Whether a model divides by num_items_in_batch or ignores it differs between models: means are taken here.
         self.model_accepts_loss_kwargs = False
         self._refuse_wrappers()
@@ -198,6 +199,14 @@ class MMSTTrainer(StageParallel, StageCards):
         if self._objective.head == "pooled" and self.args.head_pooling == "auto" and is_pretrained(model):
             return own_pooling(model, self.partition.layers[-1])
         return self.args.head_pooling
+
+    def _refuse_rates(self) -> None:
+        for name, default in (("head_learning_rate", None), ("stage_learning_rate_decay", 1.0)):
+            if self.optimizer is not None and getattr(self.args, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self.args, name)} has no effect on an optimizer of your own. Give its groups the "
+                    f"rates you want and leave {name} unset, or leave the optimizer to the trainer."
+                )
 
     def _refuse_wrappers(self) -> None:
         self._wrapper.refuse(self.args, self._compilation is not None)

@@ -134,6 +134,10 @@ def test_what_cannot_be_is_refused(tmp_path):
         trainer(tmp_path, head_learning_rate=0)
     with pytest.raises(ValueError, match="stage_learning_rate_decay=nan is not a positive number"):
         trainer(tmp_path, stage_learning_rate_decay=float("nan"))
+    own = {"optimizers": (torch.optim.SGD([torch.zeros(1)], lr=0.1), None)}
+    for name in ("head_learning_rate", "stage_learning_rate_decay"):
+        with pytest.raises(ValueError, match=f"{name}=0.5 has no effect on an optimizer of your own"):
+            trainer(tmp_path, extra=own, **{name: 0.5})
     trainer(tmp_path, head_layers=1, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="has stage heads with 1 layers, this run with 0. Set head_layers to 1"):
         trainer(tmp_path, max_steps=1).train(resume_from_checkpoint=True)

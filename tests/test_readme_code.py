@@ -103,7 +103,11 @@ def run(words, monkeypatch):
     elif words[0] == "torchrun":  # tests/test_stage_parallel.py does
         assert words[1:] == ["--nproc_per_node", "3", "train.py"]
     else:
-        assert words in (["python", "-m", "venv", "v"], [".", "v/bin/activate"], ["pytest"]), words
+        assert words in (
+            ["python", "-m", "venv", "v"],
+            [".", "v/bin/activate"],
+            ["pytest", "-n", "2", "--dist", "loadfile"],
+        ), words
 
 
 def test_what_they_leave_behind(world):
