@@ -59,7 +59,7 @@ class MMSTConfig(TrainingArguments):
         head_learning_rate (`float`, *optional*):
             Learning rate of the auxiliary heads' norms and classifiers, and of the model's own classifier. Unset: ten
             times `learning_rate` for stages of a model that was loaded with `from_pretrained`, else `learning_rate`.
-            An optimizer of your own keeps its rates, and refuses this one.
+            Not with an optimizer of your own, whose groups have rates already.
         stage_learning_rate_decay (`float`, *optional*, defaults to 1.0):
             Stage k of K learns at `learning_rate` times this to the power of K - k.
         transport_weight (`float`, *optional*, defaults to 0.3):
