@@ -57,9 +57,10 @@ class MMSTConfig(TrainingArguments):
             stage but the last. Unset: 1 for a model that was loaded with `from_pretrained`, if all its layers are of
             one width; else 0.
         head_learning_rate (`float`, *optional*):
-            Learning rate of the auxiliary heads' norms and classifiers, and of the model's own classifier. Unset: ten
-            times `learning_rate` for stages of a model that was loaded with `from_pretrained`, else `learning_rate`.
-            Not with an optimizer of your own, whose groups have rates already.
+            Learning rate of the auxiliary heads' norms and classifiers, and of all that the model itself has after its
+            last layer (norm, pooler, classifier). Unset: ten times `learning_rate` for stages of a model that was
+            loaded with `from_pretrained`, else `learning_rate`. Not with an optimizer of your own, whose groups have
+            rates already.
         stage_learning_rate_decay (`float`, *optional*, defaults to 1.0):
             Stage k of K learns at `learning_rate` times this to the power of K - k.
         transport_weight (`float`, *optional*, defaults to 0.3):
@@ -140,8 +141,8 @@ class MMSTConfig(TrainingArguments):
     head_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of the heads and the classifier; if unset, ten times learning_rate for stages of a "
-            "pretrained model."
+            "help": "Learning rate of the heads and of what the model has after its last layer; if unset, ten times "
+            "learning_rate for stages of a pretrained model."
         },
     )
     stage_learning_rate_decay: float = field(

@@ -1,11 +1,18 @@
 """What a forward pass shows of each stage, gathered along with the model's own predictions -> metrics of each stage."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
+from .objectives import Objective
+from .partition import Partition
+from .residency import Residency
 from .stagewise import StageView
 
 
@@ -88,11 +95,96 @@ class StageMetrics:
         return (self.preprocess(predictions, labels), tuple(self.preprocess(one, labels) for one in logits))
 
     def compute_packed(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The user's metrics of the model; `by_stage` gets those of each stage, `stage_<k>_<name>`, k from 1."""
+        """
+        The user's metrics of the model.
+
+        `by_stage` gets those of each stage, `stage_<k>_<name>`, k from 1, and those of the mean of all stages' logits,
+        `ensemble_<name>`, where the logits are all there is of predictions.
+        """
         predictions, logits = self.join(prediction.predictions)
-        for k, outputs in enumerate((*logits, predictions), start=1):
+        stages = {f"stage_{k}": outputs for k, outputs in enumerate((*logits, predictions), start=1)}
+        if logits and self.preprocess is None and isinstance(predictions, np.ndarray):
+            stages = {"ensemble": np.mean((*logits, predictions), 0), **stages}
+        for stage, outputs in stages.items():
             metrics = self.compute(
                 EvalPrediction(outputs, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
             )
-            self.by_stage |= {f"stage_{k}_{name}": value for name, value in metrics.items()}
+            self.by_stage |= {f"{stage}_{name}": value for name, value in metrics.items()}
         return metrics
+
+
+class StageEvaluation(Trainer):
+    """The evaluations and predictions of [`MMSTTrainer`], which sets the attributes below."""
+
+    partition: Partition
+    compute_metrics: Any
+    preprocess_logits_for_metrics: Any
+    _objective: Objective
+    _residency: Residency | None
+    _criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    _observing: Callable[..., contextlib.AbstractContextManager[StageView]]
+    _of_all: Callable[[StageScores], StageScores]
+    _joined: Callable[[Any], Any]
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """
+        As the host's, with the metrics, loss and transport of each stage, `eval_stage_<k>_accuracy` and so on.
+
+        Without `compute_metrics`, or with `prediction_loss_only`, there are still losses, transport and, of language
+        models, perplexities (the exponentials of the losses); no logits are kept then.
+        """
+        loop = functools.partial(
+            super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        streaming: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self._residency is not None and not self.is_in_train:
+            streaming = self._residency.streaming()
+        if not self.partition.layers:
+            with streaming:
+                return loop()
+        scores, metrics = StageScores(), None
+        if self.compute_metrics is not None and not self.args.batch_eval_metrics:
+            metrics = StageMetrics(self.compute_metrics, self.preprocess_logits_for_metrics, self._joined)
+        with streaming, self._collecting(scores, metrics):
+            output = loop()
+        found = {
+            **(metrics.by_stage if metrics else {}),
+            **self._of_all(scores).means(perplexity=self._objective.head == "own"),
+        }
+        by_stage = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        predictions = unpack(output.predictions) if metrics else output.predictions
+        return EvalLoopOutput(predictions, output.label_ids, {**output.metrics, **by_stage}, output.num_samples)
+
+    @contextlib.contextmanager
+    def _collecting(self, scores: StageScores, metrics: StageMetrics | None) -> Iterator[None]:
+        self._stage_scores, self._stage_metrics = scores, metrics
+        if metrics is not None:
+            self.compute_metrics = metrics.compute_packed
+            self.preprocess_logits_for_metrics = metrics.preprocess_packed
+        try:
+            yield
+        finally:
+            if metrics is not None:
+                self.compute_metrics, self.preprocess_logits_for_metrics = metrics.compute, metrics.preprocess
+            del self._stage_scores, self._stage_metrics
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As the host's; while metrics are collected, the predictions are packed with those of every stage."""
+        if not hasattr(self, "_stage_scores"):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        given, losses = inputs.get("labels"), []
+        packing = self._stage_metrics is not None and not prediction_loss_only
+
+        def read(logits: torch.Tensor) -> torch.Tensor | None:
+            if given is not None:
+                losses.append(self._criterion(logits, given))
+            return logits if packing else None
+
+        with self._observing(inputs, read) as view:
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        losses = [] if loss is None or given is None else [*losses, loss][: len(view.movements)]
+        self._stage_scores.add(view.movements, losses, self.gather_function)
+        return loss, pack(logits, view) if packing else logits, labels

@@ -1,4 +1,4 @@
-"""A checkpoint with its heads and a batch -> logits from the first head that is sure enough, sample by sample."""
+"""A checkpoint with its heads and a batch -> logits of the first head that is sure enough, or of heads together."""
 
 import contextlib
 import functools
@@ -45,6 +45,9 @@ class ExitRule:
             before them.
         temperatures (`tuple[float, ...]`, *optional*):
             Of each of the K stages, by which its logits are divided, see [`calibrate`]; 1 by default.
+        ensemble (`bool`, *optional*, defaults to `False`):
+            A stage answers with the mean of the logits of all heads up to it, each divided by its temperature (the
+            ensemble of Sedona, Pyeon et al., 2021). With a threshold above 1, all K heads answer together.
 
     Raises:
         `ValueError`: for a threshold or temperature that is not positive, or a patience below 1.
@@ -53,6 +56,7 @@ class ExitRule:
     threshold: float = 0.9
     patience: int | None = None
     temperatures: tuple[float, ...] = ()
+    ensemble: bool = False
 
     def __post_init__(self):
         if not self.threshold > 0:
@@ -64,24 +68,53 @@ class ExitRule:
         if not all(temperature > 0 for temperature in self.temperatures):
             raise ValueError(f"temperatures={self.temperatures} are not all above 0. Set them with calibrate.")
 
-    def confidence(self, stage: int, logits: torch.Tensor) -> torch.Tensor:
-        """The highest probability that stage `stage` (from 0) gives, `[B]`, of logits `[B, num_labels]`."""
-        temperature = self.temperatures[stage] if self.temperatures else 1.0
-        return (logits.float() / temperature).softmax(-1).amax(-1)
+    @property
+    def asks_heads(self) -> bool:
+        """Whether the auxiliary heads are needed."""
+        return self.ensemble or self.patience is not None or self.threshold <= 1
 
-    def leaves(self, stage: int, logits: torch.Tensor, agreed: torch.Tensor) -> torch.Tensor:
-        """Which samples leave at `stage`, `[B]`, given how many heads in a row have agreed, `[B]`."""
-        return self.confidence(stage, logits) >= self.threshold if self.patience is None else agreed >= self.patience
+    def answer(self, stage: int, logits: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+        """
+        What stage `stage` (from 0) answers.
 
-    def decide(self, logits: torch.Tensor) -> torch.Tensor:
-        """The stage (from 0) at which each sample leaves, `[N]`, when the logits of all are known, `[K, N, labels]`."""
-        num_stages, num_samples = logits.shape[:2]
+        Args:
+            stage (`int`): from 0.
+            logits (`torch.Tensor`): of its head, `[B, num_labels]`.
+            before (`torch.Tensor`, *optional*): the answer of the stage before, `[B, num_labels]`.
+        """
+        if not self.ensemble:
+            return logits
+        logits = logits / self._temperature(stage)
+        return logits if before is None else before + (logits - before) / (stage + 1)
+
+    def answers(self, logits: torch.Tensor) -> torch.Tensor:
+        """The answers of all K stages, `[K, N, num_labels]`, from the logits of all."""
+        found: list[torch.Tensor] = []
+        for k, own in enumerate(logits):
+            found.append(self.answer(k, own, found[-1] if found else None))
+        return torch.stack(found)
+
+    def confidence(self, stage: int, answer: torch.Tensor) -> torch.Tensor:
+        """The highest probability in the answer `[B, num_labels]` of stage `stage` (from 0), `[B]`."""
+        temperature = 1.0 if self.ensemble else self._temperature(stage)
+        return (answer.float() / temperature).softmax(-1).amax(-1)
+
+    def leaves(self, stage: int, answer: torch.Tensor, agreed: torch.Tensor) -> torch.Tensor:
+        """Which samples leave at `stage`, `[B]`, given how many answers in a row have agreed, `[B]`."""
+        return self.confidence(stage, answer) >= self.threshold if self.patience is None else agreed >= self.patience
+
+    def _temperature(self, stage: int) -> float:
+        return self.temperatures[stage] if self.temperatures else 1.0
+
+    def decide(self, answers: torch.Tensor) -> torch.Tensor:
+        """The stage (from 0) at which each sample leaves, `[N]`, when the answers of all are known, `[K, N, labels]`."""
+        num_stages, num_samples = answers.shape[:2]
         stages = torch.full((num_samples,), num_stages - 1)
         agreed = torch.zeros(num_samples, dtype=torch.long)
         for k in range(num_stages - 1):
             if k > 0:
-                agreed = (agreed + 1) * (logits[k].argmax(-1) == logits[k - 1].argmax(-1))
-            stages[(stages == num_stages - 1) & self.leaves(k, logits[k], agreed)] = k
+                agreed = (agreed + 1) * (answers[k].argmax(-1) == answers[k - 1].argmax(-1))
+            stages[(stages == num_stages - 1) & self.leaves(k, answers[k], agreed)] = k
         return stages
 
 
@@ -95,7 +128,7 @@ class HeadLogits:
 
 @dataclass(frozen=True)
 class ExitPoint:
-    """A rule, the accuracy (0 to 1) with it, and the mean number of layers that a sample runs through."""
+    """A rule, the accuracy (0 to 1) with it, and the mean number of layers run for a sample, those of heads too."""
 
     rule: ExitRule
     accuracy: float
@@ -108,9 +141,9 @@ class EarlyExitOutput(ModelOutput):
     What [`EarlyExit`] returns.
 
     Attributes:
-        logits (`torch.Tensor`): `[B, num_labels]`, of the stage at which each sample left.
+        logits (`torch.Tensor`): `[B, num_labels]`, the answer of the stage at which each sample left.
         exit_stages (`torch.Tensor`): `[B]`, the number of that stage, from 1.
-        layers_run (`torch.Tensor`): `[B]`, the number of layers that each sample ran through.
+        layers_run (`torch.Tensor`): `[B]`, the number of layers that ran for each sample, those of heads too.
     """
 
     logits: torch.Tensor | None = None
@@ -277,20 +310,23 @@ def calibrate(early: EarlyExit, found: HeadLogits, max_drop: float = 0.005) -> E
     """
     The rule with the fewest layers at which accuracy on validation data drops by at most `max_drop`.
 
-    Each stage's temperature is the one of least cross-entropy. With `early.rule.patience` set, patience is chosen.
+    Each stage's temperature is the one of least cross-entropy. With `early.rule.patience` set, patience is chosen. What
+    else `early.rule` says, `ensemble` above all, stays.
 
     Args:
         early ([`EarlyExit`]): the model.
         found ([`HeadLogits`]): what its stages say of validation data, see [`EarlyExit.observe`].
-        max_drop (`float`, *optional*, defaults to 0.005): of the accuracy (0 to 1) of the last stage.
+        max_drop (`float`, *optional*, defaults to 0.005): of the accuracy (0 to 1) without exits.
     """
     temperatures = tuple(temperature(logits, found.labels) for logits in found.logits)
-    points = exit_curve(replace(early.rule, temperatures=temperatures), found, early.partition)
+    points = exit_curve(replace(early.rule, temperatures=temperatures), found, early.partition, len(early.heads.layers))
     whole = points[-1].accuracy
     return min((one for one in points if one.accuracy >= whole - max_drop), key=lambda one: one.mean_layers)
 
 
-def exit_curve(rule: ExitRule, found: HeadLogits, partition: Partition, num_points: int = 50) -> list[ExitPoint]:
+def exit_curve(
+    rule: ExitRule, found: HeadLogits, partition: Partition, head_layers: int = 0, num_points: int = 50
+) -> list[ExitPoint]:
     """
     Accuracy against mean number of layers, from the most early exits to none.
 
@@ -298,20 +334,20 @@ def exit_curve(rule: ExitRule, found: HeadLogits, partition: Partition, num_poin
         rule ([`ExitRule`]): whose threshold, or patience if that is set, is varied.
         found ([`HeadLogits`]): what the stages say, see [`EarlyExit.observe`].
         partition (`Partition`): the cut.
+        head_layers (`int`, *optional*, defaults to 0): layers of each auxiliary head.
         num_points (`int`, *optional*, defaults to 50): number of thresholds, spread evenly over the samples.
     """
-    num_stages = len(found.logits)
+    num_stages, answers = len(found.logits), rule.answers(found.logits)
     if rule.patience is None:
-        sure = torch.stack([rule.confidence(k, found.logits[k]) for k in range(num_stages - 1)] or [torch.ones(1)])
+        sure = torch.stack([rule.confidence(k, answers[k]) for k in range(num_stages - 1)] or [torch.ones(1)])
         levels = sure.double().flatten().quantile(torch.linspace(0, 1, num_points, dtype=torch.double)).tolist()
         rules = [replace(rule, threshold=level) for level in [*levels, 2.0]]
     else:
         rules = [replace(rule, patience=patience) for patience in range(1, num_stages + 1)]
-    until = torch.tensor(_layers_until(partition))
     points = []
     for one in rules:
-        stages = one.decide(found.logits)
-        predictions = found.logits[stages, torch.arange(len(stages))].argmax(-1)
+        stages, until = one.decide(answers), torch.tensor(_layers_until(partition, one.asks_heads * head_layers))
+        predictions = answers[stages, torch.arange(len(stages))].argmax(-1)
         accuracy = (predictions == found.labels).double().mean().item()
         points.append(ExitPoint(one, accuracy, until[stages].double().mean().item()))
     return points
@@ -354,20 +390,21 @@ class _Walk:
         self.rows = torch.arange(size, device=device)
         self.stages = torch.full((size,), early.partition.num_stages - 1, device=device)
         self.agreed = torch.zeros(size, dtype=torch.long, device=device)
-        self.logits: torch.Tensor | None = None
+        self.answers: torch.Tensor | None = None
 
     def leave(self, stage: int, logits: torch.Tensor, whole: bool = False) -> torch.Tensor:
         """Let the samples go that are sure enough; returns which of those in the batch stay."""
-        logits = logits[self.rows] if whole else logits
-        if self.logits is None:
-            self.logits = logits.new_zeros(self.size, logits.shape[-1])
-        else:
-            same = self.logits[self.rows].argmax(-1) == logits.argmax(-1)
-            self.agreed[self.rows] = (self.agreed[self.rows] + 1) * same
-        self.logits[self.rows] = logits
+        rule, logits = self.early.rule, logits[self.rows] if whole else logits
+        before = None if self.answers is None else self.answers[self.rows]
+        answer = rule.answer(stage, logits, before)
+        if self.answers is None:
+            self.answers = answer.new_zeros(self.size, answer.shape[-1])
+        if before is not None:
+            self.agreed[self.rows] = (self.agreed[self.rows] + 1) * (before.argmax(-1) == answer.argmax(-1))
+        self.answers[self.rows] = answer
         left = torch.ones_like(self.rows, dtype=torch.bool)
         if not whole:
-            left = self.early.rule.leaves(stage, logits, self.agreed[self.rows])
+            left = rule.leaves(stage, answer, self.agreed[self.rows])
         self.stages[self.rows[left]] = stage
         self.rows = self.rows[~left]
         return ~left
@@ -380,8 +417,9 @@ class _Walk:
 
     def output(self) -> EarlyExitOutput:
         """What was found."""
-        until = torch.tensor(_layers_until(self.early.partition), device=self.stages.device)
-        return EarlyExitOutput(logits=self.logits, exit_stages=self.stages + 1, layers_run=until[self.stages])
+        head_layers = self.early.rule.asks_heads * len(self.early.heads.layers)
+        until = torch.tensor(_layers_until(self.early.partition, head_layers), device=self.stages.device)
+        return EarlyExitOutput(logits=self.answers, exit_stages=self.stages + 1, layers_run=until[self.stages])
 
 
 def _before_layer(walks: list[_Walk], name: str, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -397,7 +435,7 @@ def _after_layer(walks: list[_Walk], name: str, _module: nn.Module, args: tuple,
         padded = hidden.new_zeros(walk.size, *hidden.shape[1:])
         padded[walk.rows] = hidden
         return with_hidden_states(output, hidden if len(walk.rows) == walk.size else padded)
-    if name not in partition.boundaries:
+    if name not in partition.boundaries or not walk.early.rule.asks_heads:
         return None
     stage, hidden = partition.boundaries.index(name), hidden_states_of(output)
     mask = None if walk.mask is None else walk.mask[walk.rows]
@@ -437,6 +475,7 @@ def _hidden_of(args: tuple, kwargs: dict) -> torch.Tensor:
     return hidden_states_of(args or tuple(kwargs.values()))
 
 
-def _layers_until(partition: Partition) -> Sequence[int]:
-    """Number of layers from the first to the end of each stage."""
-    return [sum(map(len, partition.stages[: k + 1])) for k in range(partition.num_stages)]
+def _layers_until(partition: Partition, head_layers: int) -> Sequence[int]:
+    """Number of layers from the first to the end of each stage, those of the auxiliary heads on the way too."""
+    ends, heads = range(1, partition.num_stages + 1), partition.num_stages - 1
+    return [sum(map(len, partition.stages[:k])) + head_layers * min(k, heads) for k in ends]

@@ -9,7 +9,7 @@ PRETRAINED_FACTOR = 10.0  # new heads on layers that have learned much already h
 
 
 def rate_factors(
-    parameters: Sequence[Sequence[nn.Parameter]], heads: Iterable[nn.Module], decay: float, head_factor: float
+    parameters: Sequence[Sequence[nn.Parameter]], heads: Iterable[nn.Parameter], decay: float, head_factor: float
 ) -> dict[nn.Parameter, float]:
     """
     What the learning rate of each parameter is multiplied with: decay^(K - k) in stage k, `head_factor` in the heads.
@@ -19,12 +19,12 @@ def rate_factors(
 
     Args:
         parameters (`Sequence[Sequence[nn.Parameter]]`): of each of the K stages, its head's among them.
-        heads (`Iterable[nn.Module]`): auxiliary heads of stages 1 .. K-1, and the model's own.
+        heads (`Iterable[nn.Parameter]`): of the auxiliary heads of stages 1 .. K-1, and of the model's own.
         decay (`float`): between two stages.
         head_factor (`float`): of the heads, in every stage.
     """
     factors = {p: decay ** (len(parameters) - 1 - k) for k, own in enumerate(parameters) for p in own}
-    return factors | {p: head_factor for head in heads for p in head.parameters()}
+    return factors | dict.fromkeys(heads, head_factor)
 
 
 def split_groups(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter, float]) -> None:

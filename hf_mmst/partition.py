@@ -188,11 +188,6 @@ def last_norm(model: nn.Module, last_layer: str, width: int) -> nn.LayerNorm | N
     return norms[-1] if norms and norms[-1].elementwise_affine else None
 
 
-def classifier(model: nn.Module, num_labels: int) -> list[nn.Linear]:
-    """The linear map to the labels, the last one of its size; none if there is no such map."""
-    return [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == num_labels][-1:]
-
-
 def checkpoints_across(model: nn.Module, partition: Partition) -> str | None:
     """Name of a module that activation checkpointing runs twice as a whole, end of a stage and all, if there is one."""
     for name, module in model.named_modules():

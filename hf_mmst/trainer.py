@@ -12,20 +12,28 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
+from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
 
 from .compiling import compiled, refuse_compilation, take_compilation
 from .config import MMSTConfig
 from .coupled import CoupledResidency
-from .evaluation import StageMetrics, StageScores, pack, unpack
+from .evaluation import StageEvaluation
 from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
 from .heads import HEADS, StageHeads, is_pretrained, num_head_layers
 from .learning_rates import PRETRAINED_FACTOR, rate_factors, split_groups
 from .memory import TurnPeaks
 from .objectives import CLASSES, objective_of
 from .order import Order, Segment
-from .partition import Partition, checkpoints_across, classifier, find_layers, last_norm, run_ends, tied_parameters
+from .partition import (
+    Partition,
+    checkpoints_across,
+    find_layers,
+    last_norm,
+    run_ends,
+    tail_parameters,
+    tied_parameters,
+)
 from .planner import plan_for
 from .probe import LayerProfile, check_cut, own_pooling, profile_layers
 from .publishing import StageCards
@@ -41,7 +49,7 @@ logger = logging.get_logger(__name__)
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what the host sets on a layer
 
 
-class MMSTTrainer(StageParallel, StageCards):
+class MMSTTrainer(StageEvaluation, StageParallel, StageCards):
     """
     A [`~transformers.Trainer`] that trains an encoder stage by stage by the minimizing movement scheme.
 
@@ -62,9 +70,7 @@ class MMSTTrainer(StageParallel, StageCards):
         `ValueError`: if the model or its task cannot be trained in stages, or for a setting that would do so wrongly.
     """
 
-    compute_metrics: Any
     data_collator: Any
-    preprocess_logits_for_metrics: Any
     lr_scheduler: Any
     loss_is_scaled_for_ga = True  # compute_loss weighs each micro-batch by its share of the step's samples
 
@@ -145,7 +151,6 @@ class MMSTTrainer(StageParallel, StageCards):
             self._residency = kind(model, self.partition, self.args.device, self.args.output_dir)
         self._cut_model = model
         self._share_out()
-        self._own_head = classifier(model, self.heads.num_labels) if self.heads.kind != "own" else []
         self._take_share()
 
     def _partition(self, model: nn.Module) -> tuple[Partition, list[LayerProfile]]:
@@ -354,9 +359,16 @@ class MMSTTrainer(StageParallel, StageCards):
         if args.head_learning_rate is not None and args.learning_rate > 0:
             factor = args.head_learning_rate / args.learning_rate
         if (factor, args.stage_learning_rate_decay) != (1, 1):
-            heads = [*self.heads, *self._own_head]
-            factors = rate_factors(self._stage_parameters, heads, args.stage_learning_rate_decay, factor)
+            factors = rate_factors(self._stage_parameters, self._head_parameters(core), args.stage_learning_rate_decay, factor)
             split_groups(optimizer, factors)
+
+    def _head_parameters(self, core: nn.Module) -> list[nn.Parameter]:
+        """Those of the auxiliary heads, but for their layers, and of what the model itself has after its last layer."""
+        heads = [p for head in self.heads for p in head.parameters()]
+        if self.heads.kind == "own" or not self.partition.layers:
+            return heads
+        others = {*self.heads.layers.parameters()}
+        return [*heads, *(p for p in tail_parameters(core, self.partition.layers) if p not in others)]
 
     def create_accelerator_and_postprocess(self):
         """As the host's; layers at rest are not moved to the device, and compiled layer by layer."""
@@ -604,71 +616,6 @@ class MMSTTrainer(StageParallel, StageCards):
     def _mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over the processes; to be called in each of them."""
         return self.accelerator.reduce(values.to(self.args.device), "mean") if self.args.world_size > 1 else values
-
-    # ---- Evaluation ----
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        """
-        As the host's, with the metrics, loss and transport of each stage, `eval_stage_<k>_accuracy` and so on.
-
-        Without `compute_metrics`, or with `prediction_loss_only`, there are still losses, transport and, of language
-        models, perplexities (the exponentials of the losses); no logits are kept then.
-        """
-        loop = functools.partial(
-            super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        streaming: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if self._residency is not None and not self.is_in_train:
-            streaming = self._residency.streaming()
-        if not self.partition.layers:
-            with streaming:
-                return loop()
-        scores, metrics = StageScores(), None
-        if self.compute_metrics is not None and not self.args.batch_eval_metrics:
-            metrics = StageMetrics(self.compute_metrics, self.preprocess_logits_for_metrics, self._joined)
-        with streaming, self._collecting(scores, metrics):
-            output = loop()
-        found = {
-            **(metrics.by_stage if metrics else {}),
-            **self._of_all(scores).means(perplexity=self._objective.head == "own"),
-        }
-        by_stage = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        predictions = unpack(output.predictions) if metrics else output.predictions
-        return EvalLoopOutput(predictions, output.label_ids, {**output.metrics, **by_stage}, output.num_samples)
-
-    @contextlib.contextmanager
-    def _collecting(self, scores: StageScores, metrics: StageMetrics | None) -> Iterator[None]:
-        self._stage_scores, self._stage_metrics = scores, metrics
-        if metrics is not None:
-            self.compute_metrics = metrics.compute_packed
-            self.preprocess_logits_for_metrics = metrics.preprocess_packed
-        try:
-            yield
-        finally:
-            if metrics is not None:
-                self.compute_metrics, self.preprocess_logits_for_metrics = metrics.compute, metrics.preprocess
-            del self._stage_scores, self._stage_metrics
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As the host's; while metrics are collected, the predictions are packed with those of every stage."""
-        if not hasattr(self, "_stage_scores"):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        given, losses = inputs.get("labels"), []
-        packing = self._stage_metrics is not None and not prediction_loss_only
-
-        def read(logits: torch.Tensor) -> torch.Tensor | None:
-            if given is not None:
-                losses.append(self._criterion(logits, given))
-            return logits if packing else None
-
-        with self._observing(inputs, read) as view:
-            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        losses = [] if loss is None or given is None else [*losses, loss][: len(view.movements)]
-        self._stage_scores.add(view.movements, losses, self.gather_function)
-        return loss, pack(logits, view) if packing else logits, labels
 
 
 class _StageCallback(TrainerCallback):

