@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .files import replace
 from .objectives import objective_of
-from .results import SETTINGS
+from .results import ENSEMBLE, SETTINGS
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -154,6 +154,7 @@ def model_card(content: CardContent, plot: str | None = None, picture: str | Non
             metric_name=name,
         )
         for name in content.metrics
+        if not name.startswith(f"{ENSEMBLE}_")  # which is not what the plain model reaches
     ]
     data = ModelCardData(
         base_model=content.base_model if _is_hub_name(content.base_model) else None,

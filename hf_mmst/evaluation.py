@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from .objectives import Objective
 from .partition import Partition
 from .residency import Residency
+from .results import ENSEMBLE
 from .stagewise import StageView
 
 
@@ -99,12 +100,12 @@ class StageMetrics:
         The user's metrics of the model.
 
         `by_stage` gets those of each stage, `stage_<k>_<name>`, k from 1, and those of the mean of all stages' logits,
-        `ensemble_<name>`, where the logits are all there is of predictions.
+        `ensemble_<name>`, where the predictions are logits and nothing else.
         """
         predictions, logits = self.join(prediction.predictions)
         stages = {f"stage_{k}": outputs for k, outputs in enumerate((*logits, predictions), start=1)}
         if logits and self.preprocess is None and isinstance(predictions, np.ndarray):
-            stages = {"ensemble": np.mean((*logits, predictions), 0), **stages}
+            stages = {ENSEMBLE: np.mean((*logits, predictions), 0), **stages}
         for stage, outputs in stages.items():
             metrics = self.compute(
                 EvalPrediction(outputs, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
@@ -122,7 +123,7 @@ class StageEvaluation(Trainer):
     _objective: Objective
     _residency: Residency | None
     _criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    _observing: Callable[..., contextlib.AbstractContextManager[StageView]]
+    _observing: Any
     _of_all: Callable[[StageScores], StageScores]
     _joined: Callable[[Any], Any]
 
@@ -130,7 +131,8 @@ class StageEvaluation(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """
-        As the host's, with the metrics, loss and transport of each stage, `eval_stage_<k>_accuracy` and so on.
+        As the host's, with the metrics, loss and transport of each stage, `eval_stage_<k>_accuracy` and so on, and
+        the metrics of all heads together, `eval_ensemble_accuracy`, see [`StageMetrics`].
 
         Without `compute_metrics`, or with `prediction_loss_only`, there are still losses, transport and, of language
         models, perplexities (the exponentials of the losses); no logits are kept then.

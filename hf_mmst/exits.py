@@ -107,7 +107,7 @@ class ExitRule:
         return self.temperatures[stage] if self.temperatures else 1.0
 
     def decide(self, answers: torch.Tensor) -> torch.Tensor:
-        """The stage (from 0) at which each sample leaves, `[N]`, when the answers of all are known, `[K, N, labels]`."""
+        """The stage (from 0) at which each sample leaves, `[N]`, given the answers of all, `[K, N, num_labels]`."""
         num_stages, num_samples = answers.shape[:2]
         stages = torch.full((num_samples,), num_stages - 1)
         agreed = torch.zeros(num_samples, dtype=torch.long)

@@ -107,7 +107,9 @@ def _build(model_args: ImageModelArguments, splits: datasets.DatasetDict, image_
     """The model, and its image processor if it has one."""
     name, labels = model_args.model_name_or_path, labels_of(splits)
     if name is not None:
-        model = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+        model = AutoModelForImageClassification.from_pretrained(
+            name, ignore_mismatched_sizes=True, dtype=torch.float32, **labels
+        )
         if Path(name).is_dir() and not Path(name, "preprocessor_config.json").is_file():
             return model, None
         return model, AutoImageProcessor.from_pretrained(name, backend="pil")

@@ -52,10 +52,12 @@ def train_and_report(trainer: "MMSTTrainer", *, model: str, dataset: str, begin:
             reserved_bytes=peak.reserved_bytes,
             seconds=seconds,
         )
+        ensemble = metrics.get("eval_ensemble_accuracy")
+        together = "" if ensemble is None else f" (all heads together {ensemble:.2%})"
         planned = f" (planned {results['planned_bytes'] / 2**20:.0f} of tensors)" if results["planned_bytes"] else ""
         print(
-            f"accuracy {metrics['eval_accuracy']:.2%}, peak memory {peak.peak_bytes / 2**20:.0f} MiB{planned}, "
-            f"{seconds:.0f} s, written to {args.output_dir}/results.json"
+            f"accuracy {metrics['eval_accuracy']:.2%}{together}, peak memory {peak.peak_bytes / 2**20:.0f} MiB"
+            f"{planned}, {seconds:.0f} s, written to {args.output_dir}/results.json"
         )
     if args.push_to_hub:
         trainer.push_to_hub()

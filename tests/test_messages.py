@@ -131,6 +131,11 @@ MESSAGES = {
         "in the coupled order each layer steps by itself",
         "`bf16=True` in the place of `fp16`",
     ),
+    "that learn are float16": (
+        lambda folder: trainer(folder, model=make("vit").half()).train(),
+        "the model was loaded in the precision of its checkpoint, in which AdamW cannot learn",
+        "`dtype=torch.float32` in `from_pretrained`; `bf16=True` or `fp16=True` for mixed precision",
+    ),
     "cannot take all stages' outputs": (
         lambda folder: trainer(folder, "swin", head_layers=1),
         "the heads would hold a copy of layers of another width",

@@ -1,6 +1,7 @@
 """The recipes as a person runs them, on a few samples."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -10,9 +11,15 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+from zoo import make
+
+from hf_mmst import MMSTConfig
+from hf_mmst.images import ImageArguments, ImageModelArguments, image_trainer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 QUICK = ["--max_steps", "4", "--num_train_epochs", "1", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu"]
@@ -102,6 +109,20 @@ def test_a_folder_of_parquet_images_on_two_processes(tmp_path):
     assert (found["num_processes"], found["dataset"]) == (2, "data")
     assert "CANNOT BE REACHED" not in done.stderr
     assert done.stdout.count("hf_mmst:") == 1
+
+
+def test_a_checkpoint_in_half_precision_trains_in_float32(tmp_path):
+    make("vit").half().save_pretrained(tmp_path / "model")
+    images = [Image.fromarray(np.full((32, 32, 3), 20 * i, dtype=np.uint8)) for i in range(4)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=5)})
+    split = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 2, 3]}, features=features)
+    splits = datasets.DatasetDict(train=split, test=split)
+    args = MMSTConfig(str(tmp_path), num_stages=2, max_steps=2, use_cpu=True, report_to="none", logging_steps=1)
+    args.remove_unused_columns = False
+    made = image_trainer(ImageModelArguments(str(tmp_path / "model")), ImageArguments(), args, splits)
+    assert made.model.dtype == torch.float32
+    made.train()
+    assert all(math.isfinite(line["loss"]) for line in made.state.log_history if "loss" in line)
 
 
 def test_a_csv_file_with_labels_in_words(tmp_path):
