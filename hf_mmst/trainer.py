@@ -10,46 +10,34 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, get_scheduler
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
 
-from .compiling import compiled, refuse_compilation, take_compilation
+from .compiling import compiled, take_compilation
 from .config import MMSTConfig
 from .coupled import CoupledResidency
+from .cut import StageCut
 from .evaluation import StageEvaluation
 from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
-from .heads import HEADS, StageHeads, is_pretrained, num_head_layers
+from .heads import HEADS, is_pretrained
 from .learning_rates import PRETRAINED_FACTOR, rate_factors, split_groups
 from .memory import TurnPeaks
-from .objectives import CLASSES, objective_of
 from .order import Order, Segment
 from .partition import (
-    Partition,
-    checkpoints_across,
-    find_layers,
-    last_norm,
-    run_ends,
     tail_parameters,
     tied_parameters,
 )
-from .planner import plan_for
-from .probe import LayerProfile, check_cut, own_pooling, profile_layers
 from .publishing import StageCards
 from .reduction import Reduction
-from .residency import Residency
 from .stage_parallel import StageParallel
-from .stagewise import StageStep, Stagewise
+from .stagewise import StageStep
 from .stepping import clip_by_stage, parameters_by_stage, step_stage, steps_elementwise
-from .transport import TransportWeights
-from .wrappers import numel
 
 logger = logging.get_logger(__name__)
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what the host sets on a layer
 
 
-class MMSTTrainer(StageEvaluation, StageParallel, StageCards):
+class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
     """
     A [`~transformers.Trainer`] that trains an encoder stage by stage by the minimizing movement scheme.
 
@@ -87,7 +75,6 @@ class MMSTTrainer(StageEvaluation, StageParallel, StageCards):
         # Whether a model divides by num_items_in_batch or ignores it differs between models: means are taken here.
         self.model_accepts_loss_kwargs = False
         self._refuse_wrappers()
-        self._cut_model: nn.Module | None = None
         self._planned = self._plan()
         self.peaks = TurnPeaks(self.args.device)
         self._streams = contextlib.ExitStack()  # holds what streams layers through the device in a training run
@@ -100,182 +87,6 @@ class MMSTTrainer(StageEvaluation, StageParallel, StageCards):
         self._cut()
         self.add_callback(_StageCallback(self))
         self.add_callback(self.picture_callback())
-
-    def _plan(self) -> int | None:
-        """Plan for `memory_budget`, if one is set; returns the bytes that the chosen way takes."""
-        args = self.args
-        if args.memory_budget is None or self.train_dataset is None:
-            return None
-        found = plan_for(args, self._core(), self._batch_to_plan())
-        if args.place_model_on_device:
-            self._move_model_to_device(self.model, args.device)
-        self.accelerator.device_placement &= args.stage_residency == "all"
-        return found.peak.total
-
-    # ---- The cut ----
-
-    def _cut(self) -> None:
-        """Cut the model into stages and make their heads, unless that was done for this very model."""
-        model = self._core()
-        if self._cut_model is model:
-            return
-        self.args.check_stages()
-        if self.args.stage_order != "coupled" and (self.args.num_stages > 1 or self.args.stage_boundaries is not None):
-            self._refuse_task(model)
-        self._objective = objective_of(model) or CLASSES
-        with self._wrapper.whole(model):
-            self._cut_whole(model)
-
-    def _cut_whole(self, model: nn.Module) -> None:
-        self.partition, ends = self._partition(model)
-        num_stages = self.partition.num_stages
-        self.heads = StageHeads(
-            [end.width for end in ends],
-            getattr(model.config, "num_labels", 0),
-            self._pooling(model) if ends else self.args.head_pooling,
-            self.args.seed,
-            [end.is_map and self.args.head_pooling == "auto" for end in ends],
-            *self._last_layers(model, [end.width for end in ends]),
-            self._objective.head,
-        )
-        self.heads.to(device=self.args.device, dtype=_dtype(model))
-        first = self._wrapper.hooks_first
-        self._engine = Stagewise(model, self.partition, self.heads, self.args.transport_norm, first)
-        self._weights = TransportWeights(self.args.transport_schedule, self.args.transport_weight, num_stages)
-        self._order = Order.build("simultaneous", num_stages, 1, 1)
-        self._segment = self._order.at(0)
-        self._log_sums = torch.zeros(num_stages, 3)
-        self._residency = None
-        if self.args.stage_residency == "stage":
-            kind = CoupledResidency if self._couples() else Residency
-            self._residency = kind(model, self.partition, self.args.device, self.args.output_dir)
-        self._cut_model = model
-        self._share_out()
-        self._take_share()
-
-    def _partition(self, model: nn.Module) -> tuple[Partition, list[LayerProfile]]:
-        """The cut, and the layers at the ends of all stages but the last."""
-        args = self.args
-        if args.num_stages == 1 and args.stage_boundaries is None and args.stage_order != "coupled":
-            try:
-                return Partition((tuple(find_layers(model)),)), []
-            except ValueError:  # nothing is cut, so any model will do; there is no transport to measure either
-                return Partition(((),)), []
-        layers = find_layers(model)
-        profile = profile_layers(model, layers)
-        if args.stage_residency == "stage" and self._couples():
-            apart = checkpoints_across(model, Partition.by_cost(layers, len(layers), [1] * len(layers))) is None
-            if not apart or not isinstance(model.get_submodule(layers[0]), GradientCheckpointingLayer):
-                setting, remedy = 'stage_order="coupled"', "another stage_order"
-                if args.coupled_laps:
-                    setting, remedy = f"coupled_laps={args.coupled_laps}", 'stage_residency="all"'
-                raise ValueError(
-                    f"The layers of {type(model).__name__}, {layers[0]} and so on, cannot each be checkpointed by "
-                    f"itself, as {setting} needs it. Set {remedy}."
-                )
-        if args.stage_order == "coupled":
-            return Partition((tuple(layers),)), []
-        if args.stage_boundaries is not None:
-            partition = Partition.by_names(layers, args.stage_boundaries)
-        else:
-            costs = [layer.flops for layer in profile]
-            partition = Partition.by_cost(layers, args.num_stages, costs, run_ends(model, layers))
-        check_cut(model, partition)
-        by_name = {layer.name: layer for layer in profile}
-        return partition, [by_name[name] for name in partition.boundaries[:-1]]
-
-    def _last_layers(self, model: nn.Module, widths: list[int]) -> tuple[list[nn.Module], nn.LayerNorm | None]:
-        """What of the model the auxiliary heads have a copy of."""
-        layers = self.partition.layers
-        if not widths:
-            return [], None
-        blocks = len(run_ends(model, layers)) == len(layers)
-        widths = [*widths, profile_layers(model, layers)[-1].width]
-        number = num_head_layers(self.args.head_layers, model, widths, blocks)
-        if number > len(layers):
-            raise ValueError(
-                f"head_layers={number}, but the model has {len(layers)} layers. Set head_layers to that or less."
-            )
-        norm = last_norm(model, layers[-1], widths[-1]) if number > 0 else None
-        return [model.get_submodule(name) for name in layers[len(layers) - number :]], norm
-
-    def _pooling(self, model: nn.Module) -> str:
-        """What the auxiliary heads pool."""
-        if self._objective.head == "pooled" and self.args.head_pooling == "auto" and is_pretrained(model):
-            return own_pooling(model, self.partition.layers[-1])
-        return self.args.head_pooling
-
-    def _refuse_rates(self) -> None:
-        for name, default in (("head_learning_rate", None), ("stage_learning_rate_decay", 1.0)):
-            if self.optimizer is not None and getattr(self.args, name) != default:
-                raise ValueError(
-                    f"{name}={getattr(self.args, name)} has no effect on an optimizer of your own. Give its groups the "
-                    f"rates you want and leave {name} unset, or leave the optimizer to the trainer."
-                )
-
-    def _refuse_wrappers(self) -> None:
-        self._wrapper.refuse(self.args, self._compilation is not None)
-        if self._compilation is not None:
-            refuse_compilation(self.args, self._compilation)
-        if self.is_fsdp_xla_enabled or getattr(self, "is_distributed_loading_by_transformers", False):
-            what = "FSDP on XLA" if self.is_fsdp_xla_enabled else "A model that was put in shards when it was loaded"
-            raise ValueError(
-                f"{what} cannot be trained in stages. Load the model whole, and set fsdp=True without xla."
-            )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs are visible to one process, which nn.DataParallel cannot train in stages. "
-                "Start the script with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them."
-            )
-
-    def _refuse_half(self, core: nn.Module) -> None:
-        half = any(p.requires_grad and p.dtype == torch.float16 for p in core.parameters())
-        if half and not self.is_deepspeed_enabled:  # whose engine keeps a copy in float32
-            raise ValueError(
-                f"Weights of {type(core).__name__} that learn are float16, as its checkpoint may be: small steps are "
-                "lost and squared gradients overflow. Load the model with dtype=torch.float32, and set bf16=True or "
-                "fp16=True for mixed precision."
-            )
-
-    def _refuse_task(self, model: nn.Module) -> None:
-        base = unwrap_peft_model(model)
-        objective = objective_of(model)
-        if objective is None and self.compute_loss_func is None:
-            raise ValueError(
-                f"{type(base).__name__} has no head of which the stages' local losses could be made: these are known "
-                "for classification and regression of sequences, images and audio, for classification of tokens, and "
-                "for masked and causal language models with one stack of layers. Pass such a model, a "
-                "compute_loss_func for a loss of your own (of pooled logits), or set num_stages to 1."
-            )
-        if objective is not None and objective.head != "pooled" and self.args.head_pooling != "auto":
-            raise ValueError(
-                f'head_pooling="{self.args.head_pooling}", but a {type(base).__name__} has a label for each token, and '
-                'nothing is pooled. Set head_pooling="auto".'
-            )
-        if self.args.use_cache:
-            raise ValueError(
-                "use_cache=True keeps the keys and values of all stages in memory, and heads with layers would add to "
-                "them. Set use_cache=False; generate has a setting of its own."
-            )
-        if getattr(base.config, "output_router_logits", False):
-            raise ValueError(
-                "config.output_router_logits=True adds a loss of all routers at once, from which the stages of "
-                f"{type(base).__name__} before the last would not learn. Set it to False."
-            )
-        for name, value in vars(base.config).items():
-            if "layerdrop" in name and value:
-                raise ValueError(
-                    f"config.{name}={value} skips layers at random, and with them the ends of stages. Set it to 0."
-                )
-
-    def _refuse_checkpointing(self) -> None:
-        model = self._core()
-        name = checkpoints_across(model, self.partition)
-        if name is not None and model.get_submodule(name).gradient_checkpointing:
-            raise ValueError(
-                f"Activation checkpointing runs {name} of {type(model).__name__} twice as a whole, although a stage "
-                "ends within it. Set gradient_checkpointing=False; a larger num_stages saves activations, too."
-            )
 
     def _core(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -312,22 +123,6 @@ class MMSTTrainer(StageEvaluation, StageParallel, StageCards):
             epochs = -(-max_steps // steps_per_epoch)
         self._order = Order.build(*order, max_steps, args.coupled_laps)
         return epochs, steps_per_epoch, examples, samples, batch_size, batches, max_steps
-
-    def _summary(self) -> str:
-        """One line on the stages: layers and trainable parameters of each."""
-        core = self._core()
-        layers = [len(self._engine.run_ends.intersection(stage)) for stage in self.partition.stages]
-        trainable = [
-            sum(numel(p) for name in stage for p in core.get_submodule(name).parameters() if p.requires_grad)
-            for stage in self.partition.stages
-        ]
-        heads = sum(numel(p) for p in self.heads.parameters() if p.requires_grad)
-        others = sum(numel(p) for p in core.parameters() if p.requires_grad) - sum(trainable)
-        return (
-            f"hf_mmst: {len(layers)} stages of {_joined(layers)} layers, {self.args.stage_order}; trainable "
-            f"parameters {_joined(trainable)} in the layers, {others:,} around them, "
-            f"{heads:,} in auxiliary heads{self._summary_of_shares()}"
-        )
 
     def create_optimizer(self, model=None):
         """As the host's, with the auxiliary heads among the parameters."""
@@ -669,11 +464,3 @@ class _StageCallback(TrainerCallback):
             print(f"hf_mmst: planned {self.trainer._planned / 2**20:,.0f} MiB of tensors, measured {measured:,.0f} MiB")
         if self.trainer._cache is not None and state.global_step >= state.max_steps:
             self.trainer._cache.delete()
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _joined(numbers: list[int]) -> str:
-    return "+".join(f"{number:,}" for number in numbers)
