@@ -113,8 +113,15 @@ def run_results(args: MMSTConfig, partition: Partition, metrics: Mapping[str, An
         "stages": partition.stages,
         **{name: _plain(getattr(args, name)) for name in SETTINGS},
         "num_processes": args.distributed_state.num_processes if args.stage_parallel else args.world_size,
+        **provenance(args.device),
+    }
+
+
+def provenance(device: Any) -> dict[str, Any]:
+    """How and where numbers were made, on a `torch.device` or its name: `command`, `device`, `versions`, for JSON."""
+    return {
         "command": command_line(sys.argv),
-        "device": asdict(device_of(args.device)),
+        "device": asdict(device_of(device)),
         "versions": {"python": platform.python_version(), **package_versions()},
     }
 
@@ -133,9 +140,10 @@ class Device:
 
 
 def device_of(device: Any) -> Device:
-    """The [`Device`] of a `torch.device`."""
+    """The [`Device`] of a `torch.device` or its name."""
     import torch
 
+    device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return Device(device.type, name, os.cpu_count() or 1)
 

@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -38,7 +37,7 @@ from hf_mmst import MMSTConfig, find_layers
 from hf_mmst.images import ImageArguments, ImageModelArguments, image_trainer
 from hf_mmst.memory import PeakMemory
 from hf_mmst.report import write_json
-from hf_mmst.results import command_line, device_of, package_versions
+from hf_mmst.results import provenance
 from hf_mmst.texts import TextArguments, TextModelArguments, load_texts, text_trainer
 
 PAPER = {"head_layers": 0, "head_rate": 1, "head_pooling": "mean"}  # as in the paper, whatever the model
@@ -404,9 +403,7 @@ def main() -> None:
     write_json(
         args.output_dir / "results.json",
         {
-            "command": command_line(sys.argv),
-            "versions": package_versions(),
-            "device": asdict(device_of(torch.device(args.device))),
+            **provenance(args.device),
             "seed": 0,
             "num_seeds": args.seeds,
             "dataset": Path(args.dataset_name or TASKS[args.task]["dataset"]).name,

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -45,7 +44,7 @@ from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
 from hf_mmst.memory import PeakMemory
 from hf_mmst.probe import dummy_inputs
 from hf_mmst.report import write_json
-from hf_mmst.results import command_line, device_of, package_versions
+from hf_mmst.results import provenance
 from hf_mmst.simulation import Simulation, Way
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
@@ -281,9 +280,7 @@ def main() -> None:
     write_json(
         args.output_dir / "results.json",
         {
-            "command": command_line(sys.argv),
-            "versions": package_versions(),
-            "device": asdict(device_of(torch.device(args.device))),
+            **provenance(args.device),
             "seed": 42,
             **settings,
             "rows": rows,

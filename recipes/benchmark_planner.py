@@ -11,10 +11,8 @@ optimizer states to the last gradient; tensors at rest, which lie in files, are 
 """
 
 import argparse
-import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
@@ -39,7 +37,7 @@ from hf_mmst import MMSTConfig, MMSTTrainer
 from hf_mmst.probe import dummy_inputs
 from hf_mmst.report import write_json
 from hf_mmst.residency import Shelf
-from hf_mmst.results import command_line, device_of, package_versions
+from hf_mmst.results import provenance
 from hf_mmst.simulation import FlatMemTracker, Simulation, Way
 
 SIZE = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 768}
@@ -152,9 +150,7 @@ def main() -> None:
     write_json(
         args.output_dir / "results.json",
         {
-            "command": command_line(sys.argv),
-            "versions": package_versions(),
-            "device": asdict(device_of(torch.device("cpu"))),
+            **provenance("cpu"),
             "seed": 0,
             "batch_size": BATCH,
             "rows": rows,

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ from hf_mmst import MMSTConfig, MMSTTrainer, Partition, StageHeads, find_layers
 from hf_mmst.memory import PeakMemory
 from hf_mmst.reduction import Reduction
 from hf_mmst.report import write_json
-from hf_mmst.results import command_line, device_of, package_versions
+from hf_mmst.results import provenance
 
 
 class WrapperReduces(MMSTTrainer):
@@ -351,9 +351,7 @@ def main() -> None:
     write_json(
         args.output_dir / "results.json",
         {
-            "command": command_line(sys.argv),
-            "versions": package_versions(),
-            "device": asdict(device_of(torch.device(args.device))),
+            **provenance(args.device),
             "seed": 42,
             **{key: getattr(args, key) for key in settings},
             "rows": rows,

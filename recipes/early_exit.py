@@ -12,11 +12,8 @@ On the digits or the news that those recipes use where the Hub cannot be reached
 """
 
 import argparse
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from bert_text import bbc_news
 from transformers import AutoTokenizer, DataCollatorWithPadding, default_data_collator
 from vit_cifar import mnist_digits
@@ -24,7 +21,7 @@ from vit_cifar import mnist_digits
 from hf_mmst.exits import EarlyExit, ExitRule, calibrate, exit_curve
 from hf_mmst.images import to_tensors
 from hf_mmst.report import write_json
-from hf_mmst.results import command_line, device_of, package_versions
+from hf_mmst.results import provenance
 
 DROPS = (0.0, 0.005, 0.01, 0.02)
 
@@ -101,9 +98,7 @@ def main() -> None:
         "temperatures": temperatures,
         "curve": [{"threshold": p.rule.threshold, "accuracy": p.accuracy, "layers": p.mean_layers} for p in curve],
         "seed": 1,
-        "command": command_line(sys.argv),
-        "device": asdict(device_of(torch.device("cpu"))),
-        "versions": package_versions(),
+        **provenance("cpu"),
     }
     write_json(Path(args.output_dir or args.model) / "early_exit.json", content)
     print(f"whole model: {whole['accuracy']:.2%} with {num_layers} layers")

@@ -10,17 +10,14 @@ import argparse
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from hub_server import Hub
 
 from hf_mmst.report import write_json
-from hf_mmst.results import command_line, device_of, package_versions
+from hf_mmst.results import provenance
 
 ROOT = Path(__file__).parents[1]
 DATA = "from vit_cifar import mnist_digits; [d.to_parquet(f'digits/{s}.parquet') for s, d in mnist_digits().items()]"
@@ -71,9 +68,7 @@ def main() -> None:
             command = command.replace("{root}/", "").replace("{root}", ".").replace("{torch} ", "")
             steps.append({"name": name, "command": command, "seconds": round(seconds, 1), "shown": shown[-1:]})
     content = {
-        "command": command_line(sys.argv),
-        "versions": package_versions(),
-        "device": asdict(device_of(torch.device("cpu"))),
+        **provenance("cpu"),
         "seed": 42,
         "steps": steps,
     }
