@@ -74,7 +74,7 @@ METHODS = {
     "default, coupled lap": {"coupled_laps": 1},
     "default, resident": RESIDENT,
     "default, resident, coupled lap": {**RESIDENT, "coupled_laps": 1},
-    "default, resident, coupled lap, frozen embeddings": {**RESIDENT, "coupled_laps": 1, "frozen_embeddings": True},
+    "default, resident, frozen embeddings": {**RESIDENT, "frozen_embeddings": True},
     "coupled": {"stage_order": "coupled"},
     "coupled, head rate": {"stage_order": "coupled", "head_rate": 10},
     "coupled, head rate, frozen embeddings": {"stage_order": "coupled", "head_rate": 10, "frozen_embeddings": True},
