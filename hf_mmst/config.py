@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 StageOrder = Literal["simultaneous", "sequential", "multi_lap", "coupled"]
 HeadPooling = Literal["auto", "mean", "cls"]
 TransportNorm = Literal["relative", "mean", "sum"]
-TransportSchedule = Literal["constant", "paper", "multipliers", "adaptive"]
+TransportSchedule = Literal["auto", "constant", "paper", "multipliers", "adaptive"]
 StageResidency = Literal["all", "stage"]
 FeatureCache = Literal["none", "disk", "memory"]
 
@@ -61,8 +61,9 @@ class MMSTConfig(TrainingArguments):
             last layer (norm, pooler, classifier). Unset: ten times `learning_rate` for stages of a model that was
             loaded with `from_pretrained`, else `learning_rate`. Not with an optimizer of your own, whose groups have
             rates already.
-        stage_learning_rate_decay (`float`, *optional*, defaults to 1.0):
-            Stage k of K learns at `learning_rate` times this to the power of K - k.
+        stage_learning_rate_decay (`float`, *optional*):
+            Stage k of K learns at `learning_rate` times this to the power of K - k. Unset: 0.7 for a model that was
+            loaded with `from_pretrained`, else 1.
         transport_weight (`float`, *optional*, defaults to 0.3):
             Weight of the transport term in each stage's loss, 1 / (2 tau) in the paper's notation; 0 is greedy
             training. With `transport_norm="relative"` it has no unit and travels between models.
@@ -70,10 +71,11 @@ class MMSTConfig(TrainingArguments):
             What is measured of a layer's residue r, per sample, averaged over the batch: `"relative"` is
             ||r||^2 / ||x||^2 with x the layer's input (not differentiated), `"mean"` the mean square over tokens and
             features (the paper's released code), `"sum"` the squared norm (the paper's equation 5).
-        transport_schedule (`str`, *optional*, defaults to `"constant"`):
-            `"constant"`; `"paper"`: half the weight (doubled tau) in the second half of the stages; `"multipliers"`:
-            the weight is divided by a multiplier that grows with the task loss (Uzawa, appendix D of the paper);
-            `"adaptive"`: per stage, the transport term is held at `transport_weight` times 10 % of the task loss.
+        transport_schedule (`str`, *optional*, defaults to `"auto"`):
+            `"auto"`: adaptive for a model that was loaded with `from_pretrained`, whose layers may move far already,
+            else constant. `"constant"`; `"paper"`: half the weight (doubled tau) in the second half of the stages;
+            `"multipliers"`: the weight is divided by a multiplier that grows with the task loss (Uzawa, appendix D of
+            the paper); `"adaptive"`: per stage, the transport term is held at `transport_weight` times 10 % of the task loss.
         stage_clipping (`bool`, *optional*, defaults to `False`):
             Clips the gradients of each stage to `max_grad_norm` by itself. In the simultaneous order a stage's
             optimizer step then follows its backward at once (also where `max_grad_norm` is 0), so that the gradients
@@ -145,8 +147,12 @@ class MMSTConfig(TrainingArguments):
             "learning_rate for stages of a pretrained model."
         },
     )
-    stage_learning_rate_decay: float = field(
-        default=1.0, metadata={"help": "Stage k of K learns at learning_rate times this to the power of K - k."}
+    stage_learning_rate_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stage k of K learns at learning_rate times this to the power of K - k; if unset, 0.7 for a "
+            "pretrained model, else 1."
+        },
     )
     transport_weight: float = field(
         default=0.3, metadata={"help": "Weight of the transport term in each stage's loss; 0 is greedy training."}
@@ -156,10 +162,11 @@ class MMSTConfig(TrainingArguments):
         metadata={"help": "relative: squared residue over squared input; mean: mean square; sum: squared norm."},
     )
     transport_schedule: TransportSchedule = field(
-        default="constant",
+        default="auto",
         metadata={
             "help": "constant; paper: half the weight in the second half of the stages; multipliers: divided by a "
-            "multiplier that grows with the loss; adaptive: per stage, a fixed share of the task loss."
+            "multiplier that grows with the loss; adaptive: per stage, a fixed share of the task loss; auto: adaptive "
+            "for a pretrained model, else constant."
         },
     )
     stage_clipping: bool = field(
@@ -229,7 +236,7 @@ class MMSTConfig(TrainingArguments):
             _at_least(0, "head_layers", self.head_layers, "0 is a head without layers")
         _at_least(0, "coupled_laps", self.coupled_laps, "0 leaves all learning to local losses")
         for name in ("head_learning_rate", "stage_learning_rate_decay"):
-            _positive(name, getattr(self, name), optional=name == "head_learning_rate")
+            _positive(name, getattr(self, name))
         for name, choices in _CHOICES.items():
             _one_of(name, getattr(self, name), choices)
         weight = self.transport_weight
@@ -389,8 +396,8 @@ def _at_least(least: int, name: str, value: object, hint: str) -> None:
         )
 
 
-def _positive(name: str, value: object, optional: bool) -> None:
-    if value is None and optional:
+def _positive(name: str, value: object) -> None:
+    if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{name}={value!r} is not a positive number. Set it to one, or leave it unset.")

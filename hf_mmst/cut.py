@@ -84,7 +84,10 @@ class StageCut(Trainer):
         self.heads.to(device=self.args.device, dtype=_dtype(model))
         first = self._wrapper.hooks_first
         self._engine = Stagewise(model, self.partition, self.heads, self.args.transport_norm, first)
-        self._weights = TransportWeights(self.args.transport_schedule, self.args.transport_weight, num_stages)
+        schedule = self.args.transport_schedule
+        if schedule == "auto":
+            schedule = "adaptive" if ends and is_pretrained(model) else "constant"
+        self._weights = TransportWeights(schedule, self.args.transport_weight, num_stages)
         self._order = Order.build("simultaneous", num_stages, 1, 1)
         self._segment = self._order.at(0)
         self._log_sums = torch.zeros(num_stages, 3)
@@ -149,8 +152,8 @@ class StageCut(Trainer):
         return self.args.head_pooling
 
     def _refuse_rates(self) -> None:
-        for name, default in (("head_learning_rate", None), ("stage_learning_rate_decay", 1.0)):
-            if self.optimizer is not None and getattr(self.args, name) != default:
+        for name in ("head_learning_rate", "stage_learning_rate_decay"):
+            if self.optimizer is not None and getattr(self.args, name) is not None:
                 raise ValueError(
                     f"{name}={getattr(self.args, name)} has no effect on an optimizer of your own. Give its groups the "
                     f"rates you want and leave {name} unset, or leave the optimizer to the trainer."

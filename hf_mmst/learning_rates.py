@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 PRETRAINED_FACTOR = 10.0  # new heads on layers that have learned much already have far to go
+PRETRAINED_DECAY = 0.7  # what early stages know serves all later ones
 
 
 def rate_factors(
@@ -28,11 +29,16 @@ def rate_factors(
 
 
 def split_groups(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter, float]) -> None:
-    """Split the optimizer's groups so that each parameter learns at its group's rate times its factor (or 1)."""
+    """
+    Split the optimizer's groups so that each parameter learns at its group's rate times its factor (or 1).
+
+    Where there are parameters of factor 1 they come first, so that theirs is the rate that the host logs.
+    """
     groups = []
     for group in optimizer.param_groups:
         by_factor: dict[float, list[nn.Parameter]] = {}
         for parameter in group["params"]:
             by_factor.setdefault(factors.get(parameter, 1.0), []).append(parameter)
-        groups += [{**group, "params": own, "lr": group["lr"] * factor} for factor, own in by_factor.items()]
+        ordered = sorted(by_factor.items(), key=lambda one: one[0] != 1)
+        groups += [{**group, "params": own, "lr": group["lr"] * factor} for factor, own in ordered]
     optimizer.param_groups = groups

@@ -20,7 +20,7 @@ from .cut import StageCut
 from .evaluation import StageEvaluation
 from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
 from .heads import HEADS, is_pretrained
-from .learning_rates import PRETRAINED_FACTOR, rate_factors, split_groups
+from .learning_rates import PRETRAINED_DECAY, PRETRAINED_FACTOR, rate_factors, split_groups
 from .memory import TurnPeaks
 from .order import Order, Segment
 from .partition import (
@@ -160,13 +160,14 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
 
     def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
         args, core = self.args, self._core()
-        factor = PRETRAINED_FACTOR if len(self.heads) and is_pretrained(core) else 1.0
+        pretrained = len(self.heads) > 0 and is_pretrained(core)
+        factor, decay = (PRETRAINED_FACTOR, PRETRAINED_DECAY) if pretrained else (1.0, 1.0)
+        if args.stage_learning_rate_decay is not None:
+            decay = args.stage_learning_rate_decay
         if args.head_learning_rate is not None and args.learning_rate > 0:
             factor = args.head_learning_rate / args.learning_rate
-        if (factor, args.stage_learning_rate_decay) != (1, 1):
-            heads, decay = self._head_parameters(core), args.stage_learning_rate_decay
-            factors = rate_factors(self._stage_parameters, heads, decay, factor)
-            split_groups(optimizer, factors)
+        if (factor, decay) != (1, 1):
+            split_groups(optimizer, rate_factors(self._stage_parameters, self._head_parameters(core), decay, factor))
 
     def _head_parameters(self, core: nn.Module) -> list[nn.Parameter]:
         """Those of the auxiliary heads, but for their layers, and of what the model itself has after its last layer."""

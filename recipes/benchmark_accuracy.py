@@ -40,8 +40,14 @@ from hf_mmst.report import write_json
 from hf_mmst.results import provenance
 from hf_mmst.texts import TextArguments, TextModelArguments, load_texts, text_trainer
 
-PAPER = {"head_layers": 0, "head_rate": 1, "head_pooling": "mean"}  # as in the paper, whatever the model
-LAYERS = {"head_layers": 1, "head_rate": 1, "head_pooling": "mean"}
+PAPER = {  # as in the paper, whatever the model
+    "head_layers": 0,
+    "head_rate": 1,
+    "head_pooling": "mean",
+    "stage_learning_rate_decay": 1.0,
+    "transport_schedule": "constant",
+}
+LAYERS = {**PAPER, "head_layers": 1}
 RESIDENT = {"stage_order": "sequential", "stage_residency": "stage", "feature_cache": "disk"}
 METHODS = {
     "end-to-end": None,
@@ -68,16 +74,15 @@ METHODS = {
     "default": {},
     "default, w = 0": {"transport_weight": 0.0},
     "default, w = 1": {"transport_weight": 1.0},
-    "default, adaptive": {"transport_schedule": "adaptive"},
+    "default, one rate": {"stage_learning_rate_decay": 1.0},
+    "default, constant": {"transport_schedule": "constant"},
     "default, sequential": {"stage_order": "sequential"},
     "default, multi_lap": {"stage_order": "multi_lap", "num_laps": 3},
     "default, coupled lap": {"coupled_laps": 1},
     "default, resident": RESIDENT,
     "default, resident, coupled lap": {**RESIDENT, "coupled_laps": 1},
-    "default, resident, frozen embeddings": {**RESIDENT, "frozen_embeddings": True},
     "coupled": {"stage_order": "coupled"},
     "coupled, head rate": {"stage_order": "coupled", "head_rate": 10},
-    "coupled, head rate, frozen embeddings": {"stage_order": "coupled", "head_rate": 10, "frozen_embeddings": True},
 }
 # Methods that the number of stages does not change
 ONCE = tuple(method for method in METHODS if method.startswith(("end-to-end", "lora", "coupled")))
@@ -211,7 +216,6 @@ def measure(args: argparse.Namespace) -> dict:
     stagewise = settings is not None
     if stagewise:
         settings = {"num_stages": run["num_stages"], **settings}
-        frozen = settings.pop("frozen_embeddings", False)
         if "head_rate" in settings:
             settings["head_learning_rate"] = settings.pop("head_rate") * run["learning_rate"]
     with tempfile.TemporaryDirectory() as folder:
@@ -238,8 +242,6 @@ def measure(args: argparse.Namespace) -> dict:
         )
         with PeakMemory(args.device) as peak:
             trainer = make_trainer(args, config)
-            if stagewise and frozen:
-                trainer.model.base_model.embeddings.requires_grad_(False)
             if run["method"] in ("lora", "freeze"):
                 trainer = Trainer(
                     adapt(trainer.model, run["method"], run["num_stages"]),

@@ -118,10 +118,20 @@ def test_learning_rates_of_stages_and_heads(tmp_path):
     assert {rate[p] for head in pre.heads for p in head.parameters()} == {0.1}
     own = [*pre.model.vit.layernorm.parameters(), *pre.model.classifier.parameters()]
     assert {rate[p] for p in own} == {0.1}
-    assert {rate[p] for p in pre.model.parameters() if p not in {*own}} == {0.01}
+    found = {n: rate[p] for n, p in pre.model.named_parameters() if p not in {*own}}
+    assert sorted({*found.values()}) == pytest.approx([0.01 * 0.7**k for k in (2, 1, 0)])
+    assert pre.state.log_history[0]["learning_rate"] == 0.01
+    assert found["vit.embeddings.cls_token"] == found["vit.layers.0.mlp.fc1.weight"] == pytest.approx(0.0049)
     whole = trainer(tmp_path, model=pretrained(tmp_path / "model"), max_steps=1, num_stages=1)
     whole.train()
     assert {group["initial_lr"] for group in whole.optimizer.param_groups} == {1e-3}
+
+
+def test_the_schedule_that_a_pretrained_model_gets(tmp_path):
+    assert trainer(tmp_path)._weights.schedule == "constant"
+    model = pretrained(tmp_path / "model")
+    assert trainer(tmp_path, model=model)._weights.schedule == "adaptive"
+    assert trainer(tmp_path, model=model, transport_schedule="paper")._weights.schedule == "paper"
 
 
 @pytest.mark.parametrize(
