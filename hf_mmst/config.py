@@ -75,7 +75,8 @@ class MMSTConfig(TrainingArguments):
             `"auto"`: adaptive for a model that was loaded with `from_pretrained`, whose layers may move far already,
             else constant. `"constant"`; `"paper"`: half the weight (doubled tau) in the second half of the stages;
             `"multipliers"`: the weight is divided by a multiplier that grows with the task loss (Uzawa, appendix D of
-            the paper); `"adaptive"`: per stage, the transport term is held at `transport_weight` times 10 % of the task loss.
+            the paper); `"adaptive"`: per stage, the transport term is held at `transport_weight` times 10 % of the task
+            loss.
         stage_clipping (`bool`, *optional*, defaults to `False`):
             Clips the gradients of each stage to `max_grad_norm` by itself. In the simultaneous order a stage's
             optimizer step then follows its backward at once (also where `max_grad_norm` is 0), so that the gradients
