@@ -48,6 +48,7 @@ PAPER = {  # as in the paper, whatever the model
     "transport_schedule": "constant",
 }
 LAYERS = {**PAPER, "head_layers": 1}
+ONE_RATE = {"stage_learning_rate_decay": 1.0, "transport_schedule": "constant"}
 RESIDENT = {"stage_order": "sequential", "stage_residency": "stage", "feature_cache": "disk"}
 METHODS = {
     "end-to-end": None,
@@ -74,8 +75,9 @@ METHODS = {
     "default": {},
     "default, w = 0": {"transport_weight": 0.0},
     "default, w = 1": {"transport_weight": 1.0},
-    "default, one rate": {"stage_learning_rate_decay": 1.0},
     "default, constant": {"transport_schedule": "constant"},
+    "default, constant, one rate": ONE_RATE,
+    "default, w = 0, one rate": {**ONE_RATE, "transport_weight": 0.0},
     "default, sequential": {"stage_order": "sequential"},
     "default, multi_lap": {"stage_order": "multi_lap", "num_laps": 3},
     "default, coupled lap": {"coupled_laps": 1},
