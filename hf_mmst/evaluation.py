@@ -100,11 +100,11 @@ class StageMetrics:
         The user's metrics of the model.
 
         `by_stage` gets those of each stage, `stage_<k>_<name>`, k from 1, and those of the mean of all stages' logits,
-        `ensemble_<name>`, where the predictions are logits and nothing else.
+        `ensemble_<name>`, where the predictions are logits `[N, num_labels]` and nothing else.
         """
         predictions, logits = self.join(prediction.predictions)
         stages = {f"stage_{k}": outputs for k, outputs in enumerate((*logits, predictions), start=1)}
-        if logits and self.preprocess is None and isinstance(predictions, np.ndarray):
+        if logits and self.preprocess is None and isinstance(predictions, np.ndarray) and predictions.ndim == 2:
             stages = {ENSEMBLE: np.mean((*logits, predictions), 0), **stages}
         for stage, outputs in stages.items():
             metrics = self.compute(

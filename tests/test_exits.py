@@ -260,10 +260,11 @@ def exits_table():
         found = json.loads(path.read_text())
         number, whole = found["num_layers"], found["whole"]
         lines.append(f"| {path.stem} | none | {100 * whole['accuracy']:.1f} | {number} | - |")
-        for row in [{"kind": "none, heads together", "max_drop": 0.005, **found["together"]}, *found["rows"]]:
+        together = {"kind": "none, heads together", "max_drop": 0.005, **found.get("together", {})}
+        for row in [*([together] if "together" in found else []), *found["rows"]]:
             if row["max_drop"] == 0.005:
                 cells = [path.stem, row["kind"], f"{100 * row['accuracy']:.1f}", f"{row['mean_layers']:.2f}"]
-                lines.append("| " + " | ".join([*cells, f"{1 - row['mean_layers'] / number:.0%}"]) + " |")
+                lines.append("| " + " | ".join([*cells, f"{1 - row['mean_layers'] / number + 0.0:z.0%}"]) + " |")
     return "\n".join(lines)
 
 

@@ -131,10 +131,10 @@ MESSAGES = {
         "in the coupled order each layer steps by itself",
         "`bf16=True` in the place of `fp16`",
     ),
-    "that learn are float16": (
+    "small steps are lost and squared gradients overflow": (
         lambda folder: trainer(folder, model=make("vit").half()).train(),
         "the model was loaded in the precision of its checkpoint, in which AdamW cannot learn",
-        "`dtype=torch.float32` in `from_pretrained`; `bf16=True` or `fp16=True` for mixed precision",
+        "`bf16=True` or `fp16=True` for mixed precision, and the dtype torch.float32 in `from_pretrained`",
     ),
     "cannot take all stages' outputs": (
         lambda folder: trainer(folder, "swin", head_layers=1),

@@ -67,7 +67,7 @@ def accuracy_table(folder=ACCURACY):
         for row in sorted(found["rows"], key=lambda row: (row["num_stages"] > 1, row["num_stages"])):
             cells = [task, row["num_stages"], row["method"], f"{row['learning_rate']:g}"]
             for name in ("accuracy", "ensemble_accuracy"):
-                error = row.get("standard_error" if name == "accuracy" else "ensemble_standard_error", 0)
+                error = row.get("standard_error" if name == "accuracy" else "ensemble_standard_error") or 0
                 shown = f" ± {100 * error:.1f}" if len(row["accuracies"]) > 1 else " (one seed)"
                 cells.append("-" if row.get(name) is None else f"{100 * row[name]:.1f}{shown}")
             cells.append(", ".join(f"{100 * value:.1f}" for value in row["stage_accuracy"][:-1]) or "-")
