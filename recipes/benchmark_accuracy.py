@@ -33,7 +33,7 @@ from rich.table import Table
 from transformers import Trainer
 from vit_cifar import load as load_images
 
-from hf_mmst import MMSTConfig, find_layers
+from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
 from hf_mmst.images import ImageArguments, ImageModelArguments, image_trainer
 from hf_mmst.memory import PeakMemory
 from hf_mmst.report import write_json
@@ -50,11 +50,14 @@ PAPER = {  # as in the paper, whatever the model
 LAYERS = {**PAPER, "head_layers": 1}
 ONE_RATE = {"stage_learning_rate_decay": 1.0, "transport_schedule": "constant"}
 RESIDENT = {"stage_order": "sequential", "stage_residency": "stage", "feature_cache": "disk"}
+HEAD_RATE = {"num_stages": 1, "transport_weight": 0.0, "head_rate": 10}  # end to end, as plain Trainer cannot
 METHODS = {
     "end-to-end": None,
-    "end-to-end, head rate": {"num_stages": 1, "transport_weight": 0.0, "head_rate": 10},
+    "end-to-end, head rate": HEAD_RATE,
     "lora": None,
+    "lora, head rate": HEAD_RATE,
     "freeze": None,
+    "freeze, head rate": HEAD_RATE,
     "greedy": {**PAPER, "transport_weight": 0.0},
     "transport": PAPER,
     "transport, w = 0.1": {**PAPER, "transport_weight": 0.1},
@@ -244,9 +247,10 @@ def measure(args: argparse.Namespace) -> dict:
         )
         with PeakMemory(args.device) as peak:
             trainer = make_trainer(args, config)
-            if run["method"] in ("lora", "freeze"):
-                trainer = Trainer(
-                    adapt(trainer.model, run["method"], run["num_stages"]),
+            rival = run["method"].split(",")[0]
+            if rival in ("lora", "freeze"):
+                trainer = (MMSTTrainer if stagewise else Trainer)(
+                    adapt(trainer.model, rival, run["num_stages"]),
                     config,
                     trainer.data_collator,
                     trainer.train_dataset,

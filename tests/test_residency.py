@@ -131,6 +131,19 @@ def test_after_resume_only_the_stage_that_learns_is_in_memory(tmp_path):
         assert states <= {*resumed.partition.stages[resumed._order.at(step).stages[0]]}
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="this system does not list a process's mapped files")
+def test_the_checkpoint_that_a_model_was_loaded_from_is_not_kept_mapped(tmp_path):
+    make("bert").save_pretrained(tmp_path / "model")
+    model = type(make("bert")).from_pretrained(tmp_path / "model")
+
+    def is_mapped():
+        return any(str(tmp_path / "model") in line for line in open("/proc/self/maps"))
+
+    assert is_mapped()
+    run(tmp_path / "run", model=model, order="sequential", num_train_epochs=1).train()
+    assert not is_mapped()
+
+
 def test_the_file_has_no_name_and_the_checkpoint_is_complete(tmp_path):
     trained = run(tmp_path)
     assert list(tmp_path.iterdir()) == []
