@@ -277,6 +277,12 @@ class MMSTConfig(TrainingArguments):
                 'stage_residency="stage" keeps one stage in device memory, but with stage_order="simultaneous" all of '
                 'them learn on each batch. Set stage_order to "sequential" or "multi_lap", or stage_residency="all".'
             )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if self.stage_residency == "stage" and getattr(self, name):
+                raise ValueError(
+                    f"{name}=True evaluates with all weights in low precision, but layers at rest come to the device "
+                    f"as they are. Set {name}=False: bf16=True evaluates in mixed precision, too."
+                )
         planned = self.memory_budget is not None  # the order is not known yet
         if self.feature_cache != "none" and self.stage_order in ("simultaneous", "coupled") and not planned:
             raise ValueError(

@@ -96,7 +96,7 @@ class Residency:
             self._rest(name)
         inside = {id(p) for parameters in self._parameters.values() for p in parameters}
         for tensor in [*(p for p in model.parameters() if id(p) not in inside), *model.buffers()]:
-            # A copy on a CPU, too: one tensor that maps a checkpoint's file would keep all that was read of it in memory.
+            # A copy on a CPU, too: one tensor that maps the checkpoint's file keeps all that was read of it in memory.
             tensor.data = tensor.data.to(device, copy=True)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:

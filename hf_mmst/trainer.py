@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from .compiling import compiled, take_compilation
@@ -209,8 +210,9 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
             scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
         )
         if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            kind = SchedulerType(args.lr_scheduler_type).value
             raise ValueError(
-                f"lr_scheduler_type={args.lr_scheduler_type!s} cannot start anew with each stage. Set it to one that "
+                f"lr_scheduler_type={kind} cannot start anew with each stage. Set it to one that "
                 'depends on the step alone (linear, cosine, constant_with_warmup, ...), or stage_order="simultaneous".'
             )
         return scheduler.lr_lambdas[0]

@@ -17,6 +17,7 @@ already are not run again, so that a benchmark that was stopped goes on.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -373,13 +374,12 @@ def draw(rows: list[dict], folder: Path) -> None:
         axes.set_ylabel(label)
         axes.legend(fontsize="x-small", ncols=2)
         figure.savefig(folder / f"{key}.png", dpi=120)
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
-    for row in rows:
-        x, y = row["peak_bytes"] / 2**20, 100 * row["accuracy"]
-        axes.errorbar(x, y, yerr=100 * row["standard_error"], marker="o")
-        axes.annotate(f" {row['method']}, K = {row['num_stages']}", (x, y), fontsize="x-small")
-    axes.margins(x=0.25)  # room for the names
+    for row, marker in zip(rows, itertools.cycle("os^vDPX*"), strict=False):
+        x, y, error = row["peak_bytes"] / 2**20, 100 * row["accuracy"], 100 * row["standard_error"]
+        axes.errorbar(x, y, yerr=error, marker=marker, ls="none", label=f"{row['method']}, K = {row['num_stages']}")
+    figure.legend(loc="outside right upper", fontsize="x-small")
     axes.set_xlabel("peak memory in MiB")
     axes.set_ylabel("accuracy in %")
     figure.savefig(folder / "accuracy_against_memory.png", dpi=120)

@@ -187,6 +187,8 @@ def test_what_cannot_be_is_refused(tmp_path):
         arguments(tmp_path, stage_residency="stage")
     with pytest.raises(ValueError, match="Set stage_residency to one of all, stage"):
         arguments(tmp_path, stage_residency="disk")
+    with pytest.raises(ValueError, match="Set bf16_full_eval=False"):
+        arguments(tmp_path, stage_order="coupled", bf16_full_eval=True)
 
 
 def test_a_frozen_layer_stays_as_it_was(tmp_path):
