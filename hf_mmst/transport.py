@@ -1,5 +1,6 @@
 """A layer's input and output -> how far the layer moves the representation, and what weight that has in the loss."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,7 +93,8 @@ class TransportWeights:
     - `"multipliers"`: w / lambda_k, with lambda_k = 1 at first and lambda_k += L_k every 50 of the stage's steps, L_k
       its mean task loss over them: Uzawa's method of multipliers with step size 1 (appendix D of the paper).
     - `"adaptive"`: 0.1 w L_k / T_k, renewed every 10 of the stage's steps from its mean task loss L_k and transport
-      T_k over them: the transport term stays the same share of the loss, whatever the model or the task.
+      T_k over them: the transport term stays the same share of the loss, whatever the model or the task. Where either
+      is not positive and finite, the weight stays as it was.
 
     Args:
         schedule (`str`): one of the above.
@@ -155,5 +157,5 @@ class TransportWeights:
         if self.schedule == "multipliers":
             self._multipliers[stage] += loss
             self._current[stage] = self.weight / self._multipliers[stage]
-        elif moved > 0:
+        elif 0 < loss < math.inf and 0 < moved < math.inf:
             self._current[stage] = self.ADAPTIVE_SHARE * self.weight * loss / moved

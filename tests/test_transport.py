@@ -84,7 +84,8 @@ def test_multipliers_grow_by_the_loss_every_fifty_steps():
 def test_adaptive_holds_the_term_at_a_share_of_the_loss():
     weights = TransportWeights("adaptive", 1.0, 1)
     assert run(weights, [2.0] * 10, [0.5] * 10) * 0.5 == pytest.approx(0.1 * 2.0)
-    assert run(weights, [1.0] * 10, [0.0] * 10) == pytest.approx(0.4)
+    for loss, moved in ((1.0, 0.0), (-1.0, 0.5), (float("nan"), 0.5), (float("inf"), 0.5), (1.0, float("inf"))):
+        assert run(weights, [loss] * 10, [moved] * 10) == pytest.approx(0.4)
 
 
 def test_state_goes_on_exactly():
