@@ -82,6 +82,7 @@ METHODS = {
     "default, constant": {"transport_schedule": "constant"},
     "default, constant, one rate": ONE_RATE,
     "default, w = 0, one rate": {**ONE_RATE, "transport_weight": 0.0},
+    "default, lora": {},
     "default, sequential": {"stage_order": "sequential"},
     "default, multi_lap": {"stage_order": "multi_lap", "num_laps": 3},
     "default, coupled lap": {"coupled_laps": 1},
@@ -248,10 +249,10 @@ def measure(args: argparse.Namespace) -> dict:
         )
         with PeakMemory(args.device) as peak:
             trainer = make_trainer(args, config)
-            rival = run["method"].split(",")[0]
-            if rival in ("lora", "freeze"):
+            partly = {"lora", "freeze"}.intersection(run["method"].split(", "))
+            if partly:
                 trainer = (MMSTTrainer if stagewise else Trainer)(
-                    adapt(trainer.model, rival, run["num_stages"]),
+                    adapt(trainer.model, partly.pop(), run["num_stages"]),
                     config,
                     trainer.data_collator,
                     trainer.train_dataset,
