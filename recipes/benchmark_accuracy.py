@@ -249,10 +249,11 @@ def measure(args: argparse.Namespace) -> dict:
         )
         with PeakMemory(args.device) as peak:
             trainer = make_trainer(args, config)
-            partly = {"lora", "freeze"}.intersection(run["method"].split(", "))
-            if partly:
+            words = run["method"].split(", ")
+            partly = next((name for name in ("lora", "freeze") if name in words), None)
+            if partly is not None:
                 trainer = (MMSTTrainer if stagewise else Trainer)(
-                    adapt(trainer.model, partly.pop(), run["num_stages"]),
+                    adapt(trainer.model, partly, run["num_stages"]),
                     config,
                     trainer.data_collator,
                     trainer.train_dataset,

@@ -91,7 +91,7 @@ def run(words, monkeypatch):
     elif words[:2] in (["accelerate", "launch"], ["python", "recipes/vit_cifar.py"]):
         recipe, *flags = words[1 + (words[0] == "accelerate") :]
         if "--architecture" in flags:
-            pytest.importorskip("timm", reason="timm needs torchvision")
+            pytest.importorskip("timm", reason="timm needs torchvision; the recipe runs without it")
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [recipe, *flags, *RECIPE])
             patch.syspath_prepend(ROOT / "recipes")
