@@ -214,7 +214,7 @@ def _draw_memory(axes: Any, peaks: Mapping[str, int], planned_bytes: int | None,
             planned, color="tab:red", linestyle="--", linewidth=1.4, label=f"planned, of tensors: {planned:,.0f}"
         )
         axes.legend(loc="upper left", fontsize=8)
-    axes.set(title="measured peak, MiB", xticks=range(len(names)), xticklabels=labels, xlim=(-0.8, len(names) - 0.2))
+    axes.set(title="peak with model, MiB", xticks=range(len(names)), xticklabels=labels, xlim=(-0.8, len(names) - 0.2))
     axes.set_ylim(0, 1.3 * max([*mib, (planned_bytes or 0) / 2**20]))
     axes.set_xlabel("turn of stage" if len(names) > 1 else "")
 

@@ -55,8 +55,9 @@ def train_and_report(trainer: "MMSTTrainer", *, model: str, dataset: str, begin:
         ensemble = metrics.get("eval_ensemble_accuracy")
         together = "" if ensemble is None else f" (all heads together {ensemble:.2%})"
         planned = f" (planned {results['planned_bytes'] / 2**20:.0f} of tensors)" if results["planned_bytes"] else ""
+        above = "" if args.device.type == "cuda" else " above what was held before training"
         print(
-            f"accuracy {metrics['eval_accuracy']:.2%}{together}, peak memory {peak.peak_bytes / 2**20:.0f} MiB"
+            f"accuracy {metrics['eval_accuracy']:.2%}{together}, peak memory {peak.peak_bytes / 2**20:.0f} MiB{above}"
             f"{planned}, {seconds:.0f} s, written to {args.output_dir}/results.json"
         )
     if args.push_to_hub:

@@ -90,6 +90,7 @@ METHODS = {
     "default, resident, coupled lap": {**RESIDENT, "coupled_laps": 1},
     "coupled": {"stage_order": "coupled"},
     "coupled, head rate": {"stage_order": "coupled", "head_rate": 10},
+    "coupled, lora, head rate": {"stage_order": "coupled", "head_rate": 10},
 }
 # Methods that the number of stages does not change
 ONCE = tuple(method for method in METHODS if method.startswith(("end-to-end", "lora", "coupled")))

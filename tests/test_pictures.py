@@ -34,7 +34,12 @@ def test_curves_are_what_was_logged():
 def test_a_panel_for_each_that_is_known():
     figure = draw_training(HISTORY, PEAKS, 2 * 2**20)
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles == ["accuracy in evaluation", "task loss in training", "transport in training", "measured peak, MiB"]
+    assert titles == [
+        "accuracy in evaluation",
+        "task loss in training",
+        "transport in training",
+        "peak with model, MiB",
+    ]
     lines = [[list(line.get_ydata()) for line in axes.lines] for axes in figure.axes]
     assert lines[0] == [[0.5], [0.4]]
     assert lines[1][0][0] == 1.0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmark_accuracy
 import datasets
 import numpy as np
 import pytest
@@ -177,3 +178,73 @@ def test_the_launch_configurations_are_valid(name, kind, precision, settings):
     }
     says = re.search(r"^# accelerate launch --config_file (\S+)", path.read_text(), re.MULTILINE)
     assert RECIPES.parent / says[1] == path
+
+
+def benchmark(monkeypatch, folder, *flags):
+    command = ["benchmark_accuracy.py", "--task", "scratch", "--output_dir", str(folder), "--device", "cpu", *flags]
+    monkeypatch.setattr(sys, "argv", command)
+    return benchmark_accuracy.parse()
+
+
+@pytest.mark.parametrize(
+    ("method", "num_stages"), [("freeze", 2), ("default, lora", 2), ("coupled, lora, head rate", 1)]
+)
+def test_methods_of_the_accuracy_benchmark_train(method, num_stages, tmp_path, monkeypatch):
+    one = {"method": method, "num_stages": num_stages, "learning_rate": 1e-3, "seed": 1, "split": "test"}
+    args = benchmark(monkeypatch, tmp_path, "--quick", "--hidden_layers", "2", "--one", json.dumps(one))
+    found = benchmark_accuracy.measure(args)
+    assert found.items() >= one.items()
+    assert 0 <= found["accuracy"] <= 1
+    assert found["peak_bytes"] > 0
+    staged = num_stages if method.startswith(("default", "coupled")) else 0
+    assert len(found["stage_accuracy"]) == len(found["stage_transport"]) == staged
+
+
+def test_the_accuracy_benchmark_goes_on_and_chooses_the_rate_by_held_out_samples(tmp_path, monkeypatch, capsys):
+    args = benchmark(
+        monkeypatch,
+        tmp_path,
+        "--methods",
+        "transport",
+        "--num_stages",
+        "2",
+        "--seeds",
+        "2",
+        "--learning_rates",
+        *("1e-3", "2e-3", "4e-3", "8e-3"),
+    )
+    same = {"method": "transport", "num_stages": 2, "stage_transport": [0.1, 0.2], "peak_bytes": 2**20}
+    held_out = [
+        {**same, "learning_rate": rate, "seed": 0, "split": "validation", "accuracy": value, "stage_accuracy": [0, 0]}
+        for rate, value in ((1e-3, 0.5), (2e-3, 0.6), (4e-3, 0.55))  # the rate after the fall is not needed
+    ]
+    last = [
+        {
+            **same,
+            "learning_rate": 2e-3,
+            "seed": seed,
+            "split": "test",
+            "accuracy": value,
+            "stage_accuracy": [0.3, value],
+        }
+        for seed, value in ((1, 0.7), (2, 0.8))
+    ]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in [*held_out, *last[:1]]))
+    started = []
+
+    def run(command, **_):
+        started.append(json.loads(command[-1]))
+        return subprocess.CompletedProcess(command, 0, stdout=json.dumps(last[1]) + "\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    benchmark_accuracy.main()
+    key = {"method": "transport", "num_stages": 2, "learning_rate": 2e-3, "seed": 2, "split": "test"}
+    assert started == [key]
+    found = json.loads((tmp_path / "results.json").read_text())
+    (row,) = found["rows"]
+    assert (row["learning_rate"], row["accuracies"], row["peak_bytes"]) == (2e-3, [0.7, 0.8], 2**20)
+    assert row["accuracy"] == pytest.approx(0.75)
+    assert row["standard_error"] == pytest.approx(0.05)
+    assert found["learning_rates"] == args.learning_rates
+    assert "75.00 ± 5.00" in capsys.readouterr().out
+    assert (tmp_path / "accuracy_against_memory.png").stat().st_size > 0
