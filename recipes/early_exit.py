@@ -18,7 +18,8 @@ from bert_text import bbc_news
 from transformers import AutoTokenizer, DataCollatorWithPadding, default_data_collator
 from vit_cifar import mnist_digits
 
-from hf_mmst.exits import EarlyExit, ExitRule, calibrate, exit_curve
+from hf_mmst.exit_rules import ExitRule, exit_curve
+from hf_mmst.exits import EarlyExit, calibrate
 from hf_mmst.images import to_tensors
 from hf_mmst.report import write_json
 from hf_mmst.results import provenance

@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
 from hf_mmst import MMSTConfig, MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages, plan
-from hf_mmst.exits import EarlyExit, ExitRule
+from hf_mmst.exit_rules import ExitRule
+from hf_mmst.exits import EarlyExit
 from hf_mmst.heads import ConvHead
 from hf_mmst.images import ImageModelArguments, _build
 from hf_mmst.partition import run_ends

@@ -16,7 +16,8 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor, pip
 from zoo import batch, make
 
 from hf_mmst import Partition, StageHeads, find_layers
-from hf_mmst.exits import EarlyExit, ExitRule, HeadLogits, calibrate, exit_curve, temperature
+from hf_mmst.exit_rules import ExitRule, HeadLogits, exit_curve, temperature
+from hf_mmst.exits import EarlyExit, calibrate
 from hf_mmst.stages import Stages, save_stages
 from hf_mmst.truncation import truncate
 
