@@ -19,6 +19,8 @@ from .trainer import MMSTTrainer
 if TYPE_CHECKING:
     from rich.table import Table
 
+FAST_HEADS = 0.01  # a rate for new linear heads on layers that hardly move
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -116,7 +118,8 @@ def pilot(
         metric (`str`): name of the metric to rank by, as [`MMSTTrainer.evaluate`] returns it.
         greater_is_better (`bool`): whether more of it is better.
         space (`Mapping[str, Sequence[Any]]`, *optional*): values to try of fields of [`MMSTConfig`]; by default several
-            numbers of stages, `head_layers` 0 and 1, five weights of the transport term, `coupled_laps` 0 and 1.
+            numbers of stages, `head_layers` 0 and 1, `head_learning_rate` as in `args` and 0.01, five weights of the
+            transport term, `coupled_laps` 0 and 1.
 
     Returns:
         [`Pilot`]
@@ -129,7 +132,7 @@ def pilot(
     limit = None if budget is None else parse_bytes("budget", budget)
     model = model_init()
     simulation = _simulation(model, args, train_dataset, data_collator, processing_class)
-    space = dict(space or _space(simulation))
+    space = dict(space or _space(simulation, args))
     for name in space:
         if name not in {field.name for field in fields(MMSTConfig)}:
             raise ValueError(f"space names {name!r}, which is no field of MMSTConfig. Set space to fields and values.")
@@ -183,12 +186,13 @@ def pilot(
     return Pilot(ranked, metric)
 
 
-def _space(simulation: Simulation) -> dict[str, list[Any]]:
+def _space(simulation: Simulation, args: MMSTConfig) -> dict[str, list[Any]]:
     count = len(simulation.ends)
     one_width = len({layer.width for layer in simulation.profile}) == 1
     return {
         "num_stages": sorted({min(number, count) for number in (2, 4, 8, count)}),
         "head_layers": [0, 1] if one_width else [0],
+        "head_learning_rate": list(dict.fromkeys([args.head_learning_rate, FAST_HEADS])),
         "transport_weight": [0.0, 0.1, 0.3, 1.0, 3.0],
         "coupled_laps": [0, 1],
     }

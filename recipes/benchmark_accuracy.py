@@ -51,14 +51,18 @@ PAPER = {  # as in the paper, whatever the model
 LAYERS = {**PAPER, "head_layers": 1}
 ONE_RATE = {"stage_learning_rate_decay": 1.0, "transport_schedule": "constant"}
 RESIDENT = {"stage_order": "sequential", "stage_residency": "stage", "feature_cache": "disk"}
-HEAD_RATE = {"num_stages": 1, "transport_weight": 0.0, "head_rate": 10}  # end to end, as plain Trainer cannot
+WHOLE = {"num_stages": 1, "transport_weight": 0.0}  # end to end, as plain Trainer cannot
+HEAD_RATE, FAST_HEADS = {**WHOLE, "head_rate": 10}, {**WHOLE, "head_learning_rate": 0.01}
 METHODS = {
     "end-to-end": None,
     "end-to-end, head rate": HEAD_RATE,
+    "end-to-end, heads at 0.01": FAST_HEADS,
     "lora": None,
     "lora, head rate": HEAD_RATE,
+    "lora, heads at 0.01": FAST_HEADS,
     "freeze": None,
     "freeze, head rate": HEAD_RATE,
+    "freeze, heads at 0.01": FAST_HEADS,
     "greedy": {**PAPER, "transport_weight": 0.0},
     "transport": PAPER,
     "transport, w = 0.1": {**PAPER, "transport_weight": 0.1},
@@ -77,6 +81,7 @@ METHODS = {
     "layers": LAYERS,
     "layers, two": {**LAYERS, "head_layers": 2},
     "default": {},
+    "default, heads at 0.01": {"head_learning_rate": 0.01},
     "default, w = 0": {"transport_weight": 0.0},
     "default, w = 1": {"transport_weight": 1.0},
     "default, constant": {"transport_schedule": "constant"},
@@ -90,6 +95,7 @@ METHODS = {
     "default, resident, coupled lap": {**RESIDENT, "coupled_laps": 1},
     "coupled": {"stage_order": "coupled"},
     "coupled, head rate": {"stage_order": "coupled", "head_rate": 10},
+    "coupled, heads at 0.01": {"stage_order": "coupled", "head_learning_rate": 0.01},
     "coupled, lora, head rate": {"stage_order": "coupled", "head_rate": 10},
 }
 # Methods that the number of stages does not change

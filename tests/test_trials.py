@@ -44,7 +44,9 @@ def test_what_needs_more_than_the_budget_is_not_run(tmp_path):
 def test_the_default_space_is_of_the_model(tmp_path):
     found = run(tmp_path, space=None, num_trials=3, metric="eval_loss", greater_is_better=False, compute_metrics=None)
     for trial in found.trials:
-        assert trial.settings.keys() == {"num_stages", "head_layers", "transport_weight", "coupled_laps"}
+        names = {"num_stages", "head_layers", "head_learning_rate", "transport_weight", "coupled_laps"}
+        assert trial.settings.keys() == names
+        assert trial.settings["head_learning_rate"] in (None, 0.01)
         assert trial.settings["num_stages"] in (2, 4)
     assert [t.metric for t in found.trials] == sorted(t.metric for t in found.trials)
 
