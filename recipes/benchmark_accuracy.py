@@ -7,6 +7,7 @@ Accuracy of stage-wise training beside its rivals: the same data, order of sampl
     python recipes/benchmark_accuracy.py --task texts --num_stages 3 6 --output_dir outputs/texts
     python recipes/benchmark_accuracy.py --task images --dataset_name FOLDER --model_name_or_path FOLDER --num_stages 12
     python recipes/benchmark_accuracy.py --task scratch --dataset_name FOLDER --num_stages 2 4 8
+    python recipes/benchmark_accuracy.py --task images --precision bf16 --num_train_samples 20000 ...  # on a GPU
     python recipes/benchmark_accuracy.py --quick
 
 Each run is a process of its own. A method's learning rate is chosen on samples held out of the train split, with the

@@ -59,19 +59,19 @@ def test_the_memory_table_is_what_the_benchmark_wrote():
 
 def accuracy_table(folder=ACCURACY):
     names = ("task", "K", "method", "learning rate", "accuracy", "heads together", "stages before", "peak MiB")
-    head = f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
-    lines = [head]
-    for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text())
+    lines = [f"| {' | '.join(names)} |\n{'|---' * len(names)}|"]
+    rows = []
+    for found in map(json.loads, (path.read_text() for path in sorted(folder.glob("*.json")))):
         task = f"{found['dataset']}, {found['num_train_samples']:,} samples, {found['model']}"
-        for row in sorted(found["rows"], key=lambda row: (row["num_stages"] > 1, row["num_stages"])):
-            cells = [task, row["num_stages"], row["method"], f"{row['learning_rate']:g}"]
-            for name in ("accuracy", "ensemble_accuracy"):
-                error = row.get("standard_error" if name == "accuracy" else "ensemble_standard_error") or 0
-                shown = f" ± {100 * error:.1f}" if len(row["accuracies"]) > 1 else " (one seed)"
-                cells.append("-" if row.get(name) is None else f"{100 * row[name]:.1f}{shown}")
-            cells.append(", ".join(f"{100 * value:.1f}" for value in row["stage_accuracy"][:-1]) or "-")
-            lines.append("| " + " | ".join(map(str, [*cells, f"{row['peak_bytes'] / 2**20:.0f}"])) + " |")
+        rows += [(task, row["num_stages"], row["method"], row) for row in found["rows"]]
+    for task, num_stages, method, row in sorted(rows, key=lambda one: one[:3]):
+        cells = [task, num_stages, method, f"{row['learning_rate']:g}"]
+        for name in ("accuracy", "ensemble_accuracy"):
+            error = row.get("standard_error" if name == "accuracy" else "ensemble_standard_error") or 0
+            shown = f" ± {100 * error:.1f}" if len(row["accuracies"]) > 1 else " (one seed)"
+            cells.append("-" if row.get(name) is None else f"{100 * row[name]:.1f}{shown}")
+        cells.append(", ".join(f"{100 * value:.1f}" for value in row["stage_accuracy"][:-1]) or "-")
+        lines.append("| " + " | ".join(map(str, [*cells, f"{row['peak_bytes'] / 2**20:.0f}"])) + " |")
     return "\n".join(lines)
 
 
