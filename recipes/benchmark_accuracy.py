@@ -18,6 +18,7 @@ already are not run again, so that a benchmark that was stopped goes on.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -234,7 +235,8 @@ def measure(args: argparse.Namespace) -> dict:
         if "head_rate" in settings:
             settings["head_learning_rate"] = settings.pop("head_rate") * run["learning_rate"]
     with tempfile.TemporaryDirectory() as folder:
-        config = MMSTConfig(
+        make = functools.partial(
+            MMSTConfig,
             folder,
             learning_rate=run["learning_rate"],
             num_train_epochs=args.epochs,
@@ -253,12 +255,12 @@ def measure(args: argparse.Namespace) -> dict:
             disable_tqdm=True,
             dataloader_pin_memory=args.device == "cuda",
             dataloader_num_workers=8 if args.device == "cuda" and not texts else 0,
-            **(settings if stagewise else {"num_stages": 1, "transport_weight": 0.0}),
         )
+        config = make(**(settings if stagewise else WHOLE))
+        words = run["method"].split(", ")
+        partly = next((name for name in ("lora", "freeze") if name in words), None)
         with PeakMemory(args.device) as peak:
-            trainer = make_trainer(args, config)
-            words = run["method"].split(", ")
-            partly = next((name for name in ("lora", "freeze") if name in words), None)
+            trainer = make_trainer(args, config if partly is None else make(**WHOLE))
             if partly is not None:
                 trainer = (MMSTTrainer if stagewise else Trainer)(
                     adapt(trainer.model, partly, run["num_stages"]),
@@ -372,14 +374,14 @@ def draw(rows: list[dict], folder: Path) -> None:
     from matplotlib.figure import Figure
 
     for key, label, scale in (("stage_accuracy", "accuracy in %", 100), ("stage_transport", "relative movement", 1)):
+        staged = [row for row in rows if len(row[key]) > 1]
+        if not staged:
+            continue
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
-        for row in rows:
-            if len(row[key]) > 1:
-                values = [scale * value for value in row[key]]
-                axes.plot(
-                    range(1, len(values) + 1), values, marker="o", label=f"{row['method']}, K = {row['num_stages']}"
-                )
+        for row in staged:
+            values = [scale * value for value in row[key]]
+            axes.plot(range(1, len(values) + 1), values, marker="o", label=f"{row['method']}, K = {row['num_stages']}")
         axes.set_xlabel("stage")
         axes.set_ylabel(label)
         axes.legend(fontsize="x-small", ncols=2)
