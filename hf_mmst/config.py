@@ -59,8 +59,8 @@ class MMSTConfig(TrainingArguments):
         head_learning_rate (`float`, *optional*):
             Learning rate of the auxiliary heads' norms and classifiers, and of all that the model itself has after its
             last layer (norm, pooler, classifier). Unset: ten times `learning_rate` for stages of a model that was
-            loaded with `from_pretrained`, else `learning_rate`. Not with an optimizer of your own, whose groups have
-            rates already.
+            loaded with `from_pretrained`, else `learning_rate`. Where the layers need a low rate, 1e-5 or so, 0.01 is
+            worth a try, in the coupled order, too. Not with an optimizer of your own, whose groups have rates already.
         stage_learning_rate_decay (`float`, *optional*):
             Stage k of K learns at `learning_rate` times this to the power of K - k. Unset: 0.7 for a model that was
             loaded with `from_pretrained`, else 1.
