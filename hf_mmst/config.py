@@ -62,8 +62,8 @@ class MMSTConfig(TrainingArguments):
             loaded with `from_pretrained`, else `learning_rate`. Where the layers need a low rate, 1e-5 or so, 0.01 is
             worth a try, in the coupled order, too. Not with an optimizer of your own, whose groups have rates already.
         stage_learning_rate_decay (`float`, *optional*):
-            Stage k of K learns at `learning_rate` times this to the power of K - k. Unset: 0.7 for a model that was
-            loaded with `from_pretrained`, else 1.
+            Stage k of K learns at `learning_rate` times this to the power of K - k. Unset: for a model of L layers that
+            was loaded with `from_pretrained` 0.7 to the power of L / K, so 0.7 a layer, else 1.
         transport_weight (`float`, *optional*, defaults to 0.3):
             Weight of the transport term in each stage's loss, 1 / (2 tau) in the paper's notation; 0 is greedy
             training. With `transport_norm="relative"` it has no unit and travels between models.
@@ -151,8 +151,8 @@ class MMSTConfig(TrainingArguments):
     stage_learning_rate_decay: float | None = field(
         default=None,
         metadata={
-            "help": "Stage k of K learns at learning_rate times this to the power of K - k; if unset, 0.7 for a "
-            "pretrained model, else 1."
+            "help": "Stage k of K learns at learning_rate times this to the power of K - k; if unset, 0.7 a layer "
+            "for a pretrained model, else 1."
         },
     )
     transport_weight: float = field(

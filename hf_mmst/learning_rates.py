@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 PRETRAINED_FACTOR = 10.0  # new heads on layers that have learned much already have far to go
-PRETRAINED_DECAY = 0.7  # what early stages know serves all later ones
+PRETRAINED_DECAY = 0.7  # a layer, however many a stage has: what early layers know serves all later ones
 
 
 def rate_factors(

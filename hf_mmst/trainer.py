@@ -161,8 +161,10 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
 
     def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
         args, core = self.args, self._core()
-        pretrained = len(self.heads) > 0 and is_pretrained(core)
-        factor, decay = (PRETRAINED_FACTOR, PRETRAINED_DECAY) if pretrained else (1.0, 1.0)
+        factor, decay = 1.0, 1.0
+        if len(self.heads) > 0 and is_pretrained(core):
+            layers_per_stage = len(self.partition.layers) / self.partition.num_stages
+            factor, decay = PRETRAINED_FACTOR, PRETRAINED_DECAY**layers_per_stage
         if args.stage_learning_rate_decay is not None:
             decay = args.stage_learning_rate_decay
         if args.head_learning_rate is not None and args.learning_rate > 0:

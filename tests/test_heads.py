@@ -119,9 +119,14 @@ def test_learning_rates_of_stages_and_heads(tmp_path):
     own = [*pre.model.vit.layernorm.parameters(), *pre.model.classifier.parameters()]
     assert {rate[p] for p in own} == {0.1}
     found = {n: rate[p] for n, p in pre.model.named_parameters() if p not in {*own}}
-    assert sorted({*found.values()}) == pytest.approx([0.01 * 0.7**k for k in (2, 1, 0)])
+    assert len(pre.partition.layers) == 4
+    assert sorted({*found.values()}) == pytest.approx([0.01 * 0.7 ** (k * 4 / 3) for k in (2, 1, 0)])  # 0.7 a layer
     assert pre.state.log_history[0]["learning_rate"] == 0.01
-    assert found["vit.embeddings.cls_token"] == found["vit.layers.0.mlp.fc1.weight"] == pytest.approx(0.0049)
+    assert (
+        found["vit.embeddings.cls_token"]
+        == found["vit.layers.0.mlp.fc1.weight"]
+        == pytest.approx(0.01 * 0.7 ** (8 / 3))
+    )
     whole = trainer(tmp_path, model=pretrained(tmp_path / "model"), max_steps=1, num_stages=1)
     whole.train()
     assert {group["initial_lr"] for group in whole.optimizer.param_groups} == {1e-3}
