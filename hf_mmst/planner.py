@@ -241,13 +241,14 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Ro
     Raises:
         `ValueError`: if nothing fits, saying what would.
     """
+    precision, device = _precision_and_device(args)
     steps_at_once = args.gradient_accumulation_steps == 1 and args.world_size == 1 and not args.fp16
     found = plan(
         model,
         {name: value for name, value in batch.items() if torch.is_tensor(value)},
         args.memory_budget,
-        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-        device="cuda" if args.device.type == "cuda" else "cpu",
+        precision=precision,
+        device=device,
         without=(["stage_clipping"] if not steps_at_once else [])
         + (["stage_residency"] if args.world_size > 1 else [])
         + (["coupled"] if args.world_size > 1 or args.fp16 or args.feature_cache != "none" else []),
@@ -283,9 +284,12 @@ def planned_peak(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -
 def simulation_of(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Simulation:
     """The simulation of a run with these arguments and batches like this one."""
     tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+    return Simulation(model, tensors, *_precision_and_device(args), args.head_layers)
+
+
+def _precision_and_device(args: MMSTConfig) -> tuple[str, str]:
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    device = "cuda" if args.device.type == "cuda" else "cpu"
-    return Simulation(model, tensors, precision, device, args.head_layers)
+    return precision, "cuda" if args.device.type == "cuda" else "cpu"
 
 
 def ways_of(args: MMSTConfig) -> list[Way]:

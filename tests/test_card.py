@@ -94,7 +94,8 @@ def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
 
 
 def test_adapters_say_how_they_are_loaded(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(target_modules=["query", "value"], modules_to_save=["classifier"])
     done = run(tmp_path, name="bert", model=peft.get_peft_model(make("bert"), config))
     done.save_model()

@@ -298,7 +298,8 @@ def test_the_recipe_calibrates_on_one_half_and_measures_on_the_other(tmp_path, m
 
 
 def test_adapters_exit_early(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(target_modules=["query", "value"], modules_to_save=["classifier"])
     run = trainer(tmp_path, "bert", peft.get_peft_model(make("bert"), config), max_steps=2)
     run.train()

@@ -81,7 +81,8 @@ def test_checkpointing_and_residency_change_no_number(tmp_path):
 
 
 def test_adapters_are_trained_beside_copies_of_them(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(target_modules=["query", "value"], modules_to_save=["classifier"])
     run = trainer(tmp_path, "bert", peft.get_peft_model(make("bert"), config), head_layers=1, max_steps=4)
     before = weights(run.model)

@@ -19,7 +19,9 @@ def can_reset():
     return memory._highest_bytes() > 0
 
 
-needs_reset = pytest.mark.skipif(not can_reset(), reason="the system does not let a process reset its recorded peak")
+needs_reset = pytest.mark.skipif(
+    not can_reset(), reason="the system does not let a process reset its recorded peak; the others measure without it"
+)
 
 
 def held(mib):

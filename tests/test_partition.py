@@ -36,7 +36,8 @@ def test_layers_are_found_in_order(name):
 
 
 def test_a_model_wrapped_for_lora_is_cut_the_same():
-    peft = pytest.importorskip("peft")
+    import peft
+
     layers = find_layers(make("vit"))
     wrapped = peft.get_peft_model(make("vit"), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
     assert find_layers(wrapped) == [f"base_model.model.{name}" for name in layers]

@@ -74,7 +74,9 @@ def test_a_file_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
 
 def test_tensorboard_has_pictures_and_grouped_numbers_and_training_is_the_same(tmp_path):
     """With one stage on the device at a time, so that the plan is made while layers stream."""
-    pytest.importorskip("tensorboard")
+    pytest.importorskip(
+        "tensorboard", reason="tensorboard is not installed, as the extra dev does; trackio runs without it"
+    )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = {"stage_order": "sequential", "stage_residency": "stage", "num_stages": 2, "coupled_laps": 1}

@@ -131,7 +131,10 @@ def test_after_resume_only_the_stage_that_learns_is_in_memory(tmp_path):
         assert states <= {*resumed.partition.stages[resumed._order.at(step).stages[0]]}
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="this system does not list a process's mapped files")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/maps"),
+    reason="this system does not list a process's mapped files; the numbers are compared without it",
+)
 def test_the_checkpoint_that_a_model_was_loaded_from_is_not_kept_mapped(tmp_path):
     make("bert").save_pretrained(tmp_path / "model")
     model = type(make("bert")).from_pretrained(tmp_path / "model")
