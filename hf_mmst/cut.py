@@ -8,6 +8,7 @@ from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import unwrap_peft_model
 
+from .budget import plan_for
 from .compiling import refuse_compilation
 from .config import MMSTConfig
 from .coupled import CoupledResidency
@@ -15,7 +16,6 @@ from .heads import StageHeads, is_pretrained, num_head_layers
 from .objectives import CLASSES, Objective, objective_of
 from .order import Order, Segment
 from .partition import Partition, checkpoints_across, find_layers, last_norm, run_ends
-from .planner import plan_for
 from .probe import LayerProfile, check_cut, own_pooling, profile_layers
 from .residency import Residency
 from .stagewise import Stagewise

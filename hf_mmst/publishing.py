@@ -12,11 +12,11 @@ from transformers import Trainer
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
 
+from .budget import planned_peak
 from .card import CardContent, task_of, write_card
 from .checkpoints import StageCheckpoints
 from .memory import TurnPeaks
 from .pictures import PictureCallback, write_picture
-from .planner import planned_peak
 from .residency import Residency
 from .results import run_results
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from .budget import simulation_of, ways_of
 from .config import MMSTConfig, parse_bytes
 from .order import Order
-from .planner import simulation_of, ways_of
 from .simulation import Simulation
 from .trainer import MMSTTrainer
 

@@ -1,0 +1,86 @@
+"""The arguments of a run -> what it takes in device memory, and, with `memory_budget`, how it is trained in that."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .config import MMSTConfig
+from .planner import Row, plan
+from .simulation import Peak, Simulation, Way
+
+logger = logging.get_logger(__name__)
+
+
+def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Row:
+    """
+    Plan for `args.memory_budget`, and write the settings into `args`; the budget is taken out, for it has been spent.
+
+    Raises:
+        `ValueError`: if nothing fits, saying what would.
+    """
+    precision, device = _precision_and_device(args)
+    steps_at_once = args.gradient_accumulation_steps == 1 and args.world_size == 1 and not args.fp16
+    found = plan(
+        model,
+        {name: value for name, value in batch.items() if torch.is_tensor(value)},
+        args.memory_budget,
+        precision=precision,
+        device=device,
+        without=(["stage_clipping"] if not steps_at_once else [])
+        + (["stage_residency"] if args.world_size > 1 else [])
+        + (["coupled"] if args.world_size > 1 or args.fp16 or args.feature_cache != "none" else []),
+        head_layers=args.head_layers,
+    )
+    if found.chosen is None:
+        raise ValueError(f'memory_budget="{args.memory_budget}": {found.reason}')
+    if args.process_index == 0:
+        print(f"hf_mmst: {found.reason} {found.config()}")
+    args.memory_budget = None
+    for name, value in found.settings.items():
+        setattr(args, name, value)
+    if args.stage_order != "sequential" and args.feature_cache != "none":
+        args.feature_cache = "none"
+        if args.process_index == 0:
+            print("hf_mmst: all stages learn on each batch, so there is nothing to keep in a feature cache")
+    args.check_stages()
+    return found.chosen
+
+
+def planned_peak(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Peak | None:
+    """What the run that `args` describe takes; `None` for a cut by names, or a model that cannot be simulated."""
+    if args.stage_boundaries is not None:
+        return None
+    try:
+        simulation = simulation_of(args, model, batch)
+        return max((simulation.peak(way) for way in ways_of(args)), key=lambda peak: peak.total)
+    except (ValueError, RuntimeError, NotImplementedError) as error:  # fake tensors raise these where data decides
+        logger.warning(f"hf_mmst has no plan of this run to compare with ({type(error).__name__}: {error})")
+        return None
+
+
+def simulation_of(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Simulation:
+    """The simulation of a run with these arguments and batches like this one."""
+    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+    return Simulation(model, tensors, *_precision_and_device(args), args.head_layers)
+
+
+def _precision_and_device(args: MMSTConfig) -> tuple[str, str]:
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    return precision, "cuda" if args.device.type == "cuda" else "cpu"
+
+
+def ways_of(args: MMSTConfig) -> list[Way]:
+    """The ways in which a run with these arguments trains, in its turns."""
+    checkpointing = bool(args.activation_checkpointing)
+    local = Way(
+        num_stages=args.num_stages,
+        stage_order="sequential" if args.stage_order == "multi_lap" else args.stage_order,
+        stage_residency=args.stage_residency,
+        stage_clipping=args.stage_clipping,
+        activation_checkpointing=checkpointing,
+    )
+    resident = Way(stage_order="coupled") if args.stage_residency == "stage" else None
+    return [local, resident or Way(activation_checkpointing=checkpointing)] if args.coupled_laps else [local]
