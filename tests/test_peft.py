@@ -1,5 +1,6 @@
 """Adapters of PEFT in stages: what learns, that residency changes no number, and what plain PEFT makes of the files."""
 
+import peft
 import pytest
 import torch
 from reference import detached_step, gradients
@@ -10,8 +11,6 @@ from transformers import AutoModelForSequenceClassification, Trainer, set_seed
 from zoo import batch, make
 
 from hf_mmst import Partition, StageHeads, Stagewise, find_layers, load_stages
-
-peft = pytest.importorskip("peft")
 
 ATTENTION = ["query", "value"]
 ADAPTERS = {
