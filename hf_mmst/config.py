@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from accelerate import PartialState
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 StageOrder = Literal["simultaneous", "sequential", "multi_lap", "coupled"]
 HeadPooling = Literal["auto", "mean", "cls"]
@@ -319,6 +320,19 @@ class MMSTConfig(TrainingArguments):
             raise ValueError(
                 "Reentrant checkpointing would silently stop every stage but the first from learning, because a "
                 "stage's input carries no gradient. Set use_reentrant to False in activation_checkpointing_kwargs."
+            )
+        staged = self.num_stages > 1 or self.stage_boundaries is not None or self.stage_order == "coupled"
+        optim = OptimizerNames(self.optim).value
+        if staged and (optim in ("lomo", "adalomo") or optim.endswith("_layerwise")):
+            raise ValueError(
+                f'optim="{optim}" steps each weight within the backward pass, where the rates of stages '
+                "and heads, clipping and residency do not reach it. Set optim to another, such as adafactor, and "
+                "stage_clipping=True, so that each stage steps right after its backward."
+            )
+        if self.stage_residency == "stage" and self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                'dispatch_batches=True hands out batches on the device, but with stage_residency="stage" nothing is '
+                "moved there beforehand. Leave dispatch_batches unset in accelerator_config."
             )
         if self.ddp_static_graph:
             raise ValueError(

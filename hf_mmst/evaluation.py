@@ -22,9 +22,12 @@ def pack(predictions: Any, view: StageView) -> tuple:
     return (predictions, tuple(view.logits))
 
 
-def unpack(packed: Any) -> Any:
-    """The model's own predictions, out of what [`pack`] made; of each batch, where batches were not joined."""
-    return [one[0] for one in packed] if isinstance(packed, list) else packed and packed[0]
+def unpack(packed: Any) -> tuple[Any, Sequence[Any]]:
+    """The model's predictions and each head's logits, out of what [`pack`] made; lists where batches are not joined."""
+    if not isinstance(packed, list):
+        return packed or (None, ())
+    predictions, logits = zip(*packed, strict=True)
+    return [*predictions], [[*batches] for batches in zip(*logits, strict=True)]
 
 
 class StageScores:
@@ -76,14 +79,14 @@ class StageMetrics:
     Args:
         compute: the user's `compute_metrics`.
         preprocess: the user's `preprocess_logits_for_metrics`, or `None`.
-        join: packed predictions of some stages to those of all, if only some are there.
+        join: predictions and logits of some stages to those of all, if only some are there.
     """
 
     def __init__(
         self,
         compute: Callable[[EvalPrediction], dict],
         preprocess: Callable | None,
-        join: Callable[[Any], Any] = lambda packed: packed,
+        join: Callable[[tuple[Any, Sequence[Any]]], tuple[Any, Sequence[Any]]] = lambda found: found,
     ):
         self.compute, self.preprocess, self.join = compute, preprocess, join
         self.by_stage: dict[str, float] = {}
@@ -102,7 +105,7 @@ class StageMetrics:
         `by_stage` gets those of each stage, `stage_<k>_<name>`, k from 1, and those of the mean of all stages' logits,
         `ensemble_<name>`, where the predictions are logits `[N, num_labels]` and nothing else.
         """
-        predictions, logits = self.join(prediction.predictions)
+        predictions, logits = self.join(unpack(prediction.predictions))
         stages = {f"stage_{k}": outputs for k, outputs in enumerate((*logits, predictions), start=1)}
         if logits and self.preprocess is None and isinstance(predictions, np.ndarray) and predictions.ndim == 2:
             stages = {ENSEMBLE: np.mean((*logits, predictions), 0), **stages}
@@ -156,7 +159,7 @@ class StageEvaluation(Trainer):
             **self._of_all(scores).means(perplexity=self._objective.head == "own"),
         }
         by_stage = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        predictions = unpack(output.predictions) if metrics else output.predictions
+        predictions = unpack(output.predictions)[0] if metrics else output.predictions
         return EvalLoopOutput(predictions, output.label_ids, {**output.metrics, **by_stage}, output.num_samples)
 
     @contextlib.contextmanager

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -227,11 +227,11 @@ class StageParallel(Trainer):
         """The scores of all stages, of those of this process's."""
         return scores if self._relay is None else StageScores.joined(self._relay.gather(scores))
 
-    def _joined(self, packed: Any) -> Any:
-        """What all stages predict, packed, of what this process's stages do."""
+    def _joined(self, found: tuple[Any, Sequence[Any]]) -> tuple[Any, Sequence[Any]]:
+        """The model's predictions and the logits of all heads, of what this process's stages say."""
         if self._relay is None:
-            return packed
-        parts = self._relay.gather(packed)
+            return found
+        parts = self._relay.gather(found)
         return parts[-1][0], tuple(one for _, logits in parts for one in logits)
 
     def evaluation_loop(self, *args, **kwargs):

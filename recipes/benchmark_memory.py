@@ -8,10 +8,11 @@ Peak memory and time of stage-wise training beside its rivals: the same model, b
     python recipes/benchmark_memory.py --model bert-large --batch_size 32 --num_stages 12 --precision bf16 --device cuda
     python recipes/benchmark_memory.py --quick
 
-Each method trains for a few steps on random data in a process of its own, with AdamW. The peak is above what the
-process held before the model was made: bytes in tensors (CUDA), resident bytes of the process (CPU). Beside it is what
-the planner says of the tensors alone. The first step of each stage, which makes its optimizer states, is not timed; the
-time of an epoch is that of all stages in turn, and where features are cached, of one after the first.
+Each method trains for a few steps on random data in a process of its own, with AdamW, or, as "8-bit", with that of
+bitsandbytes where it is installed. The peak is above what the process held before the model was made: bytes in tensors
+(CUDA), resident bytes of the process (CPU). Beside it is what the planner says of the tensors alone. The first step of
+each stage, which makes its optimizer states, is not timed; the time of an epoch is that of all stages in turn, and
+where features are cached, of one after the first.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -58,10 +60,13 @@ CONFIGS = {
 }
 CHECKPOINTING = {"activation_checkpointing": True}
 SEQUENTIAL = {"stage_order": "sequential"}
+EIGHT_BIT = {"optim": "adamw_8bit"}  # needs bitsandbytes
 METHODS = {
     "end-to-end": {},
     "end-to-end+checkpointing": CHECKPOINTING,
     "end-to-end+checkpointing+offload": {**CHECKPOINTING, "activation_checkpointing_kwargs": {"offload": True}},
+    "end-to-end+8-bit": EIGHT_BIT,
+    "end-to-end+checkpointing+8-bit": {**CHECKPOINTING, **EIGHT_BIT},
     "lora": {},
     "freeze": {},
     "simultaneous": {"stage_order": "simultaneous"},
@@ -70,6 +75,7 @@ METHODS = {
     "resident": {**SEQUENTIAL, "stage_residency": "stage"},
     "resident+cache": {**SEQUENTIAL, "stage_residency": "stage", "feature_cache": "disk"},
     "coupled": {"stage_order": "coupled"},
+    "coupled+8-bit": {"stage_order": "coupled", **EIGHT_BIT},
     "resident+checkpointing": {**SEQUENTIAL, "stage_residency": "stage", **CHECKPOINTING},
 }
 STAGEWISE = [name for name, settings in METHODS.items() if "stage_order" in settings]
@@ -139,7 +145,8 @@ def parse() -> argparse.Namespace:
     if args.quick:
         args.model, args.num_stages = "quick", 3
     if args.methods is None:  # activations that are offloaded from the CPU to the CPU save nothing
-        args.methods = [name for name in METHODS if args.device == "cuda" or "offload" not in name]
+        without = ["offload"] * (args.device == "cpu") + ["8-bit"] * (find_spec("bitsandbytes") is None)
+        args.methods = [name for name in METHODS if not any(word in name for word in without)]
     return args
 
 
@@ -209,8 +216,8 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def planned_bytes(args: argparse.Namespace, method: str) -> int | None:
-    """The planner's word on the method's peak, in tensors; `None` for offloading."""
-    if "offload" in method:
+    """The planner's word on the method's peak, in tensors; `None` for offloading, and for states of 8 bits."""
+    if "offload" in method or "8-bit" in method:
         return None
     with torch.device("meta"), no_init_weights():
         model, _ = make_model(argparse.Namespace(**vars(args) | {"one": method if method == "freeze" else None}))

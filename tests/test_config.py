@@ -94,6 +94,15 @@ def test_flags_and_yaml(tmp_path):
             "Set use_reentrant to False",
         ),
         ({"ddp_static_graph": True}, "Leave it unset"),
+        ({"optim": "lomo"}, 'optim="lomo" steps each weight within the backward pass.*stage_clipping=True'),
+        (
+            {"optim": "galore_adamw_layerwise", "stage_order": "coupled"},
+            'optim="galore_adamw_layerwise" steps each weight within the backward pass',
+        ),
+        (
+            {"stage_order": "coupled", "accelerator_config": {"dispatch_batches": True}},
+            "Leave dispatch_batches unset in accelerator_config",
+        ),
     ],
 )
 def test_bad_values_are_refused_at_once(given, message, tmp_path):

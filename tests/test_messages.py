@@ -121,6 +121,11 @@ MESSAGES = {
         "each stage has its own warm-up and decay, which needs a rate that depends on the step alone",
         "`lr_scheduler_type` to linear, cosine, ...",
     ),
+    "steps each weight within the backward pass": (
+        lambda folder: arguments(folder, optim="lomo"),
+        "rates of stages and heads, clipping and residency do not reach LOMO and layerwise GaLore or APOLLO",
+        "another `optim`, and `stage_clipping=True`",
+    ),
     "twice as a whole, although a stage ends within it": (
         lambda folder: trainer(folder, "swin", activation_checkpointing=True).train(),
         "Swin checkpoints a group of layers at once",

@@ -248,3 +248,14 @@ def test_the_accuracy_benchmark_goes_on_and_chooses_the_rate_by_held_out_samples
     assert found["learning_rates"] == args.learning_rates
     assert "75.00 ± 5.00" in capsys.readouterr().out
     assert (tmp_path / "accuracy_against_memory.png").stat().st_size > 0
+
+
+def test_the_memory_benchmark_measures_each_method_and_draws(tmp_path):
+    flags = ["--quick", "--steps", "2", "--methods", "end-to-end", "coupled"]
+    done = run("benchmark_memory.py", tmp_path, *flags, launcher=())
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["method"] for row in found["rows"]] == ["end-to-end", "coupled"]
+    assert all(row["peak_bytes"] > 0 and row["epoch_seconds"] > row["step_seconds"] > 0 for row in found["rows"])
+    assert found["rows"][1]["planned_bytes"] < found["rows"][0]["planned_bytes"]
+    assert Image.open(tmp_path / "out" / "peak_memory.png").size[0] == 960

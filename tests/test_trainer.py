@@ -360,6 +360,22 @@ def test_evaluation_shows_all_heads_together(tmp_path):
     assert "eval_ensemble_accuracy" not in run.evaluate()
 
 
+def test_metrics_of_batches_that_are_not_joined_are_those_of_all(tmp_path):
+    def accuracy_of_batches(found):
+        right = [x.argmax(-1) == y for x, y in zip(found.predictions, found.label_ids, strict=True)]
+        return {"accuracy": float(np.concatenate(right).mean())}
+
+    run = trainer(tmp_path, per_device_eval_batch_size=8)
+    joined = run.evaluate()
+    run.args.eval_do_concat_batches = False
+    run.compute_metrics = accuracy_of_batches
+    found = run.predict(run.eval_dataset)
+    assert [one.shape for one in found.predictions] == [(8, 5), (8, 5)]
+    metrics = run.evaluate()
+    for name in ("eval_accuracy", *(f"eval_stage_{k}_accuracy" for k in (1, 2, 3))):
+        assert metrics[name] == joined[name], name
+
+
 def test_prediction_without_labels(tmp_path):
     data = Samples("vit", 6)
     del data.columns["labels"]
