@@ -61,7 +61,7 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
 
     data_collator: Any
     lr_scheduler: Any
-    loss_is_scaled_for_ga = True  # compute_loss weighs each micro-batch by its share of the step's samples
+    _learned = False  # whether this micro-batch has come to compute_loss
 
     @functools.wraps(Trainer.__init__)  # type: ignore[misc]
     def __init__(self, model=None, args=None, *others, **kwargs):
@@ -284,6 +284,7 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
         """In training: run all stages that learn at this step; the loss returned is the last one's."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._learned = True
         keys = inputs.pop(KEYS).tolist() if KEYS in inputs else []
         labels = inputs.get("labels")
         if labels is None:
@@ -325,6 +326,11 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
             loss = loss + weights[stages[-1]] * step.transport
         loss = loss * scale
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def loss_is_scaled_for_ga(self):
+        """True for [`compute_loss`], which weighs each micro-batch by its share; as the host's for another one."""
+        return self._learned or None
 
     def _step_early(self, stage: int, shared: bool) -> None:
         """
@@ -387,8 +393,15 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
         reducing: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self._reduction is not None:
             reducing = self._reduction.micro_batch(model, last=self.accelerator.sync_gradients)
+        self._learned = False
         with reducing:
             loss = super().training_step(model, *args, **kwargs)
+        if not self._learned and self.partition.num_stages > 1 and not self._segment.coupled:
+            raise ValueError(
+                f"compute_loss of {type(self).__name__} does not call that of MMSTTrainer, in which each stage learns. "
+                "Pass the loss as compute_loss_func, which gets the logits of every stage; or add to what "
+                "super().compute_loss returns; or set num_stages=1 to train end to end."
+            )
         if self._coupled is not None:
             self._coupled.settle()
         return loss

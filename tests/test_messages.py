@@ -7,7 +7,7 @@ import pytest
 import torch
 from encoders import REFUSED
 from test_coupled import run as coupled
-from test_trainer import arguments, trainer
+from test_trainer import arguments, own_loss, trainer
 from transformers import BertConfig, BertForQuestionAnswering, TrainingArguments
 from zoo import TEXT, Samples, make
 
@@ -88,6 +88,11 @@ MESSAGES = {
         layerdrop,
         "LayerDrop would skip the ends of stages",
         "that field of the model's configuration to 0",
+    ),
+    "does not call that of MMSTTrainer": (
+        lambda folder: own_loss(MMSTTrainer)(make("vit"), arguments(folder), train_dataset=Samples("vit")).train(),
+        "a custom trainer makes one loss of the model's output, so that no stage would have one of its own",
+        "the loss as `compute_loss_func`, or `num_stages=1`",
     ),
     "The batch has no labels": (
         lambda folder: trainer(folder, data=Unlabelled("vit")).train(),

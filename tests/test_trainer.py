@@ -383,6 +383,47 @@ def test_prediction_without_labels(tmp_path):
     assert trainer(tmp_path).predict(data).predictions.shape == (6, 5)
 
 
+def own_loss(cls):
+    """The class with a loss of its own, as custom trainers have it, a mean over each micro-batch."""
+
+    class Own(cls):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = nn.functional.multi_margin_loss(outputs.logits, labels)
+            return (loss, outputs) if return_outputs else loss
+
+    return Own
+
+
+@pytest.mark.parametrize("settings", [{"num_stages": 1}, {"stage_order": "coupled"}])
+def test_a_custom_trainer_trains_end_to_end_as_on_plain_trainer(settings, tmp_path):
+    shared = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.1}
+    trained = []
+    for cls, own in ((MMSTTrainer, settings), (Trainer, {"activation_checkpointing": "stage_order" in settings})):
+        args = arguments(tmp_path / cls.__name__, MMSTConfig if own is settings else TrainingArguments, **shared, **own)
+        trained.append(own_loss(cls)(make("vit"), args, train_dataset=Samples("vit")))
+        trained[-1].model_accepts_loss_kwargs = False
+        trained[-1].train()
+    assert_same(weights(trained[0].model), weights(trained[1].model))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_custom_trainer_adds_to_the_loss_of_the_last_stage(order, tmp_path):
+    class Own(MMSTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return (loss + 1000, outputs) if return_outputs else loss + 1000
+
+    plain = trainer(tmp_path / "plain", **ORDERS[order])
+    plain.train()
+    args = arguments(tmp_path / "own", **ORDERS[order])
+    own = Own(make("vit"), args, train_dataset=Samples("vit"))
+    own.train()
+    assert_same(weights(own.model), weights(plain.model))
+    assert min(losses(own)) > 1000 > max(losses(plain))
+
+
 def test_callbacks_and_early_stopping(tmp_path):
     run = trainer(
         tmp_path,
