@@ -84,6 +84,7 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
         self._step_labels, self._step_samples = 0.0, 0.0
         self._early_norms: list[torch.Tensor] = []  # of the gradients of stages that have stepped already
         self._shares_gradients = False
+        self._sets_rates = False
         self._reduction: Reduction | None = None
         self._cut()
         self.add_callback(_StageCallback(self))
@@ -125,10 +126,17 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
         self._order = Order.build(*order, max_steps, args.coupled_laps)
         return epochs, steps_per_epoch, examples, samples, batch_size, batches, max_steps
 
-    def create_optimizer(self, model=None):
-        """As the host's, with the auxiliary heads among the parameters."""
+    def _prepare_for_training(self, *args, **kwargs):
+        """As the host's, with the auxiliary heads in the model."""
+        self._prepare_stages()
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _prepare_stages(self) -> None:
+        """Put the auxiliary heads into the model, unless they are there, and get ready what depends on parameters."""
         self._cut()
         core = self._core()
+        if core._modules.get(HEADS) is self.heads:
+            return
         core.add_module(HEADS, self.heads)
         self._refuse_half(core)
         self._share_out()
@@ -138,19 +146,30 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
         for layer in self.heads.layers:  # checkpointed as the model's own
             own = vars(core.get_submodule(self.partition.layers[-1]))
             vars(layer).update({name: own[name] for name in CHECKPOINTING if name in own})
+
+    def create_optimizer(self, model=None):
+        """As the host's, with the auxiliary heads among the parameters, and the rates of stages and heads."""
+        self._prepare_stages()
+        self._sets_rates |= self.optimizer is None
         given = self.optimizer
         optimizer = super().create_optimizer(model)
-        if given is not None and len(self.heads):
-            known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            missing = [p for p in self.heads.parameters() if p.requires_grad and id(p) not in known]
-            if missing:
-                optimizer.add_param_group({"params": missing})
         if given is None:
             self._set_learning_rates(optimizer)
-        if self._residency is not None:
-            self._residency.watch(optimizer)
-        self._keep_own_states(optimizer)
         return optimizer
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        """As the host's; what is to be trained has an optimizer by now, which gets the heads, whoever has made it."""
+        if training:
+            if not self._sets_rates:
+                self._refuse_rates()
+            known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            missing = [p for p in self.heads.parameters() if p.requires_grad and id(p) not in known]
+            if missing:
+                self.optimizer.add_param_group({"params": missing})
+            if self._residency is not None:
+                self._residency.watch(self.optimizer)
+            self._keep_own_states(self.optimizer)
+        return super()._wrap_model(model, training, dataloader)
 
     def _share_out(self) -> None:
         """Share the parameters out over the stages; sharding puts others in their place."""

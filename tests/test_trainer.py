@@ -408,6 +408,26 @@ def test_a_custom_trainer_trains_end_to_end_as_on_plain_trainer(settings, tmp_pa
     assert_same(weights(trained[0].model), weights(trained[1].model))
 
 
+@pytest.mark.parametrize("settings", [*ORDERS.values(), {"stage_order": "sequential", "stage_residency": "stage"}])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_custom_trainer_makes_its_optimizer(whole, settings, tmp_path):
+    class Own(MMSTTrainer):
+        def create_optimizer(self):
+            model = self.model if whole else nn.ModuleList([self.model.vit, self.model.classifier])
+            self.optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
+            return self.optimizer
+
+    plain = trainer(tmp_path / "plain", **settings)
+    plain.train()
+    own = Own(make("vit"), arguments(tmp_path / "own", **settings), train_dataset=Samples("vit"))
+    own.train()
+    assert_same(weights(own.heads), weights(plain.heads))
+    assert_same(weights(own.model), weights(plain.model))
+    args = arguments(tmp_path / "rate", head_learning_rate=0.1, **settings)
+    with pytest.raises(ValueError, match="head_learning_rate=0.1 has no effect on an optimizer of your own"):
+        Own(make("vit"), args, train_dataset=Samples("vit")).train()
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_custom_trainer_adds_to_the_loss_of_the_last_stage(order, tmp_path):
     class Own(MMSTTrainer):
