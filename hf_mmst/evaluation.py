@@ -14,16 +14,10 @@ from .objectives import Objective
 from .partition import Partition
 from .residency import Residency
 from .results import ENSEMBLE
-from .stagewise import StageView
-
-
-def pack(predictions: Any, view: StageView) -> tuple:
-    """The model's predictions with the logits of each head, as a nest of tuples that the host pads and gathers."""
-    return (predictions, tuple(view.logits))
 
 
 def unpack(packed: Any) -> tuple[Any, Sequence[Any]]:
-    """The model's predictions and each head's logits, out of what [`pack`] made; lists where batches are not joined."""
+    """The model's predictions and each head's logits, as they were gathered; lists where batches are not joined."""
     if not isinstance(packed, list):
         return packed or (None, ())
     predictions, logits = zip(*packed, strict=True)
@@ -74,29 +68,40 @@ class StageScores:
 
 class StageMetrics:
     """
-    Stands in for the user's metric functions while predictions are packed, and applies them to each stage.
+    Stands in for the user's metric functions while each head's logits go along with the model's, and applies them to
+    each stage.
 
     Args:
         compute: the user's `compute_metrics`.
         preprocess: the user's `preprocess_logits_for_metrics`, or `None`.
+        pad: pads a nest of tensors to the size of the largest of all processes.
         join: predictions and logits of some stages to those of all, if only some are there.
+
+    Attributes:
+        heads (`tuple[torch.Tensor, ...]`, *optional*): each head's logits of the batch at hand, if it shows them.
+        by_stage (`dict[str, float]`): the metrics of the stages, see [`compute_packed`].
     """
 
     def __init__(
         self,
         compute: Callable[[EvalPrediction], dict],
         preprocess: Callable | None,
-        join: Callable[[tuple[Any, Sequence[Any]]], tuple[Any, Sequence[Any]]] = lambda found: found,
+        pad: Callable[[tuple], tuple],
+        join: Callable[[tuple[Any, Sequence[Any]]], tuple[Any, Sequence[Any]]],
     ):
-        self.compute, self.preprocess, self.join = compute, preprocess, join
+        self.compute, self.preprocess, self.pad, self.join = compute, preprocess, pad, join
+        self.heads: tuple[torch.Tensor, ...] | None = None
+        self.packed = False
         self.by_stage: dict[str, float] = {}
 
-    def preprocess_packed(self, packed: tuple, labels: torch.Tensor) -> tuple:
-        """The user's `preprocess_logits_for_metrics`, applied to the model's logits and to each head's."""
-        predictions, logits = packed
-        if self.preprocess is None:
-            return packed
-        return (self.preprocess(predictions, labels), tuple(self.preprocess(one, labels) for one in logits))
+    def preprocess_packed(self, logits: Any, labels: torch.Tensor) -> Any:
+        """What the user's `preprocess_logits_for_metrics` makes of the model's logits, and beside it of each head's."""
+        heads, self.heads = self.heads, None
+        self.packed = heads is not None
+        found = [logits, *self.pad(heads or ())]
+        if self.preprocess is not None:
+            found = [self.preprocess(one, labels) for one in found]
+        return (found[0], tuple(found[1:])) if self.packed else found[0]
 
     def compute_packed(self, prediction: EvalPrediction) -> dict[str, float]:
         """
@@ -105,6 +110,8 @@ class StageMetrics:
         `by_stage` gets those of each stage, `stage_<k>_<name>`, k from 1, and those of the mean of all stages' logits,
         `ensemble_<name>`, where the predictions are logits `[N, num_labels]` and nothing else.
         """
+        if not self.packed:
+            return self.compute(prediction)
         predictions, logits = self.join(unpack(prediction.predictions))
         stages = {f"stage_{k}": outputs for k, outputs in enumerate((*logits, predictions), start=1)}
         if logits and self.preprocess is None and isinstance(predictions, np.ndarray) and predictions.ndim == 2:
@@ -151,7 +158,8 @@ class StageEvaluation(Trainer):
                 return loop()
         scores, metrics = StageScores(), None
         if self.compute_metrics is not None and not self.args.batch_eval_metrics:
-            metrics = StageMetrics(self.compute_metrics, self.preprocess_logits_for_metrics, self._joined)
+            pad = functools.partial(self.accelerator.pad_across_processes, dim=1, pad_index=-100)
+            metrics = StageMetrics(self.compute_metrics, self.preprocess_logits_for_metrics, pad, self._joined)
         with streaming, self._collecting(scores, metrics):
             output = loop()
         found = {
@@ -159,7 +167,7 @@ class StageEvaluation(Trainer):
             **self._of_all(scores).means(perplexity=self._objective.head == "own"),
         }
         by_stage = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        predictions = unpack(output.predictions)[0] if metrics else output.predictions
+        predictions = unpack(output.predictions)[0] if metrics and metrics.packed else output.predictions
         return EvalLoopOutput(predictions, output.label_ids, {**output.metrics, **by_stage}, output.num_samples)
 
     @contextlib.contextmanager
@@ -176,20 +184,22 @@ class StageEvaluation(Trainer):
             del self._stage_scores, self._stage_metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As the host's; while metrics are collected, the predictions are packed with those of every stage."""
+        """As the host's; while metrics are collected, the logits of every stage go along."""
         if not hasattr(self, "_stage_scores"):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         given, losses = inputs.get("labels"), []
-        packing = self._stage_metrics is not None and not prediction_loss_only
+        metrics = None if prediction_loss_only else self._stage_metrics
 
         def read(logits: torch.Tensor) -> torch.Tensor | None:
             if given is not None:
                 losses.append(self._criterion(logits, given))
-            return logits if packing else None
+            return logits if metrics is not None else None
 
         with self._observing(inputs, read) as view:
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         losses = [] if loss is None or given is None else [*losses, loss][: len(view.movements)]
         self._stage_scores.add(view.movements, losses, self.gather_function)
-        return loss, pack(logits, view) if packing else logits, labels
+        if metrics is not None:
+            metrics.heads = tuple(view.logits)
+        return loss, logits, labels

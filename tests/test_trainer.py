@@ -428,6 +428,30 @@ def test_a_custom_trainer_makes_its_optimizer(whole, settings, tmp_path):
         Own(make("vit"), args, train_dataset=Samples("vit")).train()
 
 
+@pytest.mark.parametrize("through", [True, False])
+def test_a_custom_trainer_makes_its_predictions(through, tmp_path):
+    class Own(MMSTTrainer):
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            if through:
+                loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+                return loss, -logits, labels
+            with torch.no_grad():
+                outputs = model(**inputs)
+            return outputs.loss, -outputs.logits, inputs["labels"]
+
+    plain, own = (
+        cls(make("vit"), arguments(tmp_path), eval_dataset=Samples("vit", 16), compute_metrics=accuracy)
+        for cls in (MMSTTrainer, Own)
+    )
+    expected, found = plain.predict(plain.eval_dataset), own.predict(own.eval_dataset)
+    np.testing.assert_array_equal(found.predictions, -expected.predictions)
+    own_accuracy = float((found.predictions.argmax(-1) == found.label_ids).mean())
+    assert found.metrics["test_accuracy"] == own_accuracy
+    stages = {name for name in expected.metrics if name.startswith("test_stage_")}
+    assert stages
+    assert stages & found.metrics.keys() == (stages if through else set())
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_custom_trainer_adds_to_the_loss_of_the_last_stage(order, tmp_path):
     class Own(MMSTTrainer):
