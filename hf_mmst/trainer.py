@@ -265,6 +265,15 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
             self._cache = FeatureCache(self.args.feature_cache, folder, capacity, self._upstream)
         return loader
 
+    def _refuse_loader(self) -> None:
+        args = self.args
+        if (args.feature_cache != "none" and self._cache is None) or (args.cache_views and self._views is None):
+            raise ValueError(
+                f"get_train_dataloader of {type(self).__name__} does not call that of MMSTTrainer, which marks samples "
+                'so that their features are found again. Set feature_cache="none" and leave cache_views unset, or call '
+                "super().get_train_dataloader()."
+            )
+
     def _upstream(self, stage: int) -> dict[str, Any]:
         """What the features that `stage` gets depend on, beside the samples."""
         upstream = {
@@ -469,6 +478,7 @@ class _StageCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._refuse_checkpointing()
+        self.trainer._refuse_loader()
         self.trainer._share_out()
         if state.is_world_process_zero:
             print(self.trainer._summary())

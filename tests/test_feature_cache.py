@@ -10,10 +10,11 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 from test_trainer import ORDERS, StopAt, arguments, assert_same, losses, trainer, weights
+from torch.utils.data import DataLoader
 from transformers import set_seed
 from zoo import Samples, make
 
-from hf_mmst import feature_cache
+from hf_mmst import MMSTTrainer, feature_cache
 from hf_mmst.feature_cache import FeatureStore, FixedViews, KeyedCollator, upstream_hash
 from hf_mmst.partition import Partition
 
@@ -148,6 +149,17 @@ def test_a_stream_has_no_samples_to_find_again(tmp_path):
     stream = Dataset.from_list([{"x": 1}]).to_iterable_dataset()
     with pytest.raises(ValueError, match='has no length.*Set feature_cache="none"'):
         run(tmp_path, data=stream, max_steps=3).train()
+
+
+@pytest.mark.parametrize("settings", [{"feature_cache": "memory"}, {"cache_views": 2}])
+def test_a_custom_loader_does_not_mark_samples(settings, tmp_path):
+    class Own(MMSTTrainer):
+        def get_train_dataloader(self):
+            return DataLoader(self.train_dataset, batch_size=8)
+
+    args = arguments(tmp_path, stage_order="sequential", **settings)
+    with pytest.raises(ValueError, match="get_train_dataloader of Own does not call that of MMSTTrainer"):
+        Own(make("vit"), args, train_dataset=Samples("vit")).train()
 
 
 @pytest.mark.parametrize("stop", [6, 21, 37])
