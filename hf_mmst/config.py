@@ -56,7 +56,7 @@ class MMSTConfig(TrainingArguments):
             Number of the model's last layers of which the auxiliary heads share a copy, so that a stage is judged by
             what they make of its output. It costs the memory of that many more layers, once, and their time in each
             stage but the last. Unset: 1 for a model that was loaded with `from_pretrained`, if all its layers are of
-            one width; else 0.
+            one width and not quantized; else 0.
         head_learning_rate (`float`, *optional*):
             Learning rate of the auxiliary heads' norms and classifiers, and of all that the model itself has after its
             last layer (norm, pooler, classifier). Unset: ten times `learning_rate` for stages of a model that was

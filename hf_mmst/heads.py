@@ -187,13 +187,19 @@ class StageHeads(nn.Module):
 
 def num_head_layers(given: int | None, model: Any, widths: Sequence[int], blocks: bool = True) -> int:
     """
-    The number of layers of the heads: the given one, or else 1 for a pretrained model of one width.
+    The number of layers of the heads: the given one, or else 1 for a pretrained model of one width, not quantized.
 
     Raises:
-        `ValueError`: if the model's layers are single modules, not `blocks`, or if the last ones cannot take the
-            outputs of all stages, `widths` wide.
+        `ValueError`: if the model's layers are single modules, not `blocks`, or quantized, or if the last ones cannot
+            take the outputs of all stages, `widths` wide.
     """
-    fitting = blocks and len({*widths}) == 1
+    quantized = getattr(model, "is_quantized", False)
+    fitting = blocks and len({*widths}) == 1 and not quantized
+    if given and quantized:
+        raise ValueError(
+            f"head_layers={given}, but the layers of {type(model).__name__} are quantized, and a copy could not learn. "
+            "Set head_layers to 0."
+        )
     if given and not blocks:
         raise ValueError(
             f"head_layers={given}, but {type(model).__name__} is a sequence of single modules, without blocks that "

@@ -173,6 +173,11 @@ def plan(
         raise ValueError(f"precision={precision!r} is not known. Set precision to auto or {', '.join(PRECISIONS)}.")
     limit = None if budget is None else parse_bytes("budget", budget)
     model = model if isinstance(model, nn.Module) else _build(model)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"The weights of {type(model).__name__} are quantized, which is not planned for. Choose num_stages and "
+            "stage_order yourself, and leave memory_budget unset."
+        )
     if precision == "auto":
         plans = [
             plan(model, batch, budget, one, device, num_stages, without, head_layers, **shape)

@@ -1,16 +1,18 @@
 """Adapters of PEFT in stages: what learns, that residency changes no number, and what plain PEFT makes of the files."""
 
+from types import SimpleNamespace
+
 import peft
 import pytest
 import torch
 from reference import detached_step, gradients
 from test_coupled import run as coupled_or_plain
-from test_trainer import StopAt, assert_same, trainer, weights
+from test_trainer import StopAt, arguments, assert_same, trainer, weights
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForSequenceClassification, Trainer, set_seed
-from zoo import batch, make
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, Trainer, TrainingArguments, set_seed
+from zoo import Samples, batch, make
 
-from hf_mmst import Partition, StageHeads, Stagewise, find_layers, load_stages
+from hf_mmst import MMSTConfig, MMSTTrainer, Partition, StageHeads, Stagewise, find_layers, load_stages
 
 ATTENTION = ["query", "value"]
 ADAPTERS = {
@@ -154,3 +156,45 @@ def test_the_best_adapters_come_back(order, tmp_path):
     assert done.state.best_global_step == 6
     at_best = peft.PeftModel.from_pretrained(make("bert"), tmp_path / "checkpoint-6")
     torch.testing.assert_close(logits(done.model), logits(at_best), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_on_quantized_weights(bits, tmp_path, monkeypatch):
+    modules = pytest.importorskip("bitsandbytes.nn.modules", reason="adapters on full weights are tested without it")
+    # With these kernels, weights of 4 bits that a CPU has evaluated with learn no more, on plain Trainer either.
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
+    make("bert").save_pretrained(tmp_path / "base")
+    skipped = {"llm_int8_skip_modules": ["pooler", "classifier"]}
+    quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **skipped)
+
+    def trained(folder, order, cls=MMSTTrainer, stop=None, resume=None, **settings):
+        set_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", quantization_config=quantization)
+        model = peft.get_peft_model(model, ADAPTERS["lora"]())
+        config = MMSTConfig if cls is MMSTTrainer else TrainingArguments
+        settings = {"max_steps": STEPS, "max_grad_norm": 0.0, **settings, **(ORDERS[order] if order else {})}
+        callbacks = [StopAt(stop)] if stop else None
+        args = arguments(tmp_path / folder, config, **settings)
+        one = cls(model, args, train_dataset=Samples("bert"), callbacks=callbacks)
+        one.train(resume_from_checkpoint=resume)
+        return {name: p.detach().clone() for name, p in one.model.named_parameters() if p.requires_grad}
+
+    plain = trained("plain", None, Trainer, activation_checkpointing=True)
+    assert_same(trained("coupled", "coupled"), plain)
+    straight = trained("straight", "sequential")
+    saving = {"stage_residency": "stage", "save_strategy": "steps", "save_steps": 5}
+    trained("other", "sequential", stop=5, **saving)
+    assert_same(trained("other", "sequential", resume=True, **saving), straight)
+    trained("all", "simultaneous")
+
+
+def test_quantized_layers_are_not_copied_or_planned_for(tmp_path):
+    model = adapted("lora")
+    base = model.get_base_model()
+    base.config.name_or_path, base.is_quantized = "somewhere", True
+    base.hf_quantizer = SimpleNamespace(is_trainable=True, is_compileable=False)
+    assert len(trainer(tmp_path, "bert", model).heads.layers) == 0
+    with pytest.raises(ValueError, match="layers of .* are quantized.*Set head_layers to 0"):
+        trainer(tmp_path, "bert", model, head_layers=1)
+    with pytest.raises(ValueError, match="quantized, which is not planned for.*leave memory_budget unset"):
+        trainer(tmp_path, "bert", model, memory_budget="1GiB")
