@@ -197,8 +197,8 @@ def num_head_layers(given: int | None, model: Any, widths: Sequence[int], blocks
     fitting = blocks and len({*widths}) == 1 and not quantized
     if given and quantized:
         raise ValueError(
-            f"head_layers={given}, but the layers of {type(model).__name__} are quantized, and a copy could not learn. "
-            "Set head_layers to 0."
+            f"head_layers={given}, but the layers of {type(model).__name__} are quantized, and copies of them could not be "
+            "read back from a checkpoint. Set head_layers to 0."
         )
     if given and not blocks:
         raise ValueError(

@@ -84,7 +84,7 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
         self._step_labels, self._step_samples = 0.0, 0.0
         self._early_norms: list[torch.Tensor] = []  # of the gradients of stages that have stepped already
         self._shares_gradients = False
-        self._sets_rates = False
+        self._sets_rates = False  # which is for who makes the optimizer to do
         self._reduction: Reduction | None = None
         self._cut()
         self.add_callback(_StageCallback(self))
@@ -150,11 +150,11 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
     def create_optimizer(self, model=None):
         """As the host's, with the auxiliary heads among the parameters, and the rates of stages and heads."""
         self._prepare_stages()
-        self._sets_rates |= self.optimizer is None
-        given = self.optimizer
+        own = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if given is None:
+        if own:
             self._set_learning_rates(optimizer)
+            self._sets_rates = True
         return optimizer
 
     def _wrap_model(self, model, training=True, dataloader=None):
