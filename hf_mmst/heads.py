@@ -197,7 +197,7 @@ def num_head_layers(given: int | None, model: Any, widths: Sequence[int], blocks
     fitting = blocks and len({*widths}) == 1 and not quantized
     if given and quantized:
         raise ValueError(
-            f"head_layers={given}, but the layers of {type(model).__name__} are quantized, and copies of them could not be "
+            f"head_layers={given}, but the layers of {type(model).__name__} are quantized, and a copy could not be "
             "read back from a checkpoint. Set head_layers to 0."
         )
     if given and not blocks:
