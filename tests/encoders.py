@@ -61,6 +61,7 @@ IMAGE = {
     "ViT-MSN": lambda: tf.ViTMSNForImageClassification(tf.ViTMSNConfig(**VISION)),
     "CLIP": lambda: tf.CLIPForImageClassification(tf.CLIPConfig(**PAIR, num_labels=5)),
     "SigLIP": lambda: tf.SiglipForImageClassification(tf.SiglipConfig(**PAIR, num_labels=5)),
+    "MetaCLIP 2": lambda: tf.MetaClip2ForImageClassification(tf.MetaClip2Config(**PAIR, num_labels=5)),
     "Swin": lambda: tf.SwinForImageClassification(tf.SwinConfig(**SHIFTED)),
     "Swin v2": lambda: tf.Swinv2ForImageClassification(tf.Swinv2Config(**SHIFTED)),
     "Hiera": lambda: tf.HieraForImageClassification(
@@ -101,6 +102,9 @@ IMAGE = {
     VGG: lambda: Vgg(tf.PreTrainedConfig(num_labels=5, image_size=32)),
     "ConvNeXt": lambda: tf.ConvNextForImageClassification(tf.ConvNextConfig(**FOUR)),
     "ConvNeXt v2": lambda: tf.ConvNextV2ForImageClassification(tf.ConvNextV2Config(**FOUR)),
+    "MobileViT v2": lambda: tf.MobileViTV2ForImageClassification(
+        tf.MobileViTV2Config(image_size=64, width_multiplier=0.25, num_labels=5)
+    ),
     "MobileNet v2": lambda: tf.MobileNetV2ForImageClassification(
         tf.MobileNetV2Config(depth_multiplier=0.25, num_labels=5)
     ),
@@ -132,6 +136,13 @@ OF_TEXT = {
             local_attention=8,
         )
     ),
+    "EuroBERT": lambda: tf.EuroBertForSequenceClassification(tf.EuroBertConfig(**TEXT, num_key_value_heads=2)),
+    "GTE": lambda: tf.GteForSequenceClassification(tf.GteConfig(**TEXT)),
+    "Nomic BERT": lambda: tf.NomicBertForSequenceClassification(tf.NomicBertConfig(**TEXT)),
+    "Jina v3": lambda: tf.JinaEmbeddingsV3ForSequenceClassification(tf.JinaEmbeddingsV3Config(**TEXT)),
+    "X-MOD": lambda: tf.XmodForSequenceClassification(
+        tf.XmodConfig(**TEXT, languages=["en_XX"], default_language="en_XX")
+    ),
     "MPNet": lambda: tf.MPNetForSequenceClassification(tf.MPNetConfig(**{**TEXT, "pad_token_id": 1})),
     "MobileBERT": lambda: tf.MobileBertForSequenceClassification(
         tf.MobileBertConfig(**TEXT, embedding_size=32, intra_bottleneck_size=32)
@@ -144,8 +155,13 @@ OF_TEXT = {
     "Megatron-BERT": lambda: tf.MegatronBertForSequenceClassification(tf.MegatronBertConfig(**TEXT)),
     "ERNIE": lambda: tf.ErnieForSequenceClassification(tf.ErnieConfig(**TEXT)),
     "LayoutLM": lambda: tf.LayoutLMForSequenceClassification(tf.LayoutLMConfig(**TEXT)),
+    "LayoutLM v3": lambda: tf.LayoutLMv3ForSequenceClassification(
+        tf.LayoutLMv3Config(**TEXT, visual_embed=False, coordinate_size=4, shape_size=8)
+    ),
+    "LiLT": lambda: tf.LiltForSequenceClassification(tf.LiltConfig(**{**TEXT, "hidden_size": 96})),
     "Data2Vec (text)": lambda: tf.Data2VecTextForSequenceClassification(tf.Data2VecTextConfig(**TEXT)),
     "ESM": lambda: tf.EsmForSequenceClassification(tf.EsmConfig(**TEXT, mask_token_id=1)),
+    "ESM C": lambda: tf.EsmcForSequenceClassification(tf.EsmcConfig(**TEXT)),
     "BigBird": lambda: tf.BigBirdForSequenceClassification(tf.BigBirdConfig(**TEXT, attention_type="original_full")),
     "RemBERT": lambda: tf.RemBertForSequenceClassification(tf.RemBertConfig(**TEXT, input_embedding_size=16)),
     "Funnel": lambda: tf.FunnelForSequenceClassification(
@@ -172,6 +188,9 @@ AUDIO = {
             classifier_proj_size=16,
             conv_depthwise_kernel_size=3,
         )
+    ),
+    "wav2vec 2.0-Conformer": lambda: tf.Wav2Vec2ConformerForSequenceClassification(
+        tf.Wav2Vec2ConformerConfig(**SPEECH)
     ),
     "Whisper (encoder)": lambda: tf.WhisperForAudioClassification(
         tf.WhisperConfig(
