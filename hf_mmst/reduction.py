@@ -26,7 +26,12 @@ class Reduction:
     Args:
         model (`nn.Module`): what will be wrapped, with its auxiliary heads.
         stages (`Sequence[Sequence[nn.Parameter]]`): the parameters of each stage, all of the model's together.
+
+    Attributes:
+        finished (`bool`): whether the gradients of the last micro-batch of a step are averaged.
     """
+
+    finished = False
 
     def __init__(self, model: nn.Module, stages: Sequence[Sequence[nn.Parameter]]):
         self._stages = [[p for p in stage if p.requires_grad] for stage in stages]
@@ -54,6 +59,7 @@ class Reduction:
         """Within this context a micro-batch is stepped back through; after the `last` of a step all is averaged."""
         with wrapper.no_sync():
             yield
+        self.finished = last
         if last:
             wrapper.require_forward_param_sync = True  # of buffers, before the next forward pass
             self.finish()

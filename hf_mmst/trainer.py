@@ -496,12 +496,19 @@ class _StageCallback(TrainerCallback):
             self.trainer._views.epoch = int(state.epoch)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer._reduction is not None and not self.trainer._reduction.finished:
+            raise ValueError(
+                f"training_step of {type(self.trainer).__name__} does not call that of MMSTTrainer, which averages "
+                "gradients over the processes. Call super().training_step(...) there, or start one process."
+            )
         if self.trainer._coupled is not None:
             self.trainer._coupled.step(self.trainer.optimizer)
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self.trainer._segment.coupled:
             self.trainer._weights.step(self.trainer._segment.stages, self.trainer._mean)
+        if self.trainer._reduction is not None:
+            self.trainer._reduction.finished = False
         self.trainer._begin_step(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):

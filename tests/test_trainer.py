@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -428,6 +429,19 @@ def test_a_custom_trainer_makes_its_optimizer(whole, settings, tmp_path):
     args = arguments(tmp_path / "rate", head_learning_rate=0.1, **settings)
     with pytest.raises(ValueError, match="head_learning_rate=0.1 has no effect on an optimizer of your own"):
         Own(make("vit"), args, train_dataset=Samples("vit")).train()
+
+
+def test_a_custom_trainer_that_averages_no_gradients_is_refused(tmp_path):
+    class Own(MMSTTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model.train(), self._prepare_inputs(inputs))
+            loss.backward()
+            return loss.detach()
+
+    own = Own(make("vit"), arguments(tmp_path), train_dataset=Samples("vit"))
+    own._reduction = SimpleNamespace(start=lambda stage: None, wait=lambda stage: None, finished=False)
+    with pytest.raises(ValueError, match="training_step of Own does not call that of MMSTTrainer"):
+        own.train()
 
 
 @pytest.mark.parametrize("through", [True, False])
