@@ -151,14 +151,6 @@ class StageCut(Trainer):
             return own_pooling(model, self.partition.layers[-1])
         return self.args.head_pooling
 
-    def _refuse_rates(self) -> None:
-        for name in ("head_learning_rate", "stage_learning_rate_decay"):
-            if self.optimizer is not None and getattr(self.args, name) is not None:
-                raise ValueError(
-                    f"{name}={getattr(self.args, name)} has no effect on an optimizer of your own. Give its groups the "
-                    f"rates you want and leave {name} unset, or leave the optimizer to the trainer."
-                )
-
     def _refuse_wrappers(self) -> None:
         self._wrapper.refuse(self.args, self._compilation is not None)
         if self._compilation is not None:

@@ -9,36 +9,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, get_scheduler
+from transformers import Trainer, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.trainer_utils import SchedulerType
-from transformers.utils import logging
 
 from .compiling import compiled, take_compilation
 from .config import MMSTConfig
 from .coupled import CoupledResidency
-from .cut import StageCut
 from .evaluation import StageEvaluation
 from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
-from .heads import HEADS, is_pretrained
-from .learning_rates import PRETRAINED_DECAY, PRETRAINED_FACTOR, rate_factors, split_groups
+from .heads import HEADS
 from .memory import TurnPeaks
-from .order import Order, Segment
-from .partition import (
-    tail_parameters,
-    tied_parameters,
-)
+from .optimization import StageOptimization
+from .order import Order
 from .publishing import StageCards
 from .reduction import Reduction
 from .stage_parallel import StageParallel
 from .stagewise import StageStep
-from .stepping import clip_by_stage, parameters_by_stage, step_stage, steps_elementwise
-
-logger = logging.get_logger(__name__)
-CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what the host sets on a layer
+from .stepping import clip_by_stage, step_stage, steps_elementwise
 
 
-class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
+class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards):
     """
     A [`~transformers.Trainer`] that trains an encoder stage by stage by the minimizing movement scheme.
 
@@ -60,7 +50,6 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
     """
 
     data_collator: Any
-    lr_scheduler: Any
     _learned = False  # whether this micro-batch has come to compute_loss
 
     @functools.wraps(Trainer.__init__)  # type: ignore[misc]
@@ -84,8 +73,6 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
         self._step_labels, self._step_samples = 0.0, 0.0
         self._early_norms: list[torch.Tensor] = []  # of the gradients of stages that have stepped already
         self._shares_gradients = False
-        self._sets_rates = False  # which is for who makes the optimizer to do
-        self._reduction: Reduction | None = None
         self._cut()
         self.add_callback(_StageCallback(self))
         self.add_callback(self.picture_callback())
@@ -126,117 +113,12 @@ class MMSTTrainer(StageCut, StageEvaluation, StageParallel, StageCards):
         self._order = Order.build(*order, max_steps, args.coupled_laps)
         return epochs, steps_per_epoch, examples, samples, batch_size, batches, max_steps
 
-    def _prepare_for_training(self, *args, **kwargs):
-        """As the host's, with the auxiliary heads in the model."""
-        self._prepare_stages()
-        return super()._prepare_for_training(*args, **kwargs)
-
-    def _prepare_stages(self) -> None:
-        """Put the auxiliary heads into the model, unless they are there, and get ready what depends on parameters."""
-        self._cut()
-        core = self._core()
-        if core._modules.get(HEADS) is self.heads:
-            return
-        core.add_module(HEADS, self.heads)
-        self._refuse_half(core)
-        self._share_out()
-        self._wrapper.prepare(core, self.partition, self.heads)
-        if self.args.world_size > 1 and self.partition.num_stages > 1 and not self._wrapper.reduces:
-            self._reduction = Reduction(core, self._stage_parameters)
-        for layer in self.heads.layers:  # checkpointed as the model's own
-            own = vars(core.get_submodule(self.partition.layers[-1]))
-            vars(layer).update({name: own[name] for name in CHECKPOINTING if name in own})
-
-    def create_optimizer(self, model=None):
-        """As the host's, with the auxiliary heads among the parameters, and the rates of stages and heads."""
-        self._prepare_stages()
-        own = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if own:
-            self._set_learning_rates(optimizer)
-            self._sets_rates = True
-        return optimizer
-
-    def _wrap_model(self, model, training=True, dataloader=None):
-        """As the host's; what is to be trained has an optimizer by now, which gets the heads, whoever has made it."""
-        if training:
-            if not self._sets_rates:
-                self._refuse_rates()
-            known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-            missing = [p for p in self.heads.parameters() if p.requires_grad and id(p) not in known]
-            if missing:
-                self.optimizer.add_param_group({"params": missing})
-            if self._residency is not None:
-                self._residency.watch(self.optimizer)
-            self._keep_own_states(self.optimizer)
-        return super()._wrap_model(model, training, dataloader)
-
-    def _share_out(self) -> None:
-        """Share the parameters out over the stages; sharding puts others in their place."""
-        core = self._core()
-        self._stage_parameters = parameters_by_stage(core, self.partition, self.heads)
-        tied = tied_parameters(core, self.partition.layers) if len(self.heads) and self.heads.kind == "own" else []
-        self._tied = [parameter for parameter in tied if parameter.requires_grad]
-
-    def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
-        args, core = self.args, self._core()
-        factor, decay = 1.0, 1.0
-        if len(self.heads) > 0 and is_pretrained(core):
-            layers_per_stage = len(self.partition.layers) / self.partition.num_stages
-            factor, decay = PRETRAINED_FACTOR, PRETRAINED_DECAY**layers_per_stage
-        if args.stage_learning_rate_decay is not None:
-            decay = args.stage_learning_rate_decay
-        if args.head_learning_rate is not None and args.learning_rate > 0:
-            factor = args.head_learning_rate / args.learning_rate
-        if (factor, decay) != (1, 1):
-            split_groups(optimizer, rate_factors(self._stage_parameters, self._head_parameters(core), decay, factor))
-
-    def _head_parameters(self, core: nn.Module) -> list[nn.Parameter]:
-        """Those of the auxiliary heads, but for their layers, and of what the model itself has after its last layer."""
-        heads = [p for head in self.heads for p in head.parameters()]
-        if self.heads.kind == "own" or not self.partition.layers:
-            return heads
-        others = {*self.heads.layers.parameters()}
-        return [*heads, *(p for p in tail_parameters(core, self.partition.layers) if p not in others)]
-
     def create_accelerator_and_postprocess(self):
         """As the host's; layers at rest are not moved to the device, and compiled layer by layer."""
         super().create_accelerator_and_postprocess()
         self._compilation = take_compilation(self.accelerator)
         if self.args.stage_residency == "stage":
             self.accelerator.device_placement = False
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        """As the host's; in sequential orders each segment has its own warm-up and decay over its own steps."""
-        if self.lr_scheduler is not None or len(self._order.segments) == 1:
-            return super().create_scheduler(num_training_steps, optimizer)
-        optimizer = self.optimizer if optimizer is None else optimizer
-        multipliers = [self._lr_multiplier(segment) for segment in self._order.segments]
-        order = self._order
-
-        def multiplier(step: int) -> float:
-            return multipliers[order.index(step)](step - order.at(step).start)
-
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def _lr_multiplier(self, segment: Segment):
-        args = self.args
-        scheduler = get_scheduler(
-            args.lr_scheduler_type,
-            optimizer=torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),
-            num_warmup_steps=args.get_warmup_steps(segment.steps),
-            num_training_steps=segment.steps,
-            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
-        )
-        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            kind = SchedulerType(args.lr_scheduler_type).value
-            raise ValueError(
-                f"lr_scheduler_type={kind} cannot start anew with each stage. Set it to one that "
-                'depends on the step alone (linear, cosine, constant_with_warmup, ...), or stage_order="simultaneous".'
-            )
-        return scheduler.lr_lambdas[0]
 
     def _get_dataloader(self, dataset, description, *args, is_training=False, **kwargs):
         """As the host's; for training with a feature cache, batches have the keys of their samples."""
