@@ -372,7 +372,7 @@ def table(folder):
         (head,) = {type(head) for run in runs for head in run.heads}
         (loss,) = {LOSS_MAPPING[name].__name__ for name in classes}
         classes = ", ".join(f"`...{name}`" for name in classes)
-        names = ", ".join(models) if head is not PoolingHead else "[sixty architectures](#which-encoders)"
+        names = ", ".join(models) if head is not PoolingHead else "[seventy architectures](#which-encoders)"
         lines.append(f"| {task} | {classes} | {HEADS[head]} | `{loss}` | {_leaves(runs[0])} | {names} |")
     return "\n".join(lines)
 
