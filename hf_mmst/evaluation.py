@@ -79,6 +79,7 @@ class StageMetrics:
 
     Attributes:
         heads (`tuple[torch.Tensor, ...]`, *optional*): each head's logits of the batch at hand, if it shows them.
+        packed (`bool`): whether they go along with the predictions; not if a custom trainer makes those by itself.
         by_stage (`dict[str, float]`): the metrics of the stages, see [`compute_packed`].
     """
 

@@ -14,9 +14,8 @@ from .hidden_states import detached, hidden_states_of, with_hidden_states
 from .partition import Partition
 
 SAMPLES = 2  # in a batch that is looked at
-# What a pass without data raises where data decides, or the scales of quantized weights, which the copy lacks. Any
-# other error comes again when the model is run on zeros.
-_DEPENDS_ON_DATA = (RuntimeError, NotImplementedError, AssertionError, AttributeError)
+# What a pass without data raises where data decides. Any other error comes again when the model is run on zeros.
+_DEPENDS_ON_DATA = (RuntimeError, NotImplementedError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -113,11 +112,8 @@ def check_cut(model: nn.Module, partition: Partition) -> None:
                         f"{stage_of[parameter] + 1}, which would not be the same after it has learned. Set "
                         "stage_boundaries so that they are in one stage, or num_stages to 1."
                     )
-    twin = on_meta(model).eval()
-    for parameter in twin.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
     try:
-        found = _reached_twice(twin, partition)
+        found = _reached_twice(_learning_twin(model), partition)
     except _DEPENDS_ON_DATA:
         found = _reached_twice(model, partition)
     if found is not None:
@@ -172,11 +168,8 @@ def trace_stages(model: nn.Module, partition: Partition) -> Trace:
     Raises:
         `ValueError`: if a stage learns from other tensors of the stage before than its hidden states.
     """
-    twin = on_meta(model).eval()
-    for parameter in twin.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
     try:
-        return _trace(twin, partition)
+        return _trace(_learning_twin(model), partition)
     except _DEPENDS_ON_DATA:
         return _trace(model, partition)
 
@@ -328,10 +321,25 @@ def dummy_inputs(
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose parameters and buffers are on the meta device; nothing is allocated."""
+    """
+    A copy of `model` whose parameters and buffers are on the meta device; nothing is allocated.
+
+    Raises:
+        `NotImplementedError`: for quantized weights, whose scales the copy would lack.
+    """
+    if getattr(model, "is_quantized", False):
+        raise NotImplementedError(f"The weights of {type(model).__name__} are quantized.")
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, object] = {id(tensor): _meta_like(tensor) for tensor in tensors}
     return copy.deepcopy(model, memo)
+
+
+def _learning_twin(model: nn.Module) -> nn.Module:
+    """A copy on the meta device in eval mode, all weights of which learn."""
+    twin = on_meta(model).eval()
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return twin
 
 
 def _meta_like(tensor: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ class Reduction:
         stages (`Sequence[Sequence[nn.Parameter]]`): the parameters of each stage, all of the model's together.
 
     Attributes:
-        finished (`bool`): whether the gradients of the last micro-batch of a step are averaged.
+        finished (`bool`): whether the latest micro-batch was the last of its step, whose gradients are averaged.
     """
 
     finished = False

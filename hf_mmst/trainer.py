@@ -389,8 +389,6 @@ class _StageCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if not self.trainer._segment.coupled:
             self.trainer._weights.step(self.trainer._segment.stages, self.trainer._mean)
-        if self.trainer._reduction is not None:
-            self.trainer._reduction.finished = False
         self.trainer._begin_step(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
