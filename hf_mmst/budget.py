@@ -8,15 +8,19 @@ from torch import nn
 from transformers.utils import logging
 
 from .config import MMSTConfig
-from .planner import Row, plan
+from .planner import LOCAL_ORDERS, Row, plan
 from .simulation import Peak, Simulation, Way
 
 logger = logging.get_logger(__name__)
 
 
-def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Row:
+def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any], has_local_losses: bool = True) -> Row:
     """
     Plan for `args.memory_budget`, and write the settings into `args`; the budget is taken out, for it has been spent.
+
+    Args:
+        args ([`MMSTConfig`]), model (`nn.Module`), batch (`Mapping[str, Any]`): what is trained, on batches like it.
+        has_local_losses (`bool`): whether stages can learn; if not, the model is trained end to end.
 
     Raises:
         `ValueError`: if nothing fits, saying what would.
@@ -29,7 +33,8 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Ro
         args.memory_budget,
         precision=precision,
         device=device,
-        without=(["stage_clipping"] if not steps_at_once else [])
+        without=([*LOCAL_ORDERS] if not has_local_losses else [])
+        + (["stage_clipping"] if not steps_at_once else [])
         + (["stage_residency"] if args.world_size > 1 else [])
         + (["coupled"] if args.world_size > 1 or args.fp16 or args.feature_cache != "none" else []),
         head_layers=args.head_layers,

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import nn
 
+from .attributes import replaced
 from .config import MMSTConfig
 
 
@@ -62,14 +63,5 @@ def compiled(layers: Iterable[nn.Module], **kwargs: Any) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            own = vars(layer).get("forward")
-            layer.forward = torch.compile(layer.forward, **kwargs)
-            stack.callback(_restore, layer, own)
+            stack.enter_context(replaced(layer, "forward", torch.compile(layer.forward, **kwargs)))
         yield
-
-
-def _restore(layer: nn.Module, forward: Any) -> None:
-    if forward is None:
-        del layer.forward
-    else:
-        layer.forward = forward

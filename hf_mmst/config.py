@@ -39,14 +39,14 @@ class MMSTConfig(TrainingArguments):
         stage_order (`str`, *optional*, defaults to `"simultaneous"`):
             `"simultaneous"`: every stage learns on each batch. `"sequential"`: stage 1 to its end, then stage 2 on
             its output, ... `"multi_lap"`: first to last stage in each of `num_laps` laps. `"coupled"`: not in stages,
-            but end to end with one layer in device memory, for when local losses are not enough; this sets
-            `stage_residency` to `"stage"` and `activation_checkpointing` to `True`.
+            but end to end with one layer in device memory, which is recomputed in the backward pass, for when local
+            losses are not enough; this sets `stage_residency` to `"stage"`.
         num_laps (`int`, *optional*, defaults to 1):
             Laps R of the `"multi_lap"` order.
         coupled_laps (`int`, *optional*, defaults to 0):
             Laps after those, in which all stages learn together from the model's own loss, end to end, so that what
             local losses missed is made up for: with R laps before and n of these, each lap has N / (R + n) epochs.
-            With `stage_residency="stage"`, which then sets `activation_checkpointing`, one layer is in device memory.
+            With `stage_residency="stage"` one layer is in device memory, as in the `"coupled"` order.
         head_pooling (`str`, *optional*, defaults to `"auto"`):
             How an auxiliary head pools the tokens: `"mean"` over the tokens (padding left out), `"cls"` the first
             token, `"auto"`: the first token where the own head of a model that was loaded with `from_pretrained` reads
@@ -265,14 +265,13 @@ class MMSTConfig(TrainingArguments):
             )
         if self.stage_order == "coupled":
             self.stage_residency = "stage"
-        if self.stage_residency == "stage" and (self.coupled_laps or self.stage_order == "coupled"):
-            self.activation_checkpointing = True
-            if self.fp16:
-                setting = f"coupled_laps={self.coupled_laps}" if self.coupled_laps else 'stage_order="coupled"'
-                raise ValueError(
-                    f"{setting} steps each layer by itself, which a gradient scaler cannot follow. Set bf16=True in "
-                    "the place of fp16, or another stage_order."
-                )
+        couples = self.coupled_laps > 0 or self.stage_order == "coupled"
+        if self.stage_residency == "stage" and couples and self.fp16:
+            setting = f"coupled_laps={self.coupled_laps}" if self.coupled_laps else 'stage_order="coupled"'
+            raise ValueError(
+                f"{setting} steps each layer by itself, which a gradient scaler cannot follow. Set bf16=True in the "
+                "place of fp16, or another stage_order."
+            )
         if self.stage_residency == "stage" and self.stage_order == "simultaneous":
             raise ValueError(
                 'stage_residency="stage" keeps one stage in device memory, but with stage_order="simultaneous" all of '

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
+from torch.utils.checkpoint import checkpoint
 
+from .attributes import replaced
 from .partition import Partition
 from .residency import Residency, Shelf
 
@@ -18,16 +20,20 @@ class CoupledResidency(Residency):
     """
     Runs forward and backward of a whole model while each layer is in device memory only when it is needed.
 
-    The layers' activations must be checkpointed, each layer by itself. Then, within [`streaming`], a layer comes to the
-    device for its forward pass and again when the backward pass recomputes it; its gradient is put to rest when the
-    backward pass has reached the layer before it. [`step`] takes the layers once more, one at a time. The gradients are
-    those of end-to-end training; what the device holds is one layer's weights, gradient, states and activations, the
-    input of each layer, and what is around the layers.
+    Within [`streaming`], a layer comes to the device for its forward pass, whose activations are let go, and again when
+    the backward pass recomputes it; its gradient is put to rest when the backward pass has reached the layer before it.
+    [`step`] takes the layers once more, one at a time. The gradients are those of end-to-end training; what the device
+    holds is one layer's weights, gradient, states and activations, the input of each layer, and what is around the
+    layers.
 
     Args: those of [`Residency`].
+
+    Raises:
+        `ValueError`: if layers share weights, which could not rest with one of them.
     """
 
     def __init__(self, model: nn.Module, partition: Partition, device: torch.device, folder: str):
+        _refuse_shared(model, partition)
         super().__init__(model, partition, device, folder)
         self._gradients: dict[str, Shelf] = {}
         self._filled: set[str] = set()
@@ -46,29 +52,37 @@ class CoupledResidency(Residency):
         with super().streaming(), contextlib.ExitStack() as stack:
             for name in self._partition.layers:
                 layer: Any = self._model.get_submodule(name)
-                checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-                if checkpoint is not None:
-                    layer._gradient_checkpointing_func = functools.partial(self._checkpoint, name, checkpoint)
-                    stack.callback(setattr, layer, "_gradient_checkpointing_func", checkpoint)
+                # The host would recompute it once more; where a stage learns from its own loss, that is done here, too.
+                recomputed = getattr(layer, "gradient_checkpointing", False)
+                forward = functools.partial(self._forward, name, layer.forward, recomputed)
+                stack.enter_context(replaced(layer, "gradient_checkpointing", False))
+                stack.enter_context(replaced(layer, "forward", forward))
             yield
 
-    def _checkpoint(self, name: str, checkpoint: Callable, forward: Callable, *args: Any) -> Any:
-        if name in self._active:  # a stage that learns from its own loss
-            return checkpoint(forward, *args)
+    def _forward(self, name: str, forward: Callable, recomputed: bool, /, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or (name in self._active and not recomputed):
+            return forward(*args, **kwargs)
+        return checkpoint(functools.partial(self._run, name, forward), *args, use_reentrant=False, **kwargs)
 
-        def run(*args):
-            if torch._C._current_graph_task_id() != -1:  # the backward pass recomputes the layer
-                self.settle()
-                self._in_backward = name
-                self._take(name)
-            return forward(*args)
-
-        return checkpoint(run, *args)
+    def _run(self, name: str, forward: Callable, /, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._current_graph_task_id() != -1 and name not in self._active:  # the backward pass recomputes it
+            if self._in_backward is not None:
+                self._put_gradient(self._in_backward)
+            self._in_backward = name
+            self._take(name)
+        return forward(*args, **kwargs)
 
     def settle(self) -> None:
-        """Put the layer to rest that the backward pass was at, and add its gradient to what it has."""
-        name, self._in_backward = self._in_backward, None
-        if name is None:
+        """After a backward pass, put to rest what is left of it on the device."""
+        self._in_backward = None
+        for name in self._partition.layers:
+            if name not in self._active:
+                self._put_gradient(name)
+
+    def _put_gradient(self, name: str) -> None:
+        """Put a layer to rest, and add its gradient, if there is one, to what it has."""
+        self._rest(name)
+        if all(p.grad is None for p in self._parameters[name]):
             return
         gradients = [_gradient(p) for p in self._learning(name)]
         if name not in self._gradients:
@@ -81,7 +95,6 @@ class CoupledResidency(Residency):
         self._filled.add(name)
         for parameter in self._parameters[name]:
             parameter.grad = None
-        self._rest(name)
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their norm is at most `max_norm`; returns what it was."""
@@ -119,6 +132,17 @@ class CoupledResidency(Residency):
 
     def _learning(self, name: str) -> list[nn.Parameter]:
         return [p for p in self._parameters[name] if p.requires_grad]
+
+
+def _refuse_shared(model: nn.Module, partition: Partition) -> None:
+    layer_of: dict[nn.Parameter, str] = {}
+    for name in partition.layers:
+        for parameter in model.get_submodule(name).parameters():
+            if layer_of.setdefault(parameter, name) != name:
+                raise ValueError(
+                    f"{name} of {type(model).__name__} shares weights with {layer_of[parameter]}, so that the two "
+                    'cannot rest one by one. Set stage_order to another than "coupled", or coupled_laps=0.'
+                )
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:

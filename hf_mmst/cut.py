@@ -1,24 +1,26 @@
 """A model and the settings of a run -> its stages, their heads and what trains them, or why that cannot be."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import unwrap_peft_model
 
 from .budget import plan_for
 from .compiling import refuse_compilation
 from .config import MMSTConfig
 from .coupled import CoupledResidency
+from .examples import SAMPLES, ExampleInputs
 from .heads import StageHeads, is_pretrained, num_head_layers
 from .objectives import CLASSES, Objective, objective_of
 from .order import Order, Segment
 from .partition import Partition, checkpoints_across, find_layers, last_norm, run_ends
-from .probe import LayerProfile, check_cut, own_pooling, profile_layers
+from .probe import LayerProfile, check_cut, logits_of, profile_layers, run_example
 from .residency import Residency
 from .stagewise import Stagewise
+from .token_flow import attends_causally, own_pooling
 from .transport import TransportWeights
 from .wrappers import numel
 
@@ -33,7 +35,7 @@ class StageCut(Trainer):
     _compilation: dict[str, Any] | None
     _core: Any
     _wrapper: Any
-    _batch_to_plan: Any
+    _first_batch: Any
     _take_share: Any
     _share_out: Any
     _summary_of_shares: Any
@@ -51,7 +53,8 @@ class StageCut(Trainer):
         args = self.args
         if args.memory_budget is None or self.train_dataset is None:
             return None
-        found = plan_for(args, self._core(), self._batch_to_plan())
+        model, batch = self._core(), self._first_batch(args.per_device_train_batch_size)
+        found = plan_for(args, model, batch, bool(objective_of(model) or self.compute_loss_func))
         if args.place_model_on_device:
             self._move_model_to_device(self.model, args.device)
         self.accelerator.device_placement &= args.stage_residency == "all"
@@ -63,30 +66,36 @@ class StageCut(Trainer):
         if self._cut_model is model:
             return
         self.args.check_stages()
-        if self.args.stage_order != "coupled" and (self.args.num_stages > 1 or self.args.stage_boundaries is not None):
+        if self._has_stages:
             self._refuse_task(model)
         self._objective = objective_of(model) or CLASSES
         with self._wrapper.whole(model):
             self._cut_whole(model)
 
+    @property
+    def _has_stages(self) -> bool:
+        """Whether the settings ask for stages; if not, the model is not looked at, and may be any."""
+        args = self.args
+        return args.stage_order != "coupled" and (args.num_stages > 1 or args.stage_boundaries is not None)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether this step is one of plain Trainer: one stage, whose loss is the model's own."""
+        return self.partition.num_stages == 1 and not self._segment.coupled
+
     def _cut_whole(self, model: nn.Module) -> None:
-        self.partition, ends = self._partition(model)
+        example = self._example(model) if self._has_stages else None
+        self.partition, profile = self._partition(model, example)
         num_stages = self.partition.num_stages
-        self.heads = StageHeads(
-            [end.width for end in ends],
-            getattr(model.config, "num_labels", 0),
-            self._pooling(model) if ends else self.args.head_pooling,
-            self.args.seed,
-            [end.is_map and self.args.head_pooling == "auto" for end in ends],
-            *self._last_layers(model, [end.width for end in ends]),
-            self._objective.head,
+        self.heads = (
+            self._heads(model, profile, example) if example is not None and num_stages > 1 else StageHeads([], 0)
         )
         self.heads.to(device=self.args.device, dtype=_dtype(model))
         first = self._wrapper.hooks_first
         self._engine = Stagewise(model, self.partition, self.heads, self.args.transport_norm, first)
         schedule = self.args.transport_schedule
         if schedule == "auto":
-            schedule = "adaptive" if ends and is_pretrained(model) else "constant"
+            schedule = "adaptive" if num_stages > 1 and is_pretrained(model) else "constant"
         self._weights = TransportWeights(schedule, self.args.transport_weight, num_stages)
         self._order = Order.build("simultaneous", num_stages, 1, 1)
         self._segment = self._order.at(0)
@@ -95,48 +104,67 @@ class StageCut(Trainer):
         if self.args.stage_residency == "stage":
             kind = CoupledResidency if self._couples() else Residency
             self._residency = kind(model, self.partition, self.args.device, self.args.output_dir)
+        # Whether a model divides by num_items_in_batch or ignores it differs between models: means are taken here.
+        self.model_accepts_loss_kwargs = self._host_accepts_loss_kwargs and num_stages == 1 and not self._couples()
         self._cut_model = model
         self._share_out()
         self._take_share()
 
-    def _partition(self, model: nn.Module) -> tuple[Partition, list[LayerProfile]]:
-        """The cut, and the layers at the ends of all stages but the last."""
+    def _example(self, model: nn.Module) -> ExampleInputs:
+        """What the model is looked at with: the first samples of the user's data, or, without data, made-up inputs."""
+        batch = self._first_batch(SAMPLES)
+        if not isinstance(batch, Mapping):
+            return ExampleInputs.made_up(model)
+        makes_loss = self.compute_loss_func is None and self.label_smoother is None
+        return ExampleInputs.of_batch(model, batch, SAMPLES, self.label_names, makes_loss)
+
+    def _partition(self, model: nn.Module, example: ExampleInputs | None) -> tuple[Partition, list[LayerProfile]]:
+        """The cut, and all layers, if they were looked at."""
         args = self.args
-        if args.num_stages == 1 and args.stage_boundaries is None and args.stage_order != "coupled":
-            try:
-                return Partition((tuple(find_layers(model)),)), []
-            except ValueError:  # nothing is cut, so any model will do; there is no transport to measure either
-                return Partition(((),)), []
-        layers = find_layers(model)
-        profile = profile_layers(model, layers)
-        if args.stage_residency == "stage" and self._couples():
-            apart = checkpoints_across(model, Partition.by_cost(layers, len(layers), [1] * len(layers))) is None
-            if not apart or not isinstance(model.get_submodule(layers[0]), GradientCheckpointingLayer):
-                setting, remedy = 'stage_order="coupled"', "another stage_order"
-                if args.coupled_laps:
-                    setting, remedy = f"coupled_laps={args.coupled_laps}", 'stage_residency="all"'
-                raise ValueError(
-                    f"The layers of {type(model).__name__}, {layers[0]} and so on, cannot each be checkpointed by "
-                    f"itself, as {setting} needs it. Set {remedy}."
-                )
-        if args.stage_order == "coupled":
+        try:
+            layers = find_layers(model)
+        except ValueError as error:
+            if args.stage_order == "coupled":
+                raise ValueError(f'{error} Leave stage_order="coupled", which keeps one layer on the device.') from None
+            if self._has_stages:
+                raise
+            return Partition(((),)), []  # nothing is cut, so any model will do
+        if example is None:
             return Partition((tuple(layers),)), []
+        profile = profile_layers(model, layers, example)
         if args.stage_boundaries is not None:
             partition = Partition.by_names(layers, args.stage_boundaries)
         else:
             costs = [layer.flops for layer in profile]
             partition = Partition.by_cost(layers, args.num_stages, costs, run_ends(model, layers))
-        check_cut(model, partition)
+        check_cut(model, partition, example)
+        if self._objective.head == "pooled" and attends_causally(model, layers, example):
+            raise ValueError(
+                f"The layers of {type(model).__name__} ({layers[0]} .. {layers[-1]}) attend causally: no token depends "
+                "on a later one, so that a head which pools would judge what most tokens have not seen. Set "
+                'stage_order="coupled" or num_stages=1, or pass an encoder such as ViT or BERT, or a ...ForCausalLM '
+                "model."
+            )
+        return partition, profile
+
+    def _heads(self, model: nn.Module, profile: list[LayerProfile], example: ExampleInputs) -> StageHeads:
+        """The auxiliary heads of all stages but the last."""
         by_name = {layer.name: layer for layer in profile}
-        return partition, [by_name[name] for name in partition.boundaries[:-1]]
+        ends = [by_name[name] for name in self.partition.boundaries[:-1]]
+        return StageHeads(
+            [end.width for end in ends],
+            self._num_labels(model, example),
+            self._pooling(model, example),
+            self.args.seed,
+            [end.is_map and self.args.head_pooling == "auto" for end in ends],
+            *self._last_layers(model, [*(end.width for end in ends), profile[-1].width]),
+            self._objective.head,
+        )
 
     def _last_layers(self, model: nn.Module, widths: list[int]) -> tuple[list[nn.Module], nn.LayerNorm | None]:
-        """What of the model the auxiliary heads have a copy of."""
+        """What of the model the auxiliary heads have a copy of; `widths` of the ends of all stages."""
         layers = self.partition.layers
-        if not widths:
-            return [], None
         blocks = len(run_ends(model, layers)) == len(layers)
-        widths = [*widths, profile_layers(model, layers)[-1].width]
         number = num_head_layers(self.args.head_layers, model, widths, blocks)
         if number > len(layers):
             raise ValueError(
@@ -145,10 +173,23 @@ class StageCut(Trainer):
         norm = last_norm(model, layers[-1], widths[-1]) if number > 0 else None
         return [model.get_submodule(name) for name in layers[len(layers) - number :]], norm
 
-    def _pooling(self, model: nn.Module) -> str:
+    def _num_labels(self, model: nn.Module, example: ExampleInputs) -> int:
+        """Number of logits of the auxiliary heads: as many as the model's own."""
+        if objective_of(model) is not None:
+            return getattr(model.config, "num_labels", 0)
+        with torch.no_grad():
+            shape = logits_of(run_example(model, (), lambda *_: None, example)).shape
+        if len(shape) != 2 or shape[0] != example.num_samples:
+            raise ValueError(
+                f"{type(model).__name__} puts out {list(shape)} for {example.num_samples} samples, but stages have "
+                "pooled logits [B, num_labels], which compute_loss_func gets. Set num_stages to 1."
+            )
+        return shape[1]
+
+    def _pooling(self, model: nn.Module, example: ExampleInputs) -> str:
         """What the auxiliary heads pool."""
         if self._objective.head == "pooled" and self.args.head_pooling == "auto" and is_pretrained(model):
-            return own_pooling(model, self.partition.layers[-1])
+            return own_pooling(model, self.partition.layers[-1], example)
         return self.args.head_pooling
 
     def _refuse_wrappers(self) -> None:
@@ -177,13 +218,18 @@ class StageCut(Trainer):
 
     def _refuse_task(self, model: nn.Module) -> None:
         base = unwrap_peft_model(model)
-        objective = objective_of(model)
+        objective, config = objective_of(model), getattr(base, "config", None)
         if objective is None and self.compute_loss_func is None:
             raise ValueError(
                 f"{type(base).__name__} has no head of which the stages' local losses could be made: these are known "
                 "for classification and regression of sequences, images and audio, for classification of tokens, and "
                 "for masked and causal language models with one stack of layers. Pass such a model, a "
                 "compute_loss_func for a loss of your own (of pooled logits), or set num_stages to 1."
+            )
+        if len(self.label_names) > 1 and "labels" not in self.label_names:
+            raise ValueError(
+                f"label_names={self.label_names} are several, but the loss of a stage is of one. Set label_names to "
+                "one name, or num_stages to 1."
             )
         if objective is not None and objective.head != "pooled" and self.args.head_pooling != "auto":
             raise ValueError(
@@ -195,12 +241,12 @@ class StageCut(Trainer):
                 "use_cache=True keeps the keys and values of all stages in memory, and heads with layers would add to "
                 "them. Set use_cache=False; generate has a setting of its own."
             )
-        if getattr(base.config, "output_router_logits", False):
+        if getattr(config, "output_router_logits", False):
             raise ValueError(
                 "config.output_router_logits=True adds a loss of all routers at once, from which the stages of "
                 f"{type(base).__name__} before the last would not learn. Set it to False."
             )
-        for name, value in vars(base.config).items():
+        for name, value in vars(config).items() if config is not None else ():
             if "layerdrop" in name and value:
                 raise ValueError(
                     f"config.{name}={value} skips layers at random, and with them the ends of stages. Set it to 0."
@@ -218,6 +264,10 @@ class StageCut(Trainer):
     def _summary(self) -> str:
         """One line on the stages: layers and trainable parameters of each."""
         core = self._core()
+        if self.partition.num_stages == 1:
+            order = "with one layer in device memory" if self.args.stage_order == "coupled" else "as Trainer does"
+            learning = sum(numel(p) for p in core.parameters() if p.requires_grad)
+            return f"hf_mmst: end to end, {order}; trainable parameters {learning:,}"
         layers = [len(self._engine.run_ends.intersection(stage)) for stage in self.partition.stages]
         trainable = [
             sum(numel(p) for name in stage for p in core.get_submodule(name).parameters() if p.requires_grad)

@@ -134,6 +134,7 @@ class StageEvaluation(Trainer):
     _objective: Objective
     _residency: Residency | None
     _criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    _labels_of: Callable[[Any], Any]
     _observing: Any
     _of_all: Callable[[StageScores], StageScores]
     _joined: Callable[[Any], Any]
@@ -154,7 +155,7 @@ class StageEvaluation(Trainer):
         streaming: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self._residency is not None and not self.is_in_train:
             streaming = self._residency.streaming()
-        if not self.partition.layers:
+        if self.partition.num_stages == 1:
             with streaming:
                 return loop()
         scores, metrics = StageScores(), None
@@ -189,7 +190,7 @@ class StageEvaluation(Trainer):
         if not hasattr(self, "_stage_scores"):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        given, losses = inputs.get("labels"), []
+        given, losses = self._labels_of(inputs), []
         metrics = None if prediction_loss_only else self._stage_metrics
 
         def read(logits: torch.Tensor) -> torch.Tensor | None:

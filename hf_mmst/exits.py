@@ -22,10 +22,10 @@ from transformers import (
 from transformers.utils import ModelOutput, cached_file
 
 from . import files
+from .examples import dummy_inputs
 from .exit_rules import ExitPoint, ExitRule, HeadLogits, exit_curve, layers_until, temperature
 from .hidden_states import hidden_states_of, with_hidden_states
 from .partition import Partition
-from .probe import dummy_inputs
 from .stages import Stages, checkpoint_folder, load_stages
 from .stagewise import Stagewise
 

@@ -4,19 +4,18 @@ import hashlib
 import json
 import math
 import mmap
-import random
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from .examples import unchanged_chance
 from .files import replace
 from .heads import HEADS
 from .partition import Partition
@@ -65,16 +64,8 @@ class FixedViews(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Any:
         words = (self.seed, int(index), self.epoch % self.views)
         seed = int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=4).digest(), "little")
-        states = random.getstate(), np.random.get_state()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                random.seed(seed)
-                np.random.seed(seed)
-                torch.default_generator.manual_seed(seed)
-                return self.dataset[index]
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+        with unchanged_chance(seed):
+            return self.dataset[index]
 
 
 class FeatureStore:

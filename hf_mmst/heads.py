@@ -214,5 +214,5 @@ def num_head_layers(given: int | None, model: Any, widths: Sequence[int], blocks
 
 
 def is_pretrained(model: Any) -> bool:
-    """Whether the model was loaded with `from_pretrained`."""
-    return bool(getattr(model.config, "name_or_path", ""))
+    """Whether the model, or a model within it, was loaded with `from_pretrained`."""
+    return any(getattr(getattr(module, "config", None), "name_or_path", "") for module in model.modules())

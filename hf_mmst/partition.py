@@ -8,8 +8,6 @@ from typing import TypeGuard
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .objectives import objective_of
-
 
 @dataclass(frozen=True)
 class Partition:
@@ -112,7 +110,7 @@ def find_layers(model: nn.Module) -> list[str]:
         `list[str]`: names `n` such that `model.get_submodule(n)` is the layer.
 
     Raises:
-        `ValueError`: if there is no list of layers, or if they are those of a decoder that is to classify.
+        `ValueError`: if there is no list of layers.
     """
     lists = {name: module for name, module in model.named_modules() if _is_list_of_like_modules(module)}
     checkpointed = {name: module for name, module in lists.items() if _holds_checkpointed_layers(module)}
@@ -136,22 +134,12 @@ def find_layers(model: nn.Module) -> list[str]:
     if candidates:
         trunk = max(candidates, key=lambda name: _num_parameters(candidates[name]))
         rows = [next((name for name in lists if trunk.startswith(f"{name}.")), trunk)]  # not blocks of one resolution
-    objective = objective_of(model)
-    layers = [
+    return [
         name
         for row in rows
         for child, group in model.get_submodule(row).named_children()
         for name in _open(f"{row}.{child}", group)
     ]
-    for name in layers:
-        causal = any(getattr(module, "is_causal", False) is True for module in model.get_submodule(name).modules())
-        if causal and (objective is None or objective.head == "pooled"):
-            raise ValueError(
-                f"The layers of {type(model).__name__} ({layers[0]} .. {layers[-1]}) attend causally: it is a "
-                "decoder, of which only tokens can be learned in stages, for a head that pools would judge what most "
-                "of them have not seen. Pass a ...ForCausalLM model, or an encoder such as ViT or BERT."
-            )
-    return layers
 
 
 def tail_parameters(model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:

@@ -17,19 +17,20 @@ from transformers import (
     PretrainedConfig,
 )
 from transformers.initialization import no_init_weights
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .config import parse_bytes
+from .examples import dummy_inputs
 from .objectives import CLASSES, objective_of
 from .partition import checkpoints_across
-from .probe import dummy_inputs
 from .simulation import PRECISIONS, LayerMemory, Peak, Simulation, Way
+from .token_flow import attends_causally
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 HEADROOM = 1.05  # of a peak, for what is not counted in tensors
+LOCAL_ORDERS = ("simultaneous", "sequential")  # in which stages learn from losses of their own
 EPOCHS = 3  # of each stage, over which a feature cache pays off
 
 
@@ -192,6 +193,8 @@ def plan(
             shape_of = shape_of[:1]
         batch = {**batch, "labels": torch.zeros(shape_of, dtype=torch.long, device="meta")}
     simulation = Simulation(model, batch, precision, device, head_layers)
+    if simulation.objective.head == "pooled" and attends_causally(model, simulation.layers, simulation.example):
+        without = [*without, *LOCAL_ORDERS]
     if num_stages is not None and num_stages > len(simulation.ends):
         raise ValueError(f"num_stages={num_stages} is more than the {len(simulation.ends)} layers. Set it to fewer.")
     rows: dict[Way, Row] = {}
@@ -252,11 +255,9 @@ def _families(simulation: Simulation) -> Iterator[Way]:
     resident = Way(stage_order="sequential", stage_residency="stage")
     yield Way()
     yield Way(stage_clipping=True)
-    separable = _checkpoints_layers(simulation)
-    if separable and isinstance(simulation.model.get_submodule(simulation.layers[0]), GradientCheckpointingLayer):
-        yield Way(stage_order="coupled")
+    yield Way(stage_order="coupled")
     yield resident
-    if separable:
+    if _checkpoints_layers(simulation):
         yield replace(resident, activation_checkpointing=True)
 
 
@@ -353,8 +354,14 @@ def _reason(rows: list[Row], limit: int | None, chosen: Row | None) -> str:
     fitting = [row.name for row in plain if _fits(row, limit)]
     if chosen is None and fitting:
         return f"No way of this package fits in {limit / 2**20:,.0f} MiB. These do: {'; '.join(fitting)}."
+    ours = [row for row in rows if row not in plain]
+    if chosen is None and not ours:
+        return (
+            "No way of this package is for this run: stages cannot learn, for the layers attend causally or the task "
+            "has no local loss, and the coupled order is ruled out. Leave memory_budget unset."
+        )
     if chosen is None:
-        least = min((row for row in rows if row not in plain), key=lambda row: row.peak.total)
+        least = min(ours, key=lambda row: row.peak.total)
         need = math.ceil(least.peak.total * HEADROOM / 2**20)
         return (
             f"Nothing fits in {limit / 2**20:,.0f} MiB. The least of this package's ways, {least.name}, needs {need:,} "

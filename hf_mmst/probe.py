@@ -1,7 +1,8 @@
-"""Model and its layers' names -> what each layer costs and puts out, from one forward pass without data."""
+"""Model, its layers' names and example inputs -> what each layer costs and puts out, and where a cut can be."""
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from .hidden_states import detached, hidden_states_of, with_hidden_states
+from .examples import ExampleInputs
+from .hidden_states import detached, hidden_states_of
 from .partition import Partition
 
-SAMPLES = 2  # in a batch that is looked at
-# What a pass without data raises where data decides. Any other error comes again when the model is run on zeros.
+# What a pass without data raises where data decides. Any other error comes again when the model is run as it is.
 _DEPENDS_ON_DATA = (RuntimeError, NotImplementedError, AssertionError)
 
 
@@ -31,25 +32,27 @@ class LayerProfile:
     is_map: bool = False
 
 
-def profile_layers(model: nn.Module, layers: Sequence[str]) -> list[LayerProfile]:
+def profile_layers(model: nn.Module, layers: Sequence[str], example: ExampleInputs | None = None) -> list[LayerProfile]:
     """
     Run a copy of `model` on the meta device, where tensors have shapes but no data, and watch its layers.
 
-    A model whose forward pass depends on data (it looks into a mask, say) is run as it is, on zeros; the operations of
-    a layer are then taken to be as many as its parameters.
+    A model whose forward pass depends on data (it looks into a mask, say) is run as it is; the operations of a layer
+    are then taken to be as many as its parameters.
 
     Args:
         model (`nn.Module`): the model; it is not changed.
         layers (`Sequence[str]`): names of its layers, in the order in which they should run.
+        example ([`ExampleInputs`], *optional*): made up by default.
 
     Returns:
-        `list[LayerProfile]`: one a layer, for one sample (text: 16 tokens; the unit cancels in a cut by cost).
+        `list[LayerProfile]`: one a layer, for one sample (the unit cancels in a cut by cost).
 
     Raises:
         `ValueError`: if the layers do not each run exactly once in that order, as in models that share layers, or do
             not give one row for each sample, or give maps with the channels last; or if the model is on the meta device
             and its forward pass depends on data.
     """
+    example = example or ExampleInputs.made_up(model)
     shapes: dict[str, torch.Size] = {}
     calls: list[str] = []
 
@@ -59,9 +62,9 @@ def profile_layers(model: nn.Module, layers: Sequence[str]) -> list[LayerProfile
 
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            _run(on_meta(model).eval(), layers, watch)
+            run_example(on_meta(model).eval(), layers, watch, example)
         counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-        flops = {name: counts.get(f"{type(model).__name__}.{name}", 0) // SAMPLES for name in layers}
+        flops = {name: counts.get(f"{type(model).__name__}.{name}", 0) // example.num_samples for name in layers}
     except _DEPENDS_ON_DATA as error:
         if next(model.parameters()).is_meta:
             raise ValueError(
@@ -70,7 +73,7 @@ def profile_layers(model: nn.Module, layers: Sequence[str]) -> list[LayerProfile
             ) from error
         calls.clear()
         with torch.no_grad():
-            _run(model, layers, watch)
+            run_example(model, layers, watch, example)
         flops = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in layers}
     if calls != list(layers):
         raise ValueError(
@@ -79,10 +82,10 @@ def profile_layers(model: nn.Module, layers: Sequence[str]) -> list[LayerProfile
             "num_stages to 1, or pass a model whose layers each run once."
         )
     for name, shape in shapes.items():
-        if shape[0] != SAMPLES:
+        if shape[0] != example.num_samples:
             raise ValueError(
-                f"{name} of {type(model).__name__} puts out {list(shape)} for {SAMPLES} samples, not one row for each, "
-                "so that no head can judge it. Set num_stages to 1."
+                f"{name} of {type(model).__name__} puts out {list(shape)} for {example.num_samples} samples, not "
+                "one row for each, so that no head can judge it. Set num_stages to 1."
             )
         if len(shape) == 4 and shape[1] == shape[2] != shape[3]:
             raise ValueError(
@@ -95,9 +98,11 @@ def profile_layers(model: nn.Module, layers: Sequence[str]) -> list[LayerProfile
     ]
 
 
-def check_cut(model: nn.Module, partition: Partition) -> None:
+def check_cut(model: nn.Module, partition: Partition, example: ExampleInputs | None = None) -> None:
     """
     Check that what a stage learns from reaches no activation of an earlier stage by a way around that stage's end.
+
+    Arguments are those of [`profile_layers`].
 
     Raises:
         `ValueError`: if it does, naming a parameter behind that activation; or if layers of two stages share weights.
@@ -112,10 +117,11 @@ def check_cut(model: nn.Module, partition: Partition) -> None:
                         f"{stage_of[parameter] + 1}, which would not be the same after it has learned. Set "
                         "stage_boundaries so that they are in one stage, or num_stages to 1."
                     )
+    example = example or ExampleInputs.made_up(model)
     try:
-        found = _reached_twice(_learning_twin(model), partition)
+        found = _reached_twice(_learning_twin(model), partition, example)
     except _DEPENDS_ON_DATA:
-        found = _reached_twice(model, partition)
+        found = _reached_twice(model, partition, example)
     if found is not None:
         raise ValueError(
             f"In {type(model).__name__}, what stage {found[0] + 1} learns from reaches {found[1]} of an earlier stage "
@@ -124,25 +130,11 @@ def check_cut(model: nn.Module, partition: Partition) -> None:
         )
 
 
-def own_pooling(model: nn.Module, last_layer: str) -> str:
-    """
-    How the model's own head pools the tokens: `"cls"` if it reads the first one only, else `"mean"`.
-
-    The model is run on zeros, and all other tokens that leave its last layer are made NaN, which spreads to whatever
-    is computed from them. A model without data (on the meta device) is taken to read them all.
-    """
-
-    def after(_name, output):
-        hidden = hidden_states_of(output).clone()
-        hidden[:, 1:] = torch.nan
-        return with_hidden_states(output, hidden)
-
-    if next(model.parameters()).is_meta:
-        return "mean"
-    with torch.no_grad():
-        outputs = _run(model, [last_layer], after)
-    logits = outputs[0] if isinstance(outputs, tuple) else next(iter(outputs.values()))
-    return "cls" if bool(logits.isfinite().all()) else "mean"
+def logits_of(outputs: Any) -> torch.Tensor:
+    """The logits, or else the first tensor, of what a model returns."""
+    if isinstance(outputs, Mapping) and torch.is_tensor(outputs.get("logits")):
+        return outputs["logits"]
+    return next(x for x in tree_leaves(outputs) if torch.is_tensor(x))
 
 
 @dataclass(frozen=True)
@@ -160,21 +152,24 @@ class Trace:
     learners: dict[str, frozenset[int]]
 
 
-def trace_stages(model: nn.Module, partition: Partition) -> Trace:
+def trace_stages(model: nn.Module, partition: Partition, example: ExampleInputs | None = None) -> Trace:
     """
     Follow a forward pass of a copy of `model` on the meta device, in which the hidden states lose their graph at the
-    end of each stage; a model whose forward pass depends on data is run as it is, on zeros.
+    end of each stage; a model whose forward pass depends on data is run as it is.
+
+    Arguments are those of [`profile_layers`].
 
     Raises:
         `ValueError`: if a stage learns from other tensors of the stage before than its hidden states.
     """
+    example = example or ExampleInputs.made_up(model)
     try:
-        return _trace(_learning_twin(model), partition)
+        return _trace(_learning_twin(model), partition, example)
     except _DEPENDS_ON_DATA:
-        return _trace(model, partition)
+        return _trace(model, partition, example)
 
 
-def _trace(model: nn.Module, partition: Partition) -> Trace:
+def _trace(model: nn.Module, partition: Partition, example: ExampleInputs) -> Trace:
     outputs: dict[str, Any] = {}
     ends: list[torch.Tensor] = []
     beside: dict[int, tuple[str, torch.Tensor]] = {}  # what ends of stages hand on beside their hidden states
@@ -190,8 +185,7 @@ def _trace(model: nn.Module, partition: Partition) -> Trace:
         return output
 
     with torch.enable_grad():
-        found = _run(model, partition.layers, after)
-        ends.append(found[0] if isinstance(found, tuple) else next(iter(found.values())))
+        ends.append(logits_of(run_example(model, partition.layers, after, example)))
     names = {id(p): name for name, p in model.named_parameters()}
     learners: dict[str, frozenset[int]] = {}
     for stage, end in enumerate(ends):
@@ -214,7 +208,7 @@ def _trace(model: nn.Module, partition: Partition) -> Trace:
     return Trace(outputs, learners)
 
 
-def _reached_twice(model: nn.Module, partition: Partition) -> tuple[int, str] | None:
+def _reached_twice(model: nn.Module, partition: Partition, example: ExampleInputs) -> tuple[int, str] | None:
     """A stage that reaches an activation of an earlier one, and a parameter behind that, if there is such a stage."""
     ends: list[torch.Tensor] = []
 
@@ -233,12 +227,18 @@ def _reached_twice(model: nn.Module, partition: Partition) -> tuple[int, str] | 
     owner: dict[Any, int] = {}  # of each node of the graph, the stage that steps back through it
     try:
         with torch.enable_grad():
-            outputs = _run(model, partition.layers, after)
-            ends.append(outputs[0] if isinstance(outputs, tuple) else next(iter(outputs.values())))
+            ends.append(logits_of(run_example(model, partition.layers, after, example)))
     finally:
         for hook in hooks:
             hook.remove()
     for stage, end in enumerate(ends):
+        learning = [p for name in partition.stages[stage] for p in model.get_submodule(name).parameters()]
+        if end.grad_fn is None and any(p.requires_grad for p in learning):
+            raise ValueError(
+                f"What {partition.boundaries[stage]} of {type(model).__name__} puts out has no graph, so that stage "
+                f"{stage + 1} would not learn: the model makes its gradients in a way of its own, as reversible layers "
+                "do. Set num_stages to 1."
+            )
         nodes = [end.grad_fn]
         while nodes:
             node = nodes.pop()
@@ -263,61 +263,32 @@ def _parameter_behind(node: Any, names: dict[int, str]) -> str:
     return "an activation"
 
 
-def _run(model: nn.Module, layers: Sequence[str], after: Callable[[str, Any], Any]) -> Any:
-    """Run `model` on zeros in eval mode; `after` sees, and may replace, each layer's output."""
-    modes = {module: module.training for module in model.modules()}
+def run_example(
+    model: nn.Module, layers: Sequence[str], after: Callable[[str, Any], Any], example: ExampleInputs
+) -> Any:
+    """Run `model` in eval mode; `after` sees, and may replace, each layer's output."""
     hooks = [
         model.get_submodule(name).register_forward_hook(lambda _module, _args, output, name=name: after(name, output))
         for name in layers
     ]
     try:
-        return model.eval()(**dummy_inputs(model, SAMPLES, next(model.parameters()).device))
+        with evaluating(model):
+            return model(**example.on(model))
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in eval mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
         for module, training in modes.items():
             module.training = training
-
-
-def dummy_inputs(
-    model: nn.Module,
-    batch_size: int = 1,
-    device: str | torch.device = "cpu",
-    seq_len: int = 16,
-    image_size: int | None = None,
-) -> dict[str, torch.Tensor]:
-    """
-    Inputs of the right shape for `model`: zeros, `[B, channels, height, width]` for images, `[B, seq_len]` for text,
-    half a second of audio at 16 kHz or a spectrogram of the model's own length.
-
-    Images are of the model's own size unless another is given.
-
-    Raises:
-        `ValueError`: if the model's main input is neither images, nor token ids, nor audio.
-    """
-    config: Any = model.config
-    kind: Any = model.main_input_name
-    if kind == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size = image_size or getattr(vision, "image_size", None) or 224
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        shape = (batch_size, getattr(vision, "num_channels", 3), height, width)
-        return {"pixel_values": torch.zeros(shape, device=device)}
-    if kind == "input_ids":
-        return {"input_ids": torch.zeros((batch_size, seq_len), dtype=torch.long, device=device)}
-    bands, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
-    if kind == "input_features" and bands is not None and frames is not None:
-        return {kind: torch.zeros((batch_size, bands, 2 * frames), device=device)}
-    if kind == "input_features" and hasattr(config, "feature_projection_input_dim"):
-        return {kind: torch.zeros((batch_size, 64, config.feature_projection_input_dim), device=device)}
-    if kind == "input_values" and bands is not None:
-        return {kind: torch.zeros((batch_size, config.max_length, bands), device=device)}
-    if kind == "input_values":
-        return {kind: torch.zeros((batch_size, 8000), device=device)}
-    raise ValueError(
-        f"{type(model).__name__} takes {kind!r}; only models of images (pixel_values), text (input_ids) and audio "
-        "(input_values, input_features) can be cut into stages. Set num_stages to 1."
-    )
 
 
 def on_meta(model: nn.Module) -> nn.Module:

@@ -2,12 +2,10 @@
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
@@ -15,6 +13,7 @@ from transformers.utils import logging
 from .budget import planned_peak
 from .card import CardContent, task_of, write_card
 from .checkpoints import StageCheckpoints
+from .examples import first_batch
 from .memory import TurnPeaks
 from .pictures import PictureCallback, write_picture
 from .residency import Residency
@@ -41,16 +40,17 @@ class StageCards(StageCheckpoints):
             found: what else is to be kept.
         """
         model = unwrap_peft_model(self._core())
-        batch = {} if self.train_dataset is None else self._batch_to_plan()
+        config = getattr(model, "config", None)
+        batch = self._first_batch(self.args.per_device_train_batch_size) or {}
         shared_out = self.args.stage_parallel  # what one process takes is not planned yet
-        pixels, name = batch.get("pixel_values"), getattr(model.config, "_name_or_path", "")
+        pixels, name = batch.get("pixel_values"), getattr(config, "_name_or_path", "")
         with self._not_streaming():
             planned = planned_peak(self.args, self._core(), batch) if "labels" in batch and not shared_out else None
         known = {
             "task": task_of(model),
             "model": type(model).__name__,
             "base_model": name if name and not Path(name).exists() else None,
-            "num_labels": getattr(model.config, "num_labels", None),
+            "num_labels": getattr(config, "num_labels", None),
             "input_shape": list(pixels.shape[1:]) if self.processing_class is None and pixels is not None else None,
             "peak_bytes": max(self.peaks.by_name.values(), default=None),
             "planned_bytes": None if planned is None else planned.total,
@@ -114,11 +114,13 @@ class StageCards(StageCheckpoints):
         finally:
             self._streams.enter_context(residency.streaming())
 
-    def _batch_to_plan(self) -> Mapping[str, Any]:
-        """A batch of the training data, drawn without a trace."""
-        with torch.random.fork_rng(devices=[]):
-            samples = list(itertools.islice(iter(self.train_dataset), self.args.per_device_train_batch_size))
-            return self._get_collator_with_removed_columns(self.data_collator, description="planning")(samples)
+    def _first_batch(self, num_samples: int) -> Any:
+        """The first samples of the data as the model gets them, drawn without a trace; `None` if there is no data."""
+        dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        if isinstance(dataset, Mapping):
+            dataset = next(iter(dataset.values()), None)
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="planning")
+        return None if dataset is None else first_batch(dataset, num_samples, collate)
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

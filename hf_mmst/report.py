@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def print_stage_table(rows: list[StageRow]) -> None:
-    """One line a stage, on the terminal."""
+    """One line a stage, on the terminal; nothing where a model was trained end to end."""
+    if not rows:
+        return
     from rich.console import Console
     from rich.table import Table
 

@@ -102,9 +102,8 @@ def run_results(args: MMSTConfig, partition: Partition, metrics: Mapping[str, An
         found: what else is to be kept: `model`, `dataset`, `task`, `peak_bytes`, `planned_bytes`, ...
     """
     own, stages = split_metrics(metrics)
-    end_to_end = partition.num_stages == 1 and args.transport_weight == 0
     return {
-        "method": "end-to-end" if end_to_end else "mmst",
+        "method": "end-to-end" if partition.num_stages == 1 else "mmst",
         **({"accuracy": own["accuracy"]} if "accuracy" in own else {}),
         **{f"stage_{name}": list(values) for name, values in stages.items()},
         "metrics": own,

@@ -14,11 +14,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .coupled import CoupledResidency
+from .examples import ExampleInputs
 from .heads import StageHeads, num_head_layers
 from .hidden_states import hidden_states_of
 from .objectives import CLASSES, objective_of
 from .partition import Partition, find_layers, run_ends, tied_parameters
-from .probe import on_meta, profile_layers
+from .probe import LayerProfile, on_meta, profile_layers
 from .residency import Residency, Shelf
 from .stagewise import Stagewise
 from .stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
@@ -99,10 +100,8 @@ class Simulation:
         self.objective = objective_of(model) or CLASSES
         self.layers = find_layers(model)
         self.ends = run_ends(model, self.layers)
-        self.profile = profile_layers(model, self.layers)
-        self.head_layers = num_head_layers(
-            head_layers, model, [layer.width for layer in self.profile], len(self.ends) == len(self.layers)
-        )
+        self.given, self.example = model, ExampleInputs.of_batch(model, inputs, len(inputs["labels"]))
+        self._head_layers = head_layers
         self._mode = FakeTensorMode()
         self._states = WeakTensorKeyDictionary()
         self.model = self._without_data(model).train()
@@ -113,9 +112,21 @@ class Simulation:
             # On the CPU the batch that the data loader has ready is in the same memory.
             self._ready = [self._fake(value) for value in inputs.values()] if device == "cpu" else []
 
+    @functools.cached_property
+    def profile(self) -> list[LayerProfile]:
+        """What each layer costs and puts out."""
+        return profile_layers(self.given, self.layers, self.example)
+
+    @functools.cached_property
+    def head_layers(self) -> int:
+        """Number of layers of the auxiliary heads."""
+        widths, blocks = [layer.width for layer in self.profile], len(self.ends) == len(self.layers)
+        return num_head_layers(self._head_layers, self.given, widths, blocks)
+
     def partition(self, num_stages: int) -> Partition:
         """The cut into stages of about equal cost."""
-        return Partition.by_cost(self.layers, num_stages, [layer.flops for layer in self.profile], self.ends)
+        costs = [layer.flops for layer in self.profile] if num_stages < len(self.ends) else None
+        return Partition.by_cost(self.layers, num_stages, costs, self.ends)
 
     def peak(self, way: Way) -> Peak:
         """The most memory that a step takes, over the stages if they learn one at a time."""
@@ -237,8 +248,7 @@ class Simulation:
 
     def _coupled(self) -> Peak:
         partition = Partition((tuple(self.layers),))
-        way = Way(activation_checkpointing=True)
-        with self._mode, self._checkpointing(self.model, way), contextlib.ExitStack() as stack:
+        with self._mode, contextlib.ExitStack() as stack:
             parameters = list(self.model.parameters())
             optimizer = self._with_states([p for p in parameters if p.requires_grad])
             residency = stack.enter_context(self._residency(_Coupled, partition, optimizer))

@@ -63,6 +63,7 @@ class StageParallel(Trainer):
     _stage_parameters: list[list[nn.Parameter]]
     _core: Callable[[], nn.Module]
     _criterion: Callable[..., torch.Tensor]
+    _labels_of: Callable[[Any], Any]
     _relay: Relay | None = None
     _share: Share
     _watched: torch.optim.Optimizer | None = None
@@ -217,7 +218,7 @@ class StageParallel(Trainer):
         self._stamp = self._stamp_of(inputs)
 
         def criterion(logits):
-            return self._criterion(logits, inputs["labels"])
+            return self._criterion(logits, self._labels_of(inputs))
 
         with self._engine.observe(mask, read, self._share.own, self._taken(), criterion) as view:
             yield view

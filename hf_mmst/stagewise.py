@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from .attributes import replaced
 from .heads import StageHeads
 from .hidden_states import detached, hidden_states_of, with_hidden_states
 from .partition import Partition, run_ends
@@ -397,7 +398,7 @@ def _until_stopped(
     around: Callable[[], contextlib.AbstractContextManager],
 ) -> Iterator[None]:
     """Within this context the model's forward runs within `around`, and returns the logits that it was stopped with."""
-    own, forward = "forward" in vars(model), model.forward
+    forward = model.forward
 
     @functools.wraps(forward)
     def from_first_to_last(*args, **kwargs):
@@ -408,14 +409,8 @@ def _until_stopped(
                 loss = None if criterion is None or kwargs.get("labels") is None else criterion(stop.logits)
                 return SequenceClassifierOutput(loss=loss, logits=stop.logits)
 
-    model.forward = from_first_to_last
-    try:
+    with replaced(model, "forward", from_first_to_last):
         yield
-    finally:
-        if own:
-            model.forward = forward
-        else:
-            del model.forward
 
 
 def _input_of(args: tuple, kwargs: dict) -> torch.Tensor:

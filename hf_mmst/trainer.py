@@ -19,6 +19,7 @@ from .evaluation import StageEvaluation
 from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
 from .heads import HEADS
 from .memory import TurnPeaks
+from .objectives import objective_of
 from .optimization import StageOptimization
 from .order import Order
 from .publishing import StageCards
@@ -62,8 +63,7 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
             )
         super().__init__(model, args, *others, **kwargs)
         self._refuse_rates()
-        # Whether a model divides by num_items_in_batch or ignores it differs between models: means are taken here.
-        self.model_accepts_loss_kwargs = False
+        self._host_accepts_loss_kwargs = self.model_accepts_loss_kwargs
         self._refuse_wrappers()
         self._planned = self._plan()
         self.peaks = TurnPeaks(self.args.device)
@@ -182,7 +182,9 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As the host's; remembers the step's number of labels and of samples, on average over the processes."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        labels = [batch.get("labels") for batch in batches if isinstance(batch, Mapping)]
+        if self._is_plain:
+            return batches, num_items
+        labels = [self._labels_of(batch) for batch in batches if isinstance(batch, Mapping)]
         numbers = [self._objective.count(some) for some in labels], [len(x) for x in labels if torch.is_tensor(x)]
         counts = torch.tensor([float(sum(found)) for found in numbers])
         if self.args.average_tokens_across_devices:
@@ -191,27 +193,29 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """In training: run all stages that learn at this step; the loss returned is the last one's."""
-        if not model.training:
+        """In training in stages: run all that learn at this step; the loss returned is the last one's."""
+        if not model.training or self._is_plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._learned = True
         keys = inputs.pop(KEYS).tolist() if KEYS in inputs else []
-        labels = inputs.get("labels")
-        if labels is None:
-            raise ValueError(
-                f"The batch has no labels, only {', '.join(inputs)}: every stage learns from them. Give the dataset a "
-                "column named label or labels, and set remove_unused_columns=False if it needs other names."
-            )
-        stages = self._segment.stages
-        count, samples = self._objective.count(labels), len(labels) / (self._step_samples or len(labels))
-        # The user's function has divided by num_items_in_batch.
-        scale = count / (self._step_labels or count) if self.compute_loss_func is None and count else 1.0
+        labels, stages = self._labels_of(inputs), self._segment.stages
+        scale = self._share_of_step(labels)
         # The mean of no labels is not a number, and has no gradient.
-        weigh = (lambda loss: loss) if count or self.compute_loss_func is not None else torch.nan_to_num
+        weigh = torch.nan_to_num if scale == 0 else lambda loss: loss
+        scale = scale or 1.0
         if self._segment.coupled:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             return (weigh(loss) * scale, outputs) if return_outputs else weigh(loss) * scale
+        if labels is None:
+            raise ValueError(
+                f"The batch has no {self._label_name}, only {', '.join(inputs)}: every stage learns from it. Give the "
+                "dataset such a column, or set label_names to the one that it has; remove_unused_columns=False keeps "
+                "columns that the model does not know."
+            )
+        if self.compute_loss_func is not None and self._label_name != "labels":  # the host passes on no others
+            inputs = {**inputs, "labels": inputs.pop(self._label_name)}
         # Transport is a mean over samples, whatever number of labels they have.
+        samples = len(labels) / (self._step_samples or len(labels))
         weights = [self._weights[stage] * samples / scale for stage in range(self.partition.num_stages)]
         mask = inputs.get("attention_mask")
         given = self._cache.get(stages[0], keys, mask) if self._cache is not None else self._taken()
@@ -236,6 +240,28 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
             loss = loss + weights[stages[-1]] * step.transport
         loss = loss * scale
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _label_name(self) -> str:
+        """What the labels of which a stage learns are called in a batch."""
+        return "labels" if "labels" in self.label_names or not self.label_names else self.label_names[0]
+
+    def _labels_of(self, batch: Mapping[str, Any]) -> Any:
+        return batch.get(self._label_name)
+
+    def _share_of_step(self, labels: Any) -> float:
+        """
+        The share that a micro-batch has of its optimizer step, by which the mean loss of it is weighed.
+
+        By labels that count, so that the loss is the mean over the step's, if it is known which the model's loss
+        counts; else all micro-batches have the same share, as in the host. 1 for `compute_loss_func`, which divides.
+        """
+        if self.compute_loss_func is not None:
+            return 1.0
+        if not torch.is_tensor(labels) or objective_of(self._core()) is None:
+            return 1 / self.current_gradient_accumulation_steps
+        count = self._objective.count(labels)
+        return count / (self._step_labels or count) if count else 0.0
 
     @property
     def loss_is_scaled_for_ga(self):
@@ -275,7 +301,7 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
     def _clip_grad_norm(self, model):
         if self._coupled is not None:
             return self._coupled.clip(self.args.max_grad_norm)
-        if not self.args.stage_clipping or self._segment.coupled:
+        if not self.args.stage_clipping or self._segment.coupled or self._is_plain:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         return clip_by_stage(self._stage_parameters, self.args.max_grad_norm)
@@ -324,7 +350,7 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
             return loss * self.accelerator.num_processes if scaled else loss
         if self.label_smoother is not None:
             return self.label_smoother({"logits": logits}, labels, shift_labels=self._objective.shifts)
-        return self._objective.loss(logits, labels, self._core().config)
+        return self._objective.loss(logits, labels, getattr(self._core(), "config", None))
 
     # ---- Logging ----
 
@@ -387,7 +413,7 @@ class _StageCallback(TrainerCallback):
             self.trainer._coupled.step(self.trainer.optimizer)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.trainer._segment.coupled:
+        if not self.trainer._segment.coupled and not self.trainer._is_plain:
             self.trainer._weights.step(self.trainer._segment.stages, self.trainer._mean)
         self.trainer._begin_step(state.global_step)
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .examples import dummy_inputs
 from .heads import OwnHead, PoolingHead
-from .probe import dummy_inputs
 from .stages import Stages
 from .stagewise import Stagewise
 

@@ -43,8 +43,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
+from hf_mmst.examples import dummy_inputs
 from hf_mmst.memory import PeakMemory
-from hf_mmst.probe import dummy_inputs
 from hf_mmst.report import write_json
 from hf_mmst.results import provenance
 from hf_mmst.simulation import Simulation, Way

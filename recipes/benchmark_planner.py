@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from hf_mmst import MMSTConfig, MMSTTrainer
-from hf_mmst.probe import dummy_inputs
+from hf_mmst.examples import dummy_inputs
 from hf_mmst.report import write_json
 from hf_mmst.residency import Shelf
 from hf_mmst.results import provenance

@@ -15,7 +15,7 @@ from zoo import make
 from hf_mmst import MMSTTrainer, plan
 from hf_mmst.command import CHOICES, main
 from hf_mmst.config import parse_bytes
-from hf_mmst.probe import dummy_inputs
+from hf_mmst.examples import dummy_inputs
 from hf_mmst.simulation import PRECISIONS, Simulation, Way
 
 SMALL = ViTConfig(

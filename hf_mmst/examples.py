@@ -1,0 +1,143 @@
+"""What a model is looked at with before it is trained: the first samples of the user's data, or made-up inputs."""
+
+import contextlib
+import inspect
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.trainer_utils import unwrap_peft_model
+
+SAMPLES = 2  # that a model is looked at with
+
+
+@dataclass(frozen=True)
+class ExampleInputs:
+    """What a model's forward pass gets for a few samples: its arguments by name, and the number of samples."""
+
+    values: Mapping[str, Any]
+    num_samples: int
+
+    @classmethod
+    def of_batch(
+        cls,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        num_samples: int,
+        label_names: Iterable[str] = ("labels",),
+        makes_loss: bool = True,
+    ) -> "ExampleInputs":
+        """
+        A batch as the model gets it in training.
+
+        The host's own models do without the labels and the padding mask, which say what counts, not what is computed,
+        and often cannot be followed on tensors without data. A forward pass of the user's gets them all.
+
+        Args:
+            model (`nn.Module`), batch (`Mapping[str, Any]`): as in training.
+            num_samples (`int`): in the batch, whatever the shapes of its tensors.
+            label_names (`Iterable[str]`): entries that are labels.
+            makes_loss (`bool`): whether the model gets the labels in training.
+        """
+        left_out = {"attention_mask", *label_names} if _is_of_host(model) else set()
+        if not makes_loss:
+            left_out |= {*label_names}
+        return cls({name: value for name, value in batch.items() if name not in left_out}, num_samples)
+
+    @classmethod
+    def made_up(cls, model: nn.Module) -> "ExampleInputs":
+        """[`dummy_inputs`] of a few samples. Errors: those of it."""
+        return cls(dummy_inputs(model, SAMPLES), SAMPLES)
+
+    def on(self, model: nn.Module) -> dict[str, Any]:
+        """The arguments on the model's device, floating-point ones in its precision."""
+        like = next(model.parameters())
+
+        def moved(value: Any) -> Any:
+            if not torch.is_tensor(value):
+                return value
+            return value.to(like.device, like.dtype if value.is_floating_point() else None)
+
+        return {name: moved(value) for name, value in self.values.items()}
+
+
+def first_batch(dataset: Iterable, num_samples: int, collate: Callable[[list], Any]) -> Any:
+    """
+    The first samples of a dataset in a batch, over again if there are fewer; `None` if there are none.
+
+    No random state is changed. What a dataset without a length yields, it has to yield again.
+    """
+    with unchanged_chance():
+        sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        rows: Any = (dataset[i] for i in range(len(dataset))) if sized else iter(dataset)  # type: ignore[arg-type, index]
+        samples = list(itertools.islice(rows, num_samples))
+        return collate((samples * num_samples)[:num_samples]) if samples else None
+
+
+@contextlib.contextmanager
+def unchanged_chance(seed: int | None = None) -> Iterator[None]:
+    """The global random states of Python, NumPy and PyTorch, on the CPU, are afterwards as before; `seed` sets them."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def dummy_inputs(
+    model: nn.Module,
+    batch_size: int = 1,
+    device: str | torch.device = "cpu",
+    seq_len: int = 16,
+    image_size: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """
+    Inputs of the right shape for `model`: zeros, `[B, channels, height, width]` for images, `[B, seq_len]` for text,
+    half a second of audio at 16 kHz or a spectrogram of the model's own length.
+
+    Images are of the model's own size unless another is given.
+
+    Raises:
+        `ValueError`: if the model's main input is neither images, nor token ids, nor audio.
+    """
+    config: Any = getattr(model, "config", None)
+    kind: Any = getattr(model, "main_input_name", None)
+    if kind == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        size = image_size or getattr(vision, "image_size", None) or 224
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        shape = (batch_size, getattr(vision, "num_channels", 3), height, width)
+        return {"pixel_values": torch.zeros(shape, device=device)}
+    if kind == "input_ids":
+        return {"input_ids": torch.zeros((batch_size, seq_len), dtype=torch.long, device=device)}
+    bands, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    if kind == "input_features" and bands is not None and frames is not None:
+        return {kind: torch.zeros((batch_size, bands, 2 * frames), device=device)}
+    if kind == "input_features" and hasattr(config, "feature_projection_input_dim"):
+        return {kind: torch.zeros((batch_size, 64, config.feature_projection_input_dim), device=device)}
+    if kind == "input_values" and bands is not None:
+        return {kind: torch.zeros((batch_size, config.max_length, bands), device=device)}
+    if kind == "input_values":
+        return {kind: torch.zeros((batch_size, 8000), device=device)}
+    raise ValueError(
+        f"What a {type(model).__name__} takes cannot be made up: that is known of Hugging Face models of images "
+        "(pixel_values), text (input_ids) and audio (input_values, input_features). Pass a train_dataset, of which the "
+        "first samples are taken, or set num_stages to 1."
+    )
+
+
+def _is_of_host(model: nn.Module) -> bool:
+    """Whether the model's forward pass is one of transformers' own."""
+    forward = inspect.unwrap(type(unwrap_peft_model(model)).forward)
+    return forward.__module__.startswith("transformers.")
