@@ -322,6 +322,11 @@ class MMSTConfig(TrainingArguments):
             )
         staged = self.num_stages > 1 or self.stage_boundaries is not None or self.stage_order == "coupled"
         optim = OptimizerNames(self.optim).value
+        if staged and self.use_cache:
+            raise ValueError(
+                "use_cache=True keeps the keys and values of all layers in memory, and those that are recomputed or of "
+                "heads with layers would be there twice. Set use_cache=False; generate has a setting of its own."
+            )
         if staged and (optim in ("lomo", "adalomo") or optim.endswith("_layerwise")):
             raise ValueError(
                 f'optim="{optim}" steps each weight within the backward pass, where the rates of stages '

@@ -50,6 +50,10 @@ class CoupledResidency(Residency):
     def streaming(self) -> Iterator[None]:
         """As [`Residency.streaming`], and in the backward pass, too."""
         with super().streaming(), contextlib.ExitStack() as stack:
+            for module in self._model.modules():  # keys that are cached would be there twice when a layer is recomputed
+                config = getattr(module, "config", None)
+                if getattr(config, "use_cache", False):
+                    stack.enter_context(replaced(config, "use_cache", False))
             for name in self._partition.layers:
                 layer: Any = self._model.get_submodule(name)
                 # The host would recompute it once more; where a stage learns from its own loss, that is done here, too.

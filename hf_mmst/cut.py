@@ -236,11 +236,6 @@ class StageCut(Trainer):
                 f'head_pooling="{self.args.head_pooling}", but a {type(base).__name__} has a label for each token, and '
                 'nothing is pooled. Set head_pooling="auto".'
             )
-        if self.args.use_cache:
-            raise ValueError(
-                "use_cache=True keeps the keys and values of all stages in memory, and heads with layers would add to "
-                "them. Set use_cache=False; generate has a setting of its own."
-            )
         if getattr(config, "output_router_logits", False):
             raise ValueError(
                 "config.output_router_logits=True adds a loss of all routers at once, from which the stages of "

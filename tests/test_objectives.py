@@ -241,7 +241,7 @@ def test_what_cannot_be_learned_in_stages_is_refused(tmp_path):
         trainer(tmp_path, model=T5ForConditionalGeneration(T5Config(vocab_size=99, d_model=32, num_layers=2)))
     with pytest.raises(ValueError, match='head_pooling="cls", but a BertForTokenClassification has a label for each'):
         trainer(tmp_path, "bert-tokens", head_pooling="cls")
-    with pytest.raises(ValueError, match="use_cache=True keeps the keys and values of all stages.*use_cache=False"):
+    with pytest.raises(ValueError, match="use_cache=True keeps the keys and values of all layers.*use_cache=False"):
         trainer(tmp_path, "llama", use_cache=True)
     experts = make_of_tokens("Mixtral", CAUSAL)
     experts.config.output_router_logits = True
