@@ -42,11 +42,11 @@ class ExampleInputs:
             model (`nn.Module`), batch (`Mapping[str, Any]`): as in training.
             num_samples (`int`): in the batch, whatever the shapes of its tensors.
             label_names (`Iterable[str]`): entries that are labels.
-            makes_loss (`bool`): whether the model gets the labels in training.
+            makes_loss (`bool`): whether the model gets `labels` in training.
         """
         left_out = {"attention_mask", *label_names} if _is_of_host(model) else set()
         if not makes_loss:
-            left_out |= {*label_names}
+            left_out.add("labels")
         return cls({name: value for name, value in batch.items() if name not in left_out}, num_samples)
 
     @classmethod

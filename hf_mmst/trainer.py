@@ -194,6 +194,8 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """In training in stages: run all that learn at this step; the loss returned is the last one's."""
+        if self.partition.num_stages > 1 and self.compute_loss_func is not None:
+            inputs = {**inputs, "labels": self._labels_of(inputs)}  # the host passes on no others
         if not model.training or self._is_plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._learned = True
@@ -212,8 +214,6 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
                 "dataset such a column, or set label_names to the one that it has; remove_unused_columns=False keeps "
                 "columns that the model does not know."
             )
-        if self.compute_loss_func is not None and self._label_name != "labels":  # the host passes on no others
-            inputs = {**inputs, "labels": inputs.pop(self._label_name)}
         # Transport is a mean over samples, whatever number of labels they have.
         samples = len(labels) / (self._step_samples or len(labels))
         weights = [self._weights[stage] * samples / scale for stage in range(self.partition.num_stages)]

@@ -329,6 +329,23 @@ REFUSED = {
         "its stages alternate with other modules in one list",
         "holds one layer only",
     ),
+    "Reformer": (
+        lambda: tf.ReformerForMaskedLM(
+            tf.ReformerConfig(
+                attn_layers=["local"] * 4,
+                vocab_size=99,
+                hidden_size=32,
+                axial_pos_shape=[4, 4],
+                axial_pos_embds_dim=[8, 24],
+                local_attn_chunk_length=8,
+                feed_forward_size=64,
+                attention_head_size=8,
+                num_attention_heads=4,
+            )
+        ),
+        "its reversible layers make their gradients in a way of their own",
+        "has no graph",
+    ),
     "wav2vec 2.0 with `use_weighted_layer_sum`": (
         lambda: tf.Wav2Vec2ForSequenceClassification(tf.Wav2Vec2Config(**SPEECH, use_weighted_layer_sum=True)),
         "its classifier sees all layers",

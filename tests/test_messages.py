@@ -64,10 +64,10 @@ MESSAGES = {
         "the layer is run again and again, or the model has a single one",
         "another model, or `num_stages=1`",
     ),
-    "attend causally: it is a decoder": (
+    "attend causally: no token depends on a later one": (
         refused("GPT-2, Llama and other decoders, as classifiers of sequences"),
-        "a head in the middle would judge what it has not seen yet",
-        "an encoder, such as ViT or BERT",
+        "a head in the middle would judge what most tokens have not seen",
+        '`stage_order="coupled"` or `num_stages=1`, or an encoder, such as ViT or BERT',
     ),
     "ran 0 times in a forward pass": (
         refused("SqueezeBERT"),
