@@ -45,7 +45,8 @@ class StageCards(StageCheckpoints):
         shared_out = self.args.stage_parallel  # what one process takes is not planned yet
         pixels, name = batch.get("pixel_values"), getattr(config, "_name_or_path", "")
         with self._not_streaming():
-            planned = planned_peak(self.args, self._core(), batch) if "labels" in batch and not shared_out else None
+            known_ways = "labels" in batch and self.partition.layers and not shared_out
+            planned = planned_peak(self.args, self._core(), batch) if known_ways else None
         known = {
             "task": task_of(model),
             "model": type(model).__name__,
