@@ -53,7 +53,7 @@ PAPER = {  # as in the paper, whatever the model
 LAYERS = {**PAPER, "head_layers": 1}
 ONE_RATE = {"stage_learning_rate_decay": 1.0, "transport_schedule": "constant"}
 RESIDENT = {"stage_order": "sequential", "stage_residency": "stage", "feature_cache": "disk"}
-WHOLE = {"num_stages": 1, "transport_weight": 0.0}  # end to end, as plain Trainer cannot
+WHOLE = {"num_stages": 1}
 HEAD_RATE, FAST_HEADS = {**WHOLE, "head_rate": 10}, {**WHOLE, "head_learning_rate": 0.01}
 METHODS = {
     "end-to-end": None,
@@ -171,7 +171,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_trainer(args: argparse.Namespace, config: MMSTConfig):
-    """The trainer of a stage-wise method, or, with one stage and no transport, of end-to-end training."""
+    """The trainer of a stage-wise method, or, with one stage, of end-to-end training."""
     if args.task == "texts":
         data = TextArguments(dataset_name=args.dataset_name, max_seq_length=args.max_seq_length)
         splits = bbc_news() if args.dataset_name is None else load_texts(args.dataset_name, data)
@@ -272,7 +272,8 @@ def measure(args: argparse.Namespace) -> dict:
                 )
             trainer.train()
         metrics = trainer.evaluate()
-        names = [f"eval_stage_{k}" for k in range(1, (trainer.partition.num_stages if stagewise else 0) + 1)]
+        num_stages = trainer.partition.num_stages if stagewise else 1
+        names = [f"eval_stage_{k}" for k in range(1, num_stages + 1)] if num_stages > 1 else []
     return {
         **run,
         "accuracy": metrics["eval_accuracy"],

@@ -22,7 +22,7 @@ METHODS = {"end_to_end": "end to end", "greedy": "greedy (w = 0)", "mmst": "MMST
 
 def row(path):
     found = json.loads(path.read_text())
-    accuracies = [f"{100 * value:.1f}" for value in found["stage_accuracy"]]
+    accuracies = [f"{100 * value:.1f}" for value in found.get("stage_accuracy", [found["accuracy"]])]
     cells = (found["dataset"], found["model"], METHODS[path.stem.partition("_")[2]], found["num_stages"])
     peak = found["peak_bytes"] / 2**20
     return (
