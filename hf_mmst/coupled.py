@@ -69,12 +69,20 @@ class CoupledResidency(Residency):
         return checkpoint(functools.partial(self._run, name, forward), *args, use_reentrant=False, **kwargs)
 
     def _run(self, name: str, forward: Callable, /, *args: Any, **kwargs: Any) -> Any:
-        if torch._C._current_graph_task_id() != -1 and name not in self._active:  # the backward pass recomputes it
+        if torch._C._current_graph_task_id() == -1:
+            return forward(*args, **kwargs)
+        # The backward pass recomputes it.
+        if name not in self._active:
             if self._in_backward is not None:
                 self._put_gradient(self._in_backward)
             self._in_backward = name
             self._take(name)
-        return forward(*args, **kwargs)
+        buffers = [(buffer.data, buffer.clone()) for buffer in self._model.get_submodule(name).buffers()]
+        try:
+            return forward(*args, **kwargs)
+        finally:  # it ends with an exception, once all that was needed is there
+            for buffer, before in buffers:  # else a batch would count twice in running statistics
+                buffer.copy_(before)
 
     def settle(self) -> None:
         """After a backward pass, put to rest what is left of it on the device."""

@@ -129,6 +129,12 @@ class StageCut(Trainer):
             if self._has_stages:
                 raise
             return Partition(((),)), []  # nothing is cut, so any model will do
+        if args.stage_residency == "stage" and self._couples() and len(run_ends(model, layers)) < len(layers):
+            raise ValueError(
+                f"{type(model).__name__} is a sequence of single modules, {layers[0]} and so on, which may overwrite "
+                'what they get and so cannot be recomputed one by one. Set stage_order to another than "coupled", and '
+                "coupled_laps=0."
+            )
         if example is None:
             return Partition((tuple(layers),)), []
         profile = profile_layers(model, layers, example)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as tf
-from encoders import TOWER, Vgg
+from encoders import FOUR, TOWER, Vgg
 from test_trainer import arguments, assert_same, losses, weights
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
@@ -132,10 +132,15 @@ MODELS = {
         lambda i: image(i, 3, 32, 32, labels=i % 2),
         True,
     ),
+    "running statistics": (
+        lambda: tf.ResNetForImageClassification(tf.ResNetConfig(embedding_size=8, layer_type="basic", **FOUR)),
+        lambda i: image(i, 3, 32, 32, labels=i % 2),
+        True,
+    ),
     "single modules": (
         lambda: Vgg(tf.PreTrainedConfig(num_labels=5, image_size=32)),
         lambda i: image(i, 3, 32, 32, labels=i % 2),
-        False,  # batch norm would see a batch twice
+        False,
     ),
     "a module": (TextAndNumbers, lambda i: {"input_ids": IDS + i, "numbers": [1.0 * i], "target": i % 3}, True),
     "no layers": (Slope, lambda i: {"x": 1.0 * i, "labels": 2.0 * i}, False),
@@ -192,6 +197,11 @@ def test_layers_that_share_weights_do_not_rest_apart(tmp_path):
         ValueError, match=r"layer.1 of BertFor.* shares weights with bert.encoder.layer.0.*coupled_laps=0"
     ):
         MMSTTrainer(model, args, train_dataset=[sample(0)])
+
+
+def test_single_modules_are_not_recomputed_one_by_one(tmp_path):
+    with pytest.raises(ValueError, match="Vgg is a sequence of single modules.*cannot be recomputed one by one"):
+        MMSTTrainer(MODELS["single modules"][0](), arguments(tmp_path, stage_order="coupled"))
 
 
 def test_without_layers_there_is_nothing_that_could_rest(tmp_path):
