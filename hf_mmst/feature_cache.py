@@ -7,7 +7,7 @@ import mmap
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import psutil
 import torch
@@ -19,9 +19,10 @@ from .examples import unchanged_chance
 from .files import replace
 from .heads import HEADS
 from .partition import Partition
+from .reading import read_json
 
 KEYS = "feature_keys"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: shards have a digest
 SHARD_BYTES = 64 * 2**20
 
 
@@ -68,12 +69,22 @@ class FixedViews(torch.utils.data.Dataset):
             return self.dataset[index]
 
 
+class _Shard(TypedDict):
+    file: str
+    samples: int
+    sha256: str
+
+
+class _Manifest(TypedDict):
+    shards: list[_Shard]
+
+
 class FeatureStore:
     """
     Features of samples, `[N, ...]` each, by key: in files of a folder, or, without one, in memory.
 
-    Files are read by mapping; each is written beside and renamed, then `manifest.json`, which says what is there. What
-    is not in the manifest, after a crash, is computed again.
+    Files are read by mapping; each is written beside and renamed, then `manifest.json`, which says what is there, with
+    checksums. What is not in the manifest, after a crash, or was changed, is computed again.
 
     Args:
         identity (`dict[str, Any]`): what the features depend on; those of another identity are deleted.
@@ -154,7 +165,7 @@ class FeatureStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             replace(self.folder / name, lambda path: save_file(tensors, path))
-            shards = [*self._shards, {"file": name, "samples": len(rows), "bytes": (self.folder / name).stat().st_size}]
+            shards = [*self._shards, {"file": name, "samples": len(rows), "sha256": _digest(self.folder / name)}]
             manifest = {"format_version": FORMAT_VERSION, **self.identity, "shards": shards}
             text = json.dumps(manifest, indent=2) + "\n"
             replace(self.folder / "manifest.json", lambda path: path.write_text(text))
@@ -177,16 +188,16 @@ class FeatureStore:
     def _open(self, folder: Path) -> bool:
         """Whether the folder holds features of this identity, all of them whole; if so, they are mapped."""
         try:
-            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest = read_json(folder / "manifest.json", _Manifest)
             self._shards = manifest.pop("shards")
             if manifest != {"format_version": FORMAT_VERSION, **json.loads(json.dumps(self.identity))}:
                 raise ValueError("they are of other weights, another cut or precision")
             for shard in self._shards:
                 path = folder / shard["file"]
-                if path.stat().st_size != shard["bytes"]:
-                    raise ValueError(f"{path.name} is {path.stat().st_size:,} bytes long, not {shard['bytes']:,}")
+                if _digest(path) != shard["sha256"]:
+                    raise ValueError(f"{path.name} is not as it was written")
                 self._map(path)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError) as error:
             if folder.exists():
                 print(f"hf_mmst: features in {folder} are computed anew: {error}")
             self._shards, self._maps = [], []
@@ -317,6 +328,11 @@ def _key(inputs: list[tuple[str, torch.Tensor]], mask: torch.Tensor | None, row:
 
 def _bytes(tensor: torch.Tensor) -> Any:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rows(mask: torch.Tensor | None) -> Iterable:

@@ -215,10 +215,27 @@ def truncate(folder):
         file.truncate(100)
 
 
+def flip(folder):
+    """One bit of the last feature."""
+    path = folder / "features-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def rewrite(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (truncate, "is 100 bytes long"),
+        (truncate, "features-00001.safetensors is not as it was written"),
+        (flip, "features-00001.safetensors is not as it was written"),
+        (lambda folder: (folder / "manifest.json").write_text("[1]"), "it is [1], not an object"),
+        (lambda folder: rewrite(folder, shards={}), "shards is {}, not a list"),
+        (lambda folder: rewrite(folder, shards=[{"file": 1}]), "shards[0].samples is missing"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "Expecting property name"),
         (lambda folder: (folder / "manifest.json").unlink(), "No such file"),
         (lambda folder: (folder / "features-00000.safetensors").unlink(), "No such file"),
