@@ -18,6 +18,8 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any], has_l
     """
     Plan for `args.memory_budget`, and write the settings into `args`; the budget is taken out, for it has been spent.
 
+    A `num_stages` that the user has set is kept: the coupled order, which has no stages, is not chosen then.
+
     Args:
         args ([`MMSTConfig`]), model (`nn.Module`), batch (`Mapping[str, Any]`): what is trained, on batches like it.
         has_local_losses (`bool`): whether stages can learn; if not, the model is trained end to end.
@@ -27,20 +29,25 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any], has_l
     """
     precision, device = _precision_and_device(args)
     steps_at_once = args.gradient_accumulation_steps == 1 and args.world_size == 1 and not args.fp16
+    num_stages = None if args.num_stages == MMSTConfig.num_stages or not has_local_losses else args.num_stages
+    couples = args.world_size == 1 and not args.fp16 and args.feature_cache == "none" and num_stages in (None, 1)
     found = plan(
         model,
         {name: value for name, value in batch.items() if torch.is_tensor(value)},
         args.memory_budget,
         precision=precision,
         device=device,
+        num_stages=num_stages,
         without=([*LOCAL_ORDERS] if not has_local_losses else [])
         + (["stage_clipping"] if not steps_at_once else [])
         + (["stage_residency"] if args.world_size > 1 else [])
-        + (["coupled"] if args.world_size > 1 or args.fp16 or args.feature_cache != "none" else []),
+        + (["coupled"] if not couples else []),
         head_layers=args.head_layers,
     )
     if found.chosen is None:
-        raise ValueError(f'memory_budget="{args.memory_budget}": {found.reason}')
+        given = "" if num_stages is None else f", num_stages={num_stages}"
+        hint = " Or leave num_stages unset, so that it is planned, too." if given else ""
+        raise ValueError(f'memory_budget="{args.memory_budget}"{given}: {found.reason}{hint}')
     if args.process_index == 0:
         print(f"hf_mmst: {found.reason} {found.config()}")
     args.memory_budget = None

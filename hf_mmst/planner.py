@@ -231,7 +231,11 @@ def plan(
         if way not in rows:
             rows[way] = _row(simulation, way)
     for way in [*rows]:
-        if way.stage_order == "sequential" and (way == chosen or not way.activation_checkpointing):
+        if (
+            way.stage_order == "sequential"
+            and way.num_stages > 1
+            and (way == chosen or not way.activation_checkpointing)
+        ):
             cached = replace(way, feature_cache="disk")
             rows[cached] = _row(simulation, cached, rows[way].peak)  # what is read takes the place of what was computed
     found = sorted(rows.values(), key=lambda row: (row.way.num_stages > 1, -row.peak.total))

@@ -8,11 +8,11 @@ import pytest
 import torch
 from benchmark_planner import BATCH, COMBINATIONS, Zeros, measured_bytes, simulation
 from benchmark_planner import make as build
-from test_trainer import arguments
+from test_trainer import arguments as given
 from transformers import BertConfig, ViTConfig
 from zoo import make
 
-from hf_mmst import MMSTTrainer, plan
+from hf_mmst import MMSTConfig, MMSTTrainer, plan
 from hf_mmst.command import CHOICES, main
 from hf_mmst.config import parse_bytes
 from hf_mmst.examples import dummy_inputs
@@ -116,6 +116,7 @@ def test_what_cannot_be_planned_is_refused():
 
 
 def test_the_config_to_paste_is_the_whole_plan():
+    assert {row.way.num_stages for row in plan(SMALL, 8, num_stages=1).rows} == {1}
     found = plan(SMALL, 64, "1GiB", "bf16", num_stages=3)
     assert found.config() == 'MMSTConfig("output", num_stages=3, per_device_train_batch_size=64, bf16=True)'
     assert "times that of end-to-end training" in found.reason
@@ -197,6 +198,11 @@ def test_what_is_moved_is_counted():
     assert rows["end to end"].moved_bytes == 0
 
 
+def arguments(folder, **settings):
+    """Without a number of stages, so that it is planned."""
+    return given(folder, **{"num_stages": MMSTConfig.num_stages, **settings})
+
+
 @pytest.mark.parametrize(
     "way",
     [Way(2), Way(stage_order="coupled"), Way(6, "sequential", "stage")],
@@ -245,6 +251,21 @@ def test_a_budget_that_cannot_be_met_is_refused_before_training(tmp_path):
         MMSTTrainer(model, args, train_dataset=Zeros(model))
 
 
+def test_a_number_of_stages_is_kept_in_a_budget(tmp_path):
+    settings = {"per_device_train_batch_size": 64, "num_stages": 3}
+    batch = {**dummy_inputs(make("vit"), 64), "labels": torch.zeros(64, dtype=torch.long)}
+    simulated = Simulation(make("vit"), batch)
+    tight = simulated.peak(Way(3, "sequential", "stage", activation_checkpointing=True)).total  # would be coupled
+    for budget, order in (("1GiB", "simultaneous"), (str(int(1.06 * tight)), "sequential")):
+        args = arguments(tmp_path, memory_budget=budget, **settings)
+        trained = MMSTTrainer(make("vit"), args, train_dataset=Zeros(make("vit")))
+        assert args.num_stages == trained.partition.num_stages == 3
+        assert args.stage_order == order
+    args = arguments(tmp_path, memory_budget="1KiB", **settings)
+    with pytest.raises(ValueError, match='memory_budget="1KiB", num_stages=3: Nothing fits.*Or leave num_stages unset'):
+        MMSTTrainer(make("vit"), args, train_dataset=Zeros(make("vit")))
+
+
 def test_a_budget_for_what_cannot_step_at_once(tmp_path):
     model = build("vit")
     args = arguments(tmp_path, memory_budget="40MiB", per_device_train_batch_size=BATCH, gradient_accumulation_steps=2)
@@ -253,7 +274,8 @@ def test_a_budget_for_what_cannot_step_at_once(tmp_path):
 
 
 def test_a_budget_and_an_order_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="Leave stage_order and stage_boundaries unset, or memory_budget"):
-        arguments(tmp_path, memory_budget="1GiB", stage_order="sequential")
+    for settings in ({"stage_order": "sequential"}, {"stage_boundaries": ["vit.layers.1"]}, {"coupled_laps": 1}):
+        with pytest.raises(ValueError, match="Leave stage_order, coupled_laps and stage_boundaries unset, or memory_b"):
+            arguments(tmp_path, memory_budget="1GiB", **settings)
     with pytest.raises(ValueError, match='Set memory_budget to one with a unit, as in "4GiB"'):
         arguments(tmp_path, memory_budget="lots")
