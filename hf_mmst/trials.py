@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from .budget import simulation_of, ways_of
-from .config import MMSTConfig, parse_bytes
+from .config import MMSTConfig, _at_least, parse_bytes
 from .order import Order
 from .simulation import Simulation
 from .trainer import MMSTTrainer
@@ -55,8 +56,8 @@ class Pilot:
 
     @property
     def chosen(self) -> Trial | None:
-        """The best trial that fits; `None` if none does."""
-        return self.trials[0] if self.trials and self.trials[0].metric is not None else None
+        """The best trial that fits and did not diverge; `None` if none is."""
+        return next((trial for trial in self.trials if trial.metric is not None and math.isfinite(trial.metric)), None)
 
     def config(self) -> str:
         """The chosen settings, to be pasted; empty if none was."""
@@ -111,7 +112,8 @@ def pilot(
         compute_metrics (`Callable`, *optional*): as for `Trainer`. Not needed for `metric="eval_loss"`.
         eval_dataset (`Dataset`, *optional*): what trials are ranked on; a fifth of the samples, held out, by default.
         data_collator, processing_class: as for `Trainer`.
-        budget (`int` or `str`, *optional*): bytes of device memory, as in `"4GiB"`; what needs more is not run.
+        budget (`int` or `str`, *optional*): bytes of device memory, as in `"4GiB"`; what needs more is not run. By
+            default `args.memory_budget`.
         num_trials (`int`): at most; settings that were drawn before are not run again.
         max_steps (`int`): optimizer steps of each trial, over all stages.
         max_samples (`int`): of the dataset, chosen with `args.seed`.
@@ -125,23 +127,26 @@ def pilot(
         [`Pilot`]
 
     Raises:
-        `ValueError`: for a field that does not exist, a budget that cannot be read, or a metric that is not there.
+        `ValueError`: for numbers below 1, too few samples, a field that does not exist, one without values, a budget
+            that cannot be read, or a metric that is not there.
     """
     import optuna
 
+    _at_least(1, "num_trials", num_trials, "12 by default")
+    _at_least(1, "max_steps", max_steps, "60 by default")
+    _at_least(2 if eval_dataset is None else 1, "max_samples", max_samples, "2000 by default")
+    _check_space(space)
+    train, held_out = _samples(train_dataset, eval_dataset, max_samples, args.seed)
+    budget = args.memory_budget if budget is None else budget
     limit = None if budget is None else parse_bytes("budget", budget)
     model = model_init()
     simulation = _simulation(model, args, train_dataset, data_collator, processing_class)
-    space = dict(space or _space(simulation, args))
-    for name in space:
-        if name not in {field.name for field in fields(MMSTConfig)}:
-            raise ValueError(f"space names {name!r}, which is no field of MMSTConfig. Set space to fields and values.")
-    train, held_out = _samples(train_dataset, eval_dataset, max_samples, args.seed)
-    found: dict[tuple, Trial] = {}
+    tried = _space(simulation, args) if space is None else space
+    found: dict[str, Trial] = {}
 
     def objective(trial: Any) -> float:
-        settings = {name: trial.suggest_categorical(name, list(values)) for name, values in space.items()}
-        key = tuple(settings.items())
+        settings = {name: values[trial.suggest_categorical(name, range(len(values)))] for name, values in tried.items()}
+        key = repr(settings)
         if key not in found:
             planned = _planned(simulation, args, settings)
             found[key] = Trial(settings, None, planned, None)
@@ -164,15 +169,15 @@ def pilot(
         )
         trainer.train()
         metrics = trainer.evaluate()
-        if metric not in metrics:
-            known = sorted(name for name in metrics if name.startswith("eval_"))
+        if not isinstance(metrics.get(metric), Real):
+            known = sorted(name for name, value in metrics.items() if name[:5] == "eval_" and isinstance(value, Real))
             raise ValueError(f"There is no metric {metric!r}. Set metric to one of {', '.join(known)}.")
         runtime = next(entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry)
         steps = math.ceil(len(train_dataset) / trainer.args.train_batch_size)  # type: ignore[arg-type]
-        return Trial(settings, metrics[metric], planned, runtime / max_steps * steps * _turns(trainer))
+        return Trial(settings, float(metrics[metric]), planned, runtime / max_steps * steps * _turns(trainer))
 
     verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what a trial raises is raised here, too
     try:
         study = optuna.create_study(
             direction="maximize" if greater_is_better else "minimize",
@@ -181,9 +186,24 @@ def pilot(
         study.optimize(objective, n_trials=num_trials)
     finally:
         optuna.logging.set_verbosity(verbosity)
-    sign = -1 if greater_is_better else 1
-    ranked = sorted(found.values(), key=lambda one: math.inf if one.metric is None else sign * one.metric)
-    return Pilot(ranked, metric)
+    return Pilot(sorted(found.values(), key=lambda one: _rank(one.metric, greater_is_better)), metric)
+
+
+def _rank(metric: float | None, greater_is_better: bool) -> tuple[int, float]:
+    """The best first, then what diverged, then what was not run."""
+    if metric is None or not math.isfinite(metric):
+        return (2, 0.0) if metric is None else (1, 0.0)
+    return 0, -metric if greater_is_better else metric
+
+
+def _check_space(space: Mapping[str, Sequence[Any]] | None) -> None:
+    if space is not None and (not isinstance(space, Mapping) or not space):
+        raise ValueError(f"space={space!r} has no fields to try. Set space to fields and values, or leave it out.")
+    for name, values in (space or {}).items():
+        if name not in {field.name for field in fields(MMSTConfig)}:
+            raise ValueError(f"space names {name!r}, which is no field of MMSTConfig. Set space to fields and values.")
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ValueError(f"space has {values!r} for {name}, not a list of values. Set it to one, as in [1, 2].")
 
 
 def _space(simulation: Simulation, args: MMSTConfig) -> dict[str, list[Any]]:
@@ -202,11 +222,19 @@ def _samples(train: Any, held_out: Any, max_samples: int, seed: int) -> tuple[An
     def pick(indices: list[int]) -> Any:
         return train.select(indices) if hasattr(train, "select") else Subset(train, indices)
 
+    _check_length("train_dataset", train, 2 if held_out is None else 1)
+    if held_out is not None:
+        _check_length("eval_dataset", held_out, 1)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:max_samples].tolist()
     if held_out is not None:
         return pick(order), held_out
     cut = max(1, len(order) // 5)
     return pick(order[cut:]), pick(order[:cut])
+
+
+def _check_length(name: str, dataset: Any, least: int) -> None:
+    if not hasattr(dataset, "__len__") or len(dataset) < least:
+        raise ValueError(f"{name} has fewer than {least} samples, or no length. Set {name} to a larger one.")
 
 
 def _simulation(model: nn.Module, args: MMSTConfig, dataset: Any, collate: Any, processing_class: Any) -> Simulation:

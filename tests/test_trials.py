@@ -13,7 +13,8 @@ SPACE = {"num_stages": [1, 2, 4], "transport_weight": [0.0, 1.0]}
 
 def run(folder, **settings):
     settings = {"num_trials": 6, "max_steps": 4, "space": SPACE, "compute_metrics": accuracy, **settings}
-    return pilot(lambda: make("vit"), arguments(folder), Samples("vit", 40), **settings)
+    data = settings.pop("data", None) or Samples("vit", 40)
+    return pilot(lambda: make("vit"), arguments(folder), data, **settings)
 
 
 def test_the_best_trial_is_the_config_to_paste(tmp_path):
@@ -61,10 +62,51 @@ def test_samples_to_rank_on_are_held_out():
     assert len(train) == 20
 
 
-def test_what_cannot_be_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="space names 'stages', which is no field of MMSTConfig"):
-        run(tmp_path, space={"stages": [1]})
-    with pytest.raises(ValueError, match="There is no metric 'eval_f1'. Set metric to one of eval_accuracy"):
-        run(tmp_path, metric="eval_f1")
-    with pytest.raises(ValueError, match='Set budget to one with a unit, as in "4GiB"'):
-        run(tmp_path, budget="much")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_trials": 0}, "num_trials=0 is not a whole number of at least 1"),
+        ({"max_steps": 0}, "max_steps=0 is not a whole number of at least 1"),
+        ({"max_steps": 1.5}, "max_steps=1.5 is not a whole number of at least 1"),
+        ({"max_samples": 1}, "max_samples=1 is not a whole number of at least 2"),
+        ({"max_samples": 0, "eval_dataset": Samples("vit", 4)}, "max_samples=0 is not a whole number of at least 1"),
+        ({"data": Samples("vit", 1)}, "train_dataset has fewer than 2 samples, or no length. Set train_dataset to"),
+        ({"data": iter([])}, "train_dataset has fewer than 2 samples, or no length"),
+        ({"eval_dataset": []}, "eval_dataset has fewer than 1 samples"),
+        ({"space": {}}, "space={} has no fields to try. Set space to fields and values, or leave it out"),
+        ({"space": {"stages": [1]}}, "space names 'stages', which is no field of MMSTConfig"),
+        ({"space": {"num_stages": []}}, r"space has \[\] for num_stages, not a list of values. Set it to one"),
+        ({"space": {"transport_norm": "mean"}}, "space has 'mean' for transport_norm, not a list"),
+        ({"metric": "eval_f1"}, "There is no metric 'eval_f1'. Set metric to one of eval_accuracy"),
+        ({"budget": "much"}, 'Set budget to one with a unit, as in "4GiB"'),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, message, tmp_path, caplog):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **settings)
+    assert not caplog.records  # no traceback beside the error
+
+
+def test_a_trial_that_diverges_comes_last_and_is_not_chosen(tmp_path):
+    made = []
+
+    def build():
+        made.append(1)
+        return make("vit")
+
+    def share(_):
+        return {"share": float("nan") if len(made) == 2 else 0.5}  # the first is looked at, the second is tried first
+
+    settings = {"max_steps": 4, "metric": "eval_share", "space": SPACE}
+    found = pilot(build, arguments(tmp_path), Samples("vit", 40), share, num_trials=2, **settings)
+    assert [str(trial.metric) for trial in found.trials] == ["0.5", "nan"]
+    assert found.chosen is found.trials[0]
+    made.clear()
+    found = pilot(build, arguments(tmp_path), Samples("vit", 40), share, num_trials=1, **settings)
+    assert (found.chosen, found.config()) == (None, "")
+
+
+def test_the_budget_is_the_one_of_the_arguments(tmp_path):
+    args = arguments(tmp_path, memory_budget="1KiB")
+    found = pilot(lambda: make("vit"), args, Samples("vit", 40), accuracy, num_trials=1, max_steps=4, space=SPACE)
+    assert found.chosen is None
