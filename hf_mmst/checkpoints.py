@@ -4,18 +4,20 @@ import functools
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from .config import OWN_FIELDS, MMSTConfig
 from .heads import HEADS, StageHeads
 from .partition import Partition
+from .reading import load_whole, read_tensors, refuse_others, tensor_names
 from .shares import load_own
 from .stages import HEADS_NAME, JSON_NAME, Stages, read_stages, save_stages
 from .transport import TransportWeights
@@ -143,16 +145,33 @@ class StageCheckpoints(Trainer):
         """
         if self._wrapper.own_files:
             return False
-        self._refuse_differing(folder, load_own(self.heads, load_file(os.path.join(folder, HEADS_NAME))))
+        load_own(self.heads, read_tensors(Path(folder) / HEADS_NAME, self.heads.state_dict(), "this run"))
         model = self._core()
         if not isinstance(model, PreTrainedModel):
+            _check_adapter(folder, model)
             return False
         widest = functools.reduce(torch.promote_types, {p.dtype for p in model.parameters() if p.is_floating_point()})
-        saved = type(model).from_pretrained(folder, config=model.config, dtype=widest)
-        differing = load_own(model, saved.state_dict())
-        self._refuse_differing(folder, [name for name in differing if not name.startswith(f"{HEADS}.")])
+        load_own(model, load_whole(type(model), folder, config=model.config, dtype=widest).state_dict())
         return True
 
-    def _refuse_differing(self, folder: str, names: list[str]) -> None:
-        if names:
-            raise ValueError(f"{folder} does not hold this model: one of the two lacks {', '.join(names)}.")
+    def _issue_warnings_after_load(self, load_result):
+        """An error in the place of the host's warnings: what a checkpoint lacks would be left to chance."""
+        missing = [name for name in load_result.missing_keys if not name.startswith(f"{HEADS}.")]
+        refuse_others("The checkpoint", self._core(), missing, load_result.unexpected_keys)
+
+
+def _check_adapter(folder: str, model: Any) -> None:
+    """
+    Raises:
+        `ValueError`: if the file of the adapter that learns has other tensors: the host would load what it finds.
+    """
+    adapter = model.active_adapters[0] if hasattr(model, "peft_config") else ""
+    path = Path(folder, "" if adapter == "default" else adapter, ADAPTER_SAFE_WEIGHTS_NAME)
+    if not adapter or not path.is_file():
+        return
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    needed = {name for name in own if HEADS not in name}
+    found = tensor_names(path)
+    refuse_others(folder, model, needed - found, found - needed - model.state_dict().keys())  # embeddings may be there

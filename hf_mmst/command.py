@@ -31,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args (`Sequence[str]`, *optional*): the command line; `sys.argv[1:]` by default.
 
     Returns:
-        `int`: 0; 1 if no plan fits; 2 for arguments that cannot be.
+        `int`: 0; 1 if no plan or trial fits; 2 for arguments that cannot be.
     """
     words = list(sys.argv[1:] if args is None else args)
     if len(words) > 1 and words[0] in RUNS and words[1] in TASKS:  # the flags of the task are its own parser's
@@ -135,7 +135,12 @@ def _run(command: str, task: str, flags: Sequence[str]) -> int:
     console = _console()
     console.print(found.table())
     if found.chosen is None:
-        console.print("No trial fits in memory_budget. Set it to more, or per_device_train_batch_size to less.")
+        ran = any(trial.metric is not None for trial in found.trials)
+        console.print(
+            f"{found.metric_name} of no trial is a number. Set learning_rate to less."
+            if ran
+            else "No trial fits in memory_budget. Set it to more, or per_device_train_batch_size to less."
+        )
         return 1
     console.print(found.config(), highlight=False, soft_wrap=True)
     return 0
@@ -185,18 +190,15 @@ def _environment(_given: argparse.Namespace) -> int:
 
 
 def _card(given: argparse.Namespace) -> int:
-    import json
     from pathlib import Path
 
     from .card import CardContent, write_card
+    from .results import read_results
 
     path = Path(given.results)
     folder = path.parent if given.output_dir is None else Path(given.output_dir)
     name = given.name or folder.resolve().name
-    try:
-        content = CardContent.from_results(json.loads(path.read_text()), name)
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error}: it is not the results.json of a run. Pass one that is.") from error
+    content = CardContent.from_results(read_results(path), name)
     print(f"written to {write_card(folder, content)}")
     return 0
 

@@ -27,7 +27,7 @@ class ExitRule:
             ensemble of Sedona, Pyeon et al., 2021). With a threshold above 1, all K heads answer together.
 
     Raises:
-        `ValueError`: for a threshold or temperature that is not positive, or a patience below 1.
+        `ValueError`: for a threshold or temperature that is not positive, a patience below 1, or another type.
     """
 
     threshold: float = 0.9
@@ -36,14 +36,19 @@ class ExitRule:
     ensemble: bool = False
 
     def __post_init__(self):
-        if not self.threshold > 0:
+        if not _is_positive(self.threshold):
             raise ValueError(
                 f"threshold={self.threshold!r} is not above 0. Set it to a probability, or above 1 for no early exit."
             )
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience={self.patience} is below 1. Set it to 1 or more, or to None for the threshold.")
-        if not all(temperature > 0 for temperature in self.temperatures):
-            raise ValueError(f"temperatures={self.temperatures} are not all above 0. Set them with calibrate.")
+        if self.patience is not None and (type(self.patience) is not int or self.patience < 1):
+            raise ValueError(
+                f"patience={self.patience!r} is not a whole number of at least 1. Set it to 1 or more, or to None for "
+                "the threshold."
+            )
+        if not isinstance(self.temperatures, tuple | list) or not all(map(_is_positive, self.temperatures)):
+            raise ValueError(f"temperatures={self.temperatures!r} are not all above 0. Set them with calibrate.")
+        if not isinstance(self.ensemble, bool):
+            raise ValueError(f"ensemble={self.ensemble!r} is neither True nor False. Set it to one of them.")
 
     @property
     def asks_heads(self) -> bool:
@@ -97,10 +102,31 @@ class ExitRule:
 
 @dataclass(frozen=True)
 class HeadLogits:
-    """What all K stages say of N samples, `[K, N, num_labels]`, and their labels, `[N]`; on the CPU."""
+    """
+    What all K stages say of N samples, `[K, N, num_labels]`, and their labels, `[N]`; on the CPU.
+
+    Raises:
+        `ValueError`: if there are no samples, if a label is not the number of a class, or if a logit is not a number.
+    """
 
     logits: torch.Tensor
     labels: torch.Tensor
+
+    def __post_init__(self):
+        _, number, num_labels = self.logits.shape
+        labels = self.labels
+        if labels.shape != (number,) or labels.is_floating_point() or not number:
+            raise ValueError(
+                f"There are {number} samples, and labels of shape {[*labels.shape]} and {labels.dtype}. Pass one "
+                "sample at least, and for each the number of its class."
+            )
+        if labels.min() < 0 or labels.max() >= num_labels:
+            raise ValueError(
+                f"Labels are from {labels.min()} to {labels.max()}, but the heads know {num_labels} classes. Pass "
+                f"labels from 0 to {num_labels - 1}."
+            )
+        if self.logits.isnan().any():
+            raise ValueError("Logits are not numbers (nan). Pass weights that are finite, and inputs that are.")
 
 
 @dataclass(frozen=True)
@@ -161,3 +187,7 @@ def layers_until(partition: Partition, head_layers: int) -> Sequence[int]:
     """Number of layers from the first to the end of each stage, those of the auxiliary heads on the way too."""
     ends, heads = range(1, partition.num_stages + 1), partition.num_stages - 1
     return [sum(map(len, partition.stages[:k])) + head_layers * min(k, heads) for k in ends]
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

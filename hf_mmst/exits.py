@@ -26,7 +26,8 @@ from .examples import dummy_inputs
 from .exit_rules import ExitPoint, ExitRule, HeadLogits, exit_curve, layers_until, temperature
 from .hidden_states import hidden_states_of, with_hidden_states
 from .partition import Partition
-from .stages import Stages, checkpoint_folder, load_stages
+from .reading import damaged, load_whole, read_json
+from .stages import Stages, check_model, checkpoint_folder, load_stages
 from .stagewise import Stagewise
 
 EXITS_NAME = "exits.json"
@@ -68,11 +69,13 @@ class EarlyExit:
         rule ([`ExitRule`], *optional*): when a sample leaves.
 
     Raises:
-        `ValueError`: if the model has no single label a sample, or the rule is for another number of stages.
+        `ValueError`: if the model has no single label a sample, or the stages are of another model, or the rule is for
+            another number of stages.
     """
 
     def __init__(self, model: nn.Module, stages: Stages, rule: ExitRule | None = None):
         _refuse_tokens(stages)
+        check_model(model, stages)
         config: Any = model.config
         kind = getattr(config, "problem_type", None)
         if config.num_labels < 2 or kind not in (None, "single_label_classification"):
@@ -93,6 +96,8 @@ class EarlyExit:
 
     @rule.setter
     def rule(self, rule: ExitRule) -> None:
+        if not isinstance(rule, ExitRule):
+            raise TypeError(f"rule is of type {type(rule).__name__}. Set it to an ExitRule.")
         if rule.temperatures and len(rule.temperatures) != self.partition.num_stages:
             raise ValueError(
                 f"The rule has {len(rule.temperatures)} temperatures, the model {self.partition.num_stages} stages. "
@@ -110,7 +115,7 @@ class EarlyExit:
             rule: fields of [`ExitRule`] that go before those of `exits.json`.
 
         Raises:
-            `ValueError`: if it is no classifier, or holds adapters only.
+            `ValueError`: if it is no classifier, holds adapters only, or is damaged.
         """
         folder = checkpoint_folder(name)
         if not Path(name).is_dir():
@@ -135,10 +140,12 @@ class EarlyExit:
         if not autos:
             raise ValueError(f"{name} holds a {type(config).__name__}, which has no classifier to exit from early.")
         path = folder / EXITS_NAME
-        saved = json.loads(path.read_text()) if path.is_file() else {}
-        if "temperatures" in saved:
-            saved["temperatures"] = tuple(saved["temperatures"])
-        return cls(autos[0].from_pretrained(name), stages, ExitRule(**{**saved, **rule}))
+        saved = read_json(path, ExitRule) if path.is_file() else ExitRule()
+        if len(saved.temperatures) not in (0, stages.partition.num_stages):
+            raise damaged(
+                path, f"it has {len(saved.temperatures)} temperatures, for {stages.partition.num_stages} stages"
+            )
+        return cls(load_whole(autos[0], name), stages, replace(saved, **rule))
 
     def save_rule(self, folder: str | os.PathLike) -> None:
         """Write `exits.json`, which [`from_pretrained`] reads."""
@@ -153,16 +160,25 @@ class EarlyExit:
 
     @torch.no_grad()
     def observe(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> HeadLogits:
-        """Run the whole model over batches with `labels`, and keep what each stage says."""
+        """
+        Run the whole model over batches with `labels`, and keep what each stage says.
+
+        Raises:
+            `ValueError`: if there is no batch, or one has no labels or other labels than the model.
+        """
         engine = Stagewise(self.model, self.partition, self.heads)
         device = next(self.model.parameters()).device
         logits, labels = [], []
         for batch in batches:
+            if not isinstance(batch, Mapping) or not torch.is_tensor(batch.get("labels")):
+                raise ValueError("A batch has no labels. Pass a list of batches, each a mapping that has them.")
             inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
             with engine.observe(inputs.get("attention_mask")) as view:
                 outputs = self.model(**inputs)
             logits.append(torch.stack([*view.logits, outputs.logits.float()]).cpu())
             labels.append(batch["labels"].cpu())
+        if not labels:
+            raise ValueError("There are no batches. Pass one at least, of inputs and labels.")
         return HeadLogits(torch.cat(logits, 1), torch.cat(labels))
 
     @contextlib.contextmanager
@@ -176,7 +192,7 @@ class EarlyExit:
         def exiting(*args, **kwargs):
             given = signature.bind(*args, **kwargs).arguments
             given |= given.pop("kwargs", {})
-            size = len(next(value for value in given.values() if torch.is_tensor(value)))
+            size = next((len(value) for value in given.values() if torch.is_tensor(value)), 0)
             walks.append(_Walk(self, size, given.get("attention_mask"), self._per_sample or set()))
             try:
                 walks[-1].leave(self.partition.num_stages - 1, forward(*args, **kwargs).logits.float(), whole=True)
@@ -214,7 +230,17 @@ def calibrate(early: EarlyExit, found: HeadLogits, max_drop: float = 0.005) -> E
         early ([`EarlyExit`]): the model.
         found ([`HeadLogits`]): what its stages say of validation data, see [`EarlyExit.observe`].
         max_drop (`float`, *optional*, defaults to 0.005): of the accuracy (0 to 1) without exits.
+
+    Raises:
+        `ValueError`: if `found` is of another number of stages, or `max_drop` is not from 0 to 1.
     """
+    if isinstance(max_drop, bool) or not isinstance(max_drop, int | float) or not 0 <= max_drop <= 1:
+        raise ValueError(f"max_drop={max_drop!r} is not a number from 0 to 1. Set max_drop to 0.005 for half a point.")
+    if len(found.logits) != early.partition.num_stages:
+        raise ValueError(
+            f"found is of {len(found.logits)} stages, but the model has {early.partition.num_stages}. Pass what "
+            "early.observe returns."
+        )
     temperatures = tuple(temperature(logits, found.labels) for logits in found.logits)
     points = exit_curve(replace(early.rule, temperatures=temperatures), found, early.partition, len(early.heads.layers))
     whole = points[-1].accuracy

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from .config import MMSTConfig
 from .partition import Partition
+from .reading import damaged, read_json
 
 PACKAGES = ("hf-mmst", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft", "timm")
 SETTINGS = (
@@ -114,6 +115,52 @@ def run_results(args: MMSTConfig, partition: Partition, metrics: Mapping[str, An
         "num_processes": args.distributed_state.num_processes if args.stage_parallel else args.world_size,
         **provenance(args.device),
     }
+
+
+class _Device(TypedDict):
+    type: str
+    name: str
+
+
+class _Results(TypedDict):
+    num_stages: int
+    stages: list[list[str]]
+    command: str
+    device: _Device
+    versions: dict[str, str]
+
+
+class _MoreResults(_Results, total=False):
+    accuracy: float
+    metrics: dict[str, float]
+    model: str | None
+    dataset: str | None
+    task: str | None
+    base_model: str | None
+    input_shape: list[int] | None
+    num_labels: int | None
+    peak_bytes: int | None
+    planned_bytes: int | None
+    max_steps: int
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """
+    What [`run_results`] has found, from its file.
+
+    Raises:
+        `OSError`: if it cannot be read.
+        `ValueError`: if it does not hold the results of a run.
+    """
+    results = read_json(path, _MoreResults)
+    if len(results["stages"]) != results["num_stages"]:
+        raise damaged(path, f"num_stages is {results['num_stages']}, but stages has {len(results['stages'])} of them")
+    if not {"accuracy", "metrics"} & results.keys():
+        raise damaged(path, "metrics is missing")
+    for name, values in results.items():
+        if name.startswith("stage_") and isinstance(values, list) and {*map(type, values)} - {int, float}:
+            raise damaged(path, f"{name} is {values}, not a list of numbers")
+    return results
 
 
 def provenance(device: Any) -> dict[str, Any]:

@@ -129,12 +129,11 @@ def is_released(tensor: torch.Tensor) -> bool:
     return tensor.untyped_storage().nbytes() < tensor.nbytes
 
 
-def load_own(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Load a state dict, but for what was released of `module`; returns names that only one of the two has."""
+def load_own(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Load a state dict, but for what was released of `module`."""
     own = module.state_dict()
     kept = {name: tensor for name, tensor in tensors.items() if name not in own or not is_released(own[name])}
     module.load_state_dict(kept, strict=False)
-    return sorted(own.keys() ^ tensors.keys())
 
 
 def _owners(model: nn.Module, ranks: Mapping[int, int]) -> dict[str, int]:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from . import images, texts
 from .arguments import parse_arguments
-from .config import MMSTConfig
+from .config import MMSTConfig, _at_least
+from .reading import load_whole, read_tensors
 from .report import train_and_report
-from .stages import load_stages
+from .stages import HEADS_NAME, checkpoint_folder, load_stages
 from .trainer import MMSTTrainer
 from .trials import Pilot, pilot
 
@@ -26,6 +27,11 @@ class TrialArguments:
     num_trials: int = field(default=12, metadata={"help": "Settings to try at most."})
     trial_steps: int = field(default=60, metadata={"help": "Optimizer steps of a trial, over all stages."})
     trial_samples: int = field(default=2000, metadata={"help": "Samples that trials are trained and ranked on."})
+
+    def __post_init__(self):
+        _at_least(1, "num_trials", self.num_trials, "12 by default")
+        _at_least(1, "trial_steps", self.trial_steps, "60 by default")
+        _at_least(2, "trial_samples", self.trial_samples, "2000 by default")
 
 
 def train(task: str, flags: Sequence[str]) -> None:
@@ -106,8 +112,12 @@ def evaluate(
 
     Raises:
         `FileNotFoundError`: if the checkpoint holds no stages.
-        `ValueError`: if the dataset has other labels, or the checkpoint is no classifier.
+        `ValueError`: if the dataset has other labels, or the checkpoint is no classifier, or damaged.
     """
+    _at_least(1, "batch_size", batch_size, "32 by default")
+    _at_least(1, "max_seq_length", max_seq_length, "128 by default")
+    if max_samples is not None:
+        _at_least(1, "max_samples", max_samples, "all by default")
     stages = load_stages(model)
     if stages.heads.kind != "pooled":
         raise ValueError(
@@ -115,7 +125,14 @@ def evaluate(
             "Evaluate it with MMSTTrainer.evaluate."
         )
     config = AutoConfig.from_pretrained(model)
-    sees = (config.architectures or [""])[0].endswith("ForImageClassification")
+    kind = (config.architectures or [""])[0]
+    if not kind.endswith(("ForImageClassification", "ForSequenceClassification")):
+        raise ValueError(
+            f"config.json of {model} is of {kind or 'no architecture'}; only classifiers of images and texts are "
+            "evaluated here. Evaluate it with MMSTTrainer.evaluate."
+        )
+    sees = kind.endswith("ForImageClassification")
+    load_whole(AutoModelForImageClassification if sees else AutoModelForSequenceClassification, model)
     of_texts = texts.TextArguments(dataset_name=dataset, max_eval_samples=max_samples, max_seq_length=max_seq_length)
     splits = images.load_images(dataset) if sees else texts.load_texts(dataset, of_texts)
     known, found = list(config.id2label.values()), splits["test"].features["label"].names
@@ -141,5 +158,6 @@ def evaluate(
             trainer = images.image_trainer(images.ImageModelArguments(model), of_images, args, splits)
         else:
             trainer = texts.text_trainer(texts.TextModelArguments(model), of_texts, args, splits)
-        trainer.heads.load_state_dict(stages.heads.state_dict())
+        tensors = read_tensors(checkpoint_folder(model) / HEADS_NAME, trainer.heads.state_dict(), "the model")
+        trainer.heads.load_state_dict(tensors)
         return trainer.evaluate()

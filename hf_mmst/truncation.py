@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .examples import dummy_inputs
 from .heads import OwnHead, PoolingHead
-from .stages import Stages
+from .stages import Stages, check_model
 from .stagewise import Stagewise
 
 
@@ -34,12 +34,14 @@ def truncate(model: PreTrainedModel, stages: Stages, num_stages: int) -> PreTrai
         `PreTrainedModel`: for `save_pretrained`, `from_pretrained`, pipelines and everything else.
 
     Raises:
-        `ValueError`: if `num_stages` is out of range, or a plain model of this kind cannot express the head.
+        `ValueError`: if `num_stages` is out of range, the stages are of another model, or a plain model of this kind
+            cannot express the head.
     """
     partition, kind = stages.partition, type(model).__name__
-    if not 1 <= num_stages < partition.num_stages:
+    check_model(model, stages)
+    if type(num_stages) is not int or not 1 <= num_stages < partition.num_stages:
         raise ValueError(
-            f"num_stages={num_stages} of {partition.num_stages} cannot be kept: set it to a number from 1 to "
+            f"num_stages={num_stages!r} of {partition.num_stages} cannot be kept: set it to a whole number from 1 to "
             f"{partition.num_stages - 1}."
         )
     head: Any = stages.heads.heads[num_stages - 1]

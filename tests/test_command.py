@@ -60,6 +60,16 @@ def test_images_are_trained_on_and_evaluated(images, tmp_path, capsys):
         assert again == pytest.approx(found[f"stage_{name}"], rel=1e-5)
     assert main(["card", str(tmp_path / "out" / "results.json"), "--name", "tester/dark-or-light"]) == 0
     assert 'from_pretrained("tester/dark-or-light")' in (tmp_path / "out" / "README.md").read_text()
+    config = AutoModelForImageClassification.from_pretrained(out).config
+    config.hidden_size *= 2
+    other = AutoModelForImageClassification.from_config(config)
+    other.save_pretrained(out)
+    assert main(["eval", out, images]) == 2
+    assert "stages.safetensors is damaged, or was not written by hf_mmst: heads.0.classifier" in capsys.readouterr().err
+    lacking = {name: tensor for name, tensor in other.state_dict().items() if name != "classifier.bias"}
+    other.save_pretrained(out, state_dict=lacking)
+    assert main(["eval", out, images]) == 2
+    assert "does not hold this model: it lacks classifier.bias" in capsys.readouterr().err
 
 
 def test_texts_are_trained_on_and_evaluated(texts, tmp_path, capsys):
@@ -102,7 +112,13 @@ def test_a_dataset_with_other_labels_is_refused(texts, tmp_path, capsys):
         (["train", "images"], "There is no dataset. Set dataset_name to"),
         (["train", "texts", "--dataset_name", "x.csv"], "There is no model. Set model_name_or_path to"),
         (["train", "images", "--dataset_name", "x", "--num_stages", "0"], "num_stages=0 is not a whole number"),
-        (["eval", "/nowhere", "x"], "holds no stages.json"),
+        (["eval", "/nowhere", "x"], "/nowhere is neither a folder nor a name on the Hub"),
+        (["eval", "x", "x", "--max-samples", "0"], "max_samples=0 is not a whole number of at least 1"),
+        (["eval", "x", "x", "--batch-size", "-1"], "batch_size=-1 is not a whole number of at least 1"),
+        (["eval", "x", "x", "--max-seq-length", "0"], "max_seq_length=0 is not a whole number of at least 1"),
+        (["pilot", "images", "--dataset_name", "x", "--num_trials", "0"], "num_trials=0 is not a whole number"),
+        (["pilot", "images", "--dataset_name", "x", "--trial_steps", "0"], "trial_steps=0 is not a whole number"),
+        (["pilot", "images", "--dataset_name", "x", "--trial_samples", "1"], "trial_samples=1 is not a whole number"),
         (["card", "/nowhere/results.json"], "No such file"),
     ],
 )
@@ -117,7 +133,7 @@ def test_what_cannot_be_is_said_in_one_line(words, message, capsys):
 def test_a_card_needs_the_results_of_a_run(tmp_path, capsys):
     (tmp_path / "results.json").write_text("{}")
     assert main(["card", str(tmp_path / "results.json")]) == 2
-    assert "is not the results.json of a run" in capsys.readouterr().err
+    assert "results.json is damaged, or was not written by hf_mmst: command is missing" in capsys.readouterr().err
 
 
 def test_unknown_words_end_it(capsys):

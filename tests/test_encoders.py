@@ -23,6 +23,7 @@ from hf_mmst.images import ImageModelArguments, _build
 from hf_mmst.partition import run_ends
 from hf_mmst.probe import check_cut, profile_layers
 from hf_mmst.stages import save_stages
+from hf_mmst.transport import TransportWeights
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 WEIGHTS = [0.5, 0.5, 0.5]
@@ -77,7 +78,8 @@ def test_gradients_step_save_load(name, tmp_path):
     for stage in partition.stages:
         assert any(n.startswith(tuple(f"{layer}." for layer in stage)) for n in changed)
     model.save_pretrained(tmp_path)
-    save_stages(tmp_path, Stages(partition, heads, {}, {}))
+    state = TransportWeights("constant", 0.0, partition.num_stages).state_dict()
+    save_stages(tmp_path, Stages(partition, heads, {"transport_norm": "relative"}, state))
     loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert all(torch.equal(tensor, weights(model)[n]) for n, tensor in loaded.state_dict().items())

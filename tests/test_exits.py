@@ -19,6 +19,7 @@ from hf_mmst import Partition, StageHeads, find_layers
 from hf_mmst.exit_rules import ExitRule, HeadLogits, exit_curve, temperature
 from hf_mmst.exits import EarlyExit, calibrate
 from hf_mmst.stages import Stages, save_stages
+from hf_mmst.transport import TransportWeights
 from hf_mmst.truncation import truncate
 
 ROOT = Path(__file__).parents[1]
@@ -217,7 +218,7 @@ def test_a_pipeline_of_texts_exits_early(tmp_path):
     early = early_exit("bert")
     tokens, texts = tokenizer(tmp_path), [" ".join(TEXTS[i : i + 4]) for i in range(6)]
     inputs = tokens(texts, padding=True, return_tensors="pt")
-    sure = early.rule.confidence(0, early.observe([{**inputs, "labels": torch.zeros(6)}]).logits[0])
+    sure = early.rule.confidence(0, early.observe([{**inputs, "labels": torch.zeros(6).long()}]).logits[0])
     early.rule = ExitRule(threshold=sure.median().item() + 1e-4)
     classify = pipeline("text-classification", model=early.model, tokenizer=tokens, device="cpu")
     with early.active():
@@ -284,7 +285,9 @@ def test_the_recipe_calibrates_on_one_half_and_measures_on_the_other(tmp_path, m
     model = make("vit", num_labels=10, image_size=28, patch_size=7, num_channels=1)
     layers = find_layers(model)
     model.save_pretrained(tmp_path)
-    save_stages(tmp_path, Stages(Partition.by_cost(layers, 2), StageHeads([32], 10), {}, {}))
+    state = TransportWeights("constant", 0.0, 2).state_dict()
+    stages = Stages(Partition.by_cost(layers, 2), StageHeads([32], 10), {"transport_norm": "relative"}, state)
+    save_stages(tmp_path, stages)
     monkeypatch.setattr("sys.argv", ["early_exit.py", "images", str(tmp_path)])
     recipe.main()
     found = json.loads((tmp_path / "early_exit.json").read_text())
@@ -317,8 +320,12 @@ def test_adapters_exit_early(tmp_path):
     [
         (lambda: ExitRule(threshold=0.0), "threshold=0.0 is not above 0. Set it to a probability"),
         (lambda: ExitRule(threshold=float("nan")), "threshold=nan is not above 0"),
-        (lambda: ExitRule(patience=0), "patience=0 is below 1. Set it to 1 or more"),
+        (lambda: ExitRule(threshold="high"), "threshold='high' is not above 0"),
+        (lambda: ExitRule(patience=0), "patience=0 is not a whole number of at least 1. Set it to 1 or more"),
+        (lambda: ExitRule(patience=1.5), "patience=1.5 is not a whole number of at least 1"),
         (lambda: ExitRule(temperatures=(1.0, 0.0)), "are not all above 0. Set them with calibrate"),
+        (lambda: ExitRule(temperatures=1.0), "temperatures=1.0 are not all above 0"),
+        (lambda: ExitRule(ensemble="no"), "ensemble='no' is neither True nor False"),
         (lambda: early_exit("vit", ExitRule(temperatures=(1.0,))), "has 1 temperatures, the model 3 stages"),
         (
             lambda: EarlyExit(
@@ -331,6 +338,49 @@ def test_adapters_exit_early(tmp_path):
 def test_what_cannot_be_is_refused(make_it, message):
     with pytest.raises(ValueError, match=message):
         make_it()
+
+
+@pytest.mark.parametrize("use", [EarlyExit, lambda model, stages: truncate(model, stages, 1)])
+def test_stages_of_another_model_are_refused(use):
+    stages = Stages(Partition((("vit.layers.0",), ("vit.layers.3",))), StageHeads([32], 5), {}, {})
+    with pytest.raises(ValueError, match="has layers that BertFor.* does not have: vit.layers.0, vit.layers.3. Pass"):
+        use(make("bert"), stages)
+    with pytest.raises(ValueError, match="have num_labels=5, ViTFor.* has 7. Pass the model"):
+        use(make("vit", num_labels=7), stages)
+
+
+@pytest.fixture(scope="module")
+def early():
+    return early_exit("vit")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda batch: [], "There are no batches. Pass one at least"),
+        (lambda batch: [{"pixel_values": batch["pixel_values"]}], "A batch has no labels. Pass a list of batches"),
+        (lambda batch: batch, "A batch has no labels. Pass a list of batches"),
+        (lambda batch: [batch | {"labels": batch["labels"] + 5}], "Labels are from 5 to 9, .* know 5 classes. Pass"),
+        (lambda batch: [batch | {"labels": batch["labels"] - 100}], "Labels are from -100 to -96"),
+        (lambda batch: [batch | {"labels": batch["labels"] / 2}], "torch.float32. Pass .*the number of its class"),
+        (lambda batch: [batch | {"labels": batch["labels"][:3]}], r"There are 16 samples, and labels of shape \[3\]"),
+        (lambda batch: [batch | {"pixel_values": batch["pixel_values"] / 0}], "Logits are not numbers"),
+    ],
+)
+def test_what_cannot_be_calibrated_on_is_refused(change, message, early):
+    inputs = batch("vit", 16)
+    inputs["labels"] = torch.arange(16) % 5
+    with pytest.raises(ValueError, match=message):
+        early.observe(change(inputs))
+
+
+@pytest.mark.parametrize("max_drop", [-1, float("nan"), 5, "little", True])
+def test_a_drop_is_a_part_of_the_accuracy(max_drop, early):
+    found = HeadLogits(torch.randn(3, 4, 5), torch.arange(4))
+    with pytest.raises(ValueError, match=f"max_drop={max_drop!r} is not a number from 0 to 1"):
+        calibrate(early, found, max_drop)
+    with pytest.raises(ValueError, match="found is of 2 stages, but the model has 3. Pass what early.observe returns"):
+        calibrate(early, replace(found, logits=found.logits[:2]))
 
 
 def truncated(name, pooling, num_stages, seed=0, head_layers=0):
@@ -378,8 +428,9 @@ def test_the_first_stages_are_a_plain_model(name, pooling, head_layers, num_stag
         ("swin", "cls", 1, 'pools "cls", but a SwinForImageClassification pools otherwise'),
         ("bert", "mean", 1, r"bert.pooler.dense \(Linear\), classifier \(Linear\), which cannot say.*Use EarlyExit"),
         ("distilbert", "mean", 2, "pre_classifier"),
-        ("vit", "cls", 3, "num_stages=3 of 3 cannot be kept: set it to a number from 1 to 2"),
+        ("vit", "cls", 3, "num_stages=3 of 3 cannot be kept: set it to a whole number from 1 to 2"),
         ("vit", "cls", 0, "num_stages=0 of 3 cannot be kept"),
+        ("vit", "cls", 1.5, "num_stages=1.5 of 3 cannot be kept"),
     ],
 )
 def test_what_a_plain_model_cannot_say_is_refused(name, pooling, num_stages, message):

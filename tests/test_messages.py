@@ -37,6 +37,11 @@ def layerdrop(folder):
     MMSTTrainer(model, arguments(folder))
 
 
+def damaged(folder):
+    (folder / "stages.json").write_text("{")
+    load_stages(folder)
+
+
 # A part of the message: what raises it, why, what to do.
 MESSAGES = {
     "MMSTTrainer got args of type": (
@@ -152,7 +157,7 @@ MESSAGES = {
         "`head_layers=0`",
     ),
     "Nothing fits in": (
-        lambda folder: trainer(folder, model=make("vit", num_hidden_layers=2), memory_budget="1KiB"),
+        lambda folder: trainer(folder, model=make("vit", num_hidden_layers=2), num_stages=2, memory_budget="1KiB"),
         "not even the least way fits; the message says what it needs",
         "a larger `memory_budget`, or a smaller `per_device_train_batch_size`",
     ),
@@ -160,6 +165,11 @@ MESSAGES = {
         load_stages,
         "the folder is a checkpoint of plain `Trainer`, or another one",
         "the output folder of a run, or one of its checkpoints",
+    ),
+    "is damaged, or was not written by hf_mmst": (
+        damaged,
+        "a file is cut off, or does not say what it should; the message names what is wrong with it",
+        "a copy of the file that is whole",
     ),
 }
 
