@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import HubStrategy, sort_checkpoints
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from .config import OWN_FIELDS, MMSTConfig
 from .heads import HEADS, StageHeads
+from .order import Order
 from .partition import Partition
 from .reading import load_whole, read_tensors, refuse_others, tensor_names
+from .resuming import changes, refuse_other_length, refuse_other_settings
+from .run_folder import RunFolder
 from .shares import load_own
 from .stages import HEADS_NAME, JSON_NAME, Stages, read_stages, save_stages
 from .transport import TransportWeights
@@ -31,6 +34,7 @@ class StageCheckpoints(Trainer):
     partition: Partition
     heads: StageHeads
     _weights: TransportWeights
+    _order: Order
     _saving_in: str | None = None
     _core: Callable[[], nn.Module]
     _cut: Callable[[], None]
@@ -56,11 +60,10 @@ class StageCheckpoints(Trainer):
         """As the host's, written beside and renamed: a folder `checkpoint-<step>` is whole or not there."""
         self._weights.sync(self._mean)
         run_dir, step = self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"
-        beside, final = os.path.join(run_dir, "_saving"), os.path.join(run_dir, step)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            shutil.rmtree(beside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        folder, final = RunFolder(run_dir), os.path.join(run_dir, step)
+        beside = str(folder.beside)
+        self._tidy(run_dir)
+        self._find_best(run_dir)
         self._saving_in = beside
         try:
             super()._save_checkpoint(model, trial)
@@ -72,13 +75,39 @@ class StageCheckpoints(Trainer):
                 self.state.save_to_json(os.path.join(beside, step, TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(os.path.join(beside, step), final)
-            shutil.rmtree(beside)
-            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            folder.put(step)
+            folder.rotate(self.args.save_total_limit, self.state.best_model_checkpoint)
+            folder.discard()
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
+
+    def _tidy(self, run_dir: str) -> None:
+        """Clear away what a process that was killed has left."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            RunFolder(run_dir).tidy()
+        self.accelerator.wait_for_everyone()
+
+    def _find_best(self, run_dir: str) -> None:
+        """Find the checkpoint of the best step, which may be saved before it is evaluated, in a folder that moved."""
+        best = os.path.join(run_dir, f"checkpoint-{self.state.best_global_step}")
+        if self.state.best_global_step and os.path.isdir(best):
+            self.state.best_model_checkpoint = best
+
+    def _finalize_training(self, trial, *args):
+        """As the host's; where the best checkpoint alone is to stay, the others are moved aside before they go."""
+        run_dir = self._get_output_dir(trial)
+        self._find_best(run_dir)
+        folder, best = RunFolder(run_dir), self.state.best_model_checkpoint
+        if best is not None and self.args.save_total_limit == 1 and self.args.should_save:
+            for other in sort_checkpoints(run_dir):
+                if not os.path.samefile(other, best):
+                    folder.set_aside(os.path.basename(other))
+        output = super()._finalize_training(trial, *args)
+        if self.args.should_save:
+            folder.discard()
+        return output
 
     def _get_output_dir(self, trial):
         """As the host's; while a checkpoint is being written, the folder it is written in."""
@@ -95,17 +124,29 @@ class StageCheckpoints(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Weights, heads and transport weights, as they were saved."""
+        """Weights and heads, as they were saved."""
         self._cut()
-        self._weights.load_state_dict(self._check_stages(resume_from_checkpoint)["transport_state"])
-        if not self._load_weights(resume_from_checkpoint):
+        if os.path.isdir(resume_from_checkpoint):  # if not, the host says so
+            self._check_stages(resume_from_checkpoint)
+        if not os.path.isdir(resume_from_checkpoint) or not self._load_weights(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        """As the host's; with DeepSpeed, which loads the weights by itself, transport weights, too."""
-        if checkpoint is not None and self.is_deepspeed_enabled:
-            self._weights.load_state_dict(self._check_stages(checkpoint)["transport_state"])
-        super()._load_optimizer_and_scheduler(checkpoint)
+    def _prepare_for_training(self, max_steps, train_dataloader, checkpoint):
+        """As the host's; transport weights begin anew or, with a checkpoint, go on as they were."""
+        self._weights.reset()
+        if checkpoint is not None:
+            self._go_on(checkpoint)
+        return super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+
+    def _go_on(self, checkpoint: str) -> None:
+        content = self._check_stages(checkpoint)
+        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        refuse_other_length(checkpoint, state.max_steps, self._order.total_steps, len(self._order.segments))
+        if content["config"]["transport_norm"] == self.args.transport_norm:
+            self._weights.load_state_dict(content["transport_state"])
+        changed = changes(content["config"], self.args)
+        if changed and self.is_world_process_zero():
+            print(f"hf_mmst: from {checkpoint} on {changed}")
 
     def _load_best_model(self):
         """Weights and heads of the best checkpoint."""
@@ -116,6 +157,7 @@ class StageCheckpoints(Trainer):
     def _check_stages(self, folder: str) -> dict[str, Any]:
         """What `folder` says of its stages, which must be those of this run."""
         content = read_stages(folder)
+        refuse_other_settings(folder, content["config"], self.args)
         partition = Partition(tuple(tuple(stage) for stage in content["stages"]))
         if partition != self.partition:
             raise ValueError(

@@ -84,6 +84,12 @@ class CoupledResidency(Residency):
             for buffer, before in buffers:  # else a batch would count twice in running statistics
                 buffer.copy_(before)
 
+    def rest(self) -> None:
+        """As [`Residency.rest`]; gradients of a step that was not taken are forgotten."""
+        super().rest()
+        self._in_backward = None
+        self._filled.clear()
+
     def settle(self) -> None:
         """After a backward pass, put to rest what is left of it on the device."""
         self._in_backward = None

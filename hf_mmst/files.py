@@ -1,4 +1,4 @@
-"""A file that is whole or not there."""
+"""Files and folders that are whole or not there."""
 
 import os
 from collections.abc import Callable
@@ -11,8 +11,17 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
+        flush(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def flush(path: Path, deep: bool = True) -> None:
+    """Flush a file to the disk, or a folder and, if `deep`, all that is in it."""
+    for one in (*(path.rglob("*") if deep else ()), path):
+        descriptor = os.open(one, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,4 +1,4 @@
-"""An optimizer's groups -> groups of one learning rate each, so that stages and heads can have their own."""
+"""An optimizer's groups -> groups of one learning rate each, or with the heads in them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -42,3 +42,24 @@ def split_groups(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter
         ordered = sorted(by_factor.items(), key=lambda one: one[0] != 1)
         groups += [{**group, "params": own, "lr": group["lr"] * factor} for factor, own in ordered]
     optimizer.param_groups = groups
+
+
+def join_groups(optimizer: torch.optim.Optimizer, own: Mapping[str, nn.Parameter], others: list[nn.Parameter]) -> None:
+    """
+    Add parameters to groups that an optimizer has, as schedulers that were made for it know no others.
+
+    Matrices learn as the last matrix of the others does, vectors as the last vector, so that weight decay is theirs.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): whose groups grow.
+        own (`Mapping[str, nn.Parameter]`): what is added, by name.
+        others (`list[nn.Parameter]`): of the model, its own head last.
+    """
+    groups = optimizer.param_groups
+    group_of = {id(p): group for group in groups for p in group["params"]}
+    last = {p.dim() > 1: group_of[id(p)] for p in others if id(p) in group_of}
+    for name, parameter in own.items():
+        group = last.get(parameter.dim() > 1, groups[-1])
+        group["params"].append(parameter)
+        if "param_names" in group:
+            group["param_names"].append(name)

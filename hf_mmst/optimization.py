@@ -9,7 +9,7 @@ from transformers.trainer_utils import SchedulerType
 
 from .cut import StageCut
 from .heads import HEADS, is_pretrained
-from .learning_rates import PRETRAINED_DECAY, PRETRAINED_FACTOR, rate_factors, split_groups
+from .learning_rates import PRETRAINED_DECAY, PRETRAINED_FACTOR, join_groups, rate_factors, split_groups
 from .order import Segment
 from .partition import tail_parameters, tied_parameters
 from .reduction import Reduction
@@ -63,9 +63,9 @@ class StageOptimization(StageCut):
             if not self._sets_rates:
                 self._refuse_rates()
             known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-            missing = [p for p in self.heads.parameters() if p.requires_grad and id(p) not in known]
-            if missing:
-                self.optimizer.add_param_group({"params": missing})
+            heads = {f"{HEADS}.{name}": p for name, p in self.heads.named_parameters() if p.requires_grad}
+            missing = {name: p for name, p in heads.items() if id(p) not in known}
+            join_groups(self.optimizer, missing, list(self._core().parameters()))
             if self._residency is not None:
                 self._residency.watch(self.optimizer)
             self._keep_own_states(self.optimizer)

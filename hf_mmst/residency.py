@@ -118,9 +118,10 @@ class Residency:
                 self._take(name)
 
     def rest(self) -> None:
-        """Put everything to rest."""
+        """Put everything to rest, also what an error has left on the device."""
         for name in self._active:
             self._shelves[name].put([p.data for p in self._parameters[name]])
+        for name in self._partition.layers:
             self._rest(name)
         self._active = frozenset()
         self._rest_states()
@@ -179,6 +180,7 @@ class Residency:
         if self._optimizer is None:
             return
         state = self._optimizer.state
+        self._forget_replaced()
         known = {key for keys in self._states for key in keys}
         owner = {id(p): name for name, parameters in self._parameters.items() for p in parameters}
         new: dict[Any, list[tuple[torch.Tensor, str]]] = {}  # by layer, or else by parameter: what is taken together
@@ -196,6 +198,15 @@ class Residency:
             for (parameter, name), tensor in zip(keys, self._states[keys].tensors, strict=True):
                 state[parameter][name] = tensor
         self._taken.clear()
+
+    def _forget_replaced(self) -> None:
+        """Forget the states at rest in whose place others have come, as with a checkpoint that was loaded."""
+        assert self._optimizer is not None
+        state = self._optimizer.state
+        for keys in self._states.keys() - self._taken:
+            resting = zip(keys, self._states[keys].tensors, strict=True)
+            if any(state.get(parameter, {}).get(name) is not tensor for (parameter, name), tensor in resting):
+                del self._states[keys]
 
 
 def _unnamed_file(size: int, folder: str) -> mmap.mmap:

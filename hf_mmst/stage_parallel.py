@@ -301,4 +301,5 @@ class StageParallel(Trainer):
 
 def _by_stage(states: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """State of the transport weights, of which each stage's part is the one that its own process has."""
-    return {name: [states[k][name][k] for k in sorted(states)] for name in states[0]}
+    by_stage = {name for name, value in states[0].items() if isinstance(value, list)}
+    return states[0] | {name: [states[k][name][k] for k in sorted(states)] for name in by_stage}

@@ -83,20 +83,40 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
     # ---- Training ----
 
     @functools.wraps(Trainer.train)
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        flags = {"true": True, "false": False}  # what a command line says
+        resume_from_checkpoint = flags.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
+        self._tidy(self._get_output_dir(trial))
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
-            self._streams.close()
-            self.peaks.end()
-            if self._cache is not None:
-                self._cache.flush()
-            for parameter in self._tied:
-                parameter.requires_grad_(True)
-            self._core()._modules.pop(HEADS, None)
-            Reduction.forget(self._core())
-            if self._residency is not None:
-                self._residency.rest()
+            self.is_in_train = False
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """As the host's, which may begin it anew with smaller batches; however it ends, nothing stays behind."""
+        with contextlib.ExitStack() as stack:  # what one of them raises keeps none of the others from it
+            stack.callback(self._clean_up)
+            stack.callback(self._flush_cache)
+            stack.callback(self.peaks.end)
+            stack.callback(self._streams.close)
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _flush_cache(self) -> None:
+        """Keep the features on the disk, for a run that resumes, and let go of them here."""
+        cache, self._cache = self._cache, None
+        if cache is not None:
+            cache.flush()
+
+    def _clean_up(self) -> None:
+        """Leave the model as it came, and nothing of a step that was not taken."""
+        for parameter in self._tied:
+            parameter.requires_grad_(True)
+        self._core()._modules.pop(HEADS, None)
+        Reduction.forget(self._core())
+        if self._residency is not None:
+            self._residency.rest()
+        self._early_norms.clear()
+        self._log_sums.zero_()
 
     def set_initial_training_values(self, args, dataloader):
         """As the host's, with the epochs and steps of all stages and laps; the order of training is fixed here."""
@@ -422,5 +442,5 @@ class _StageCallback(TrainerCallback):
         if self.trainer._planned is not None and state.is_world_process_zero:
             measured = max(self.trainer.peaks.by_name.values()) / 2**20
             print(f"hf_mmst: planned {self.trainer._planned / 2**20:,.0f} MiB of tensors, measured {measured:,.0f} MiB")
-        if self.trainer._cache is not None and state.global_step >= state.max_steps:
+        if self.trainer._cache is not None:
             self.trainer._cache.delete()

@@ -107,10 +107,14 @@ class TransportWeights:
 
     def __init__(self, schedule: str, weight: float, num_stages: int):
         self.schedule, self.weight, self.num_stages = schedule, weight, num_stages
-        self._current = [weight / 2 if self._is_halved(k) else weight for k in range(num_stages)]
-        self._multipliers = [1.0] * num_stages
-        self._steps = [0] * num_stages
-        self._sums = torch.zeros(num_stages, 2)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self._current = [self.weight / 2 if self._is_halved(k) else self.weight for k in range(self.num_stages)]
+        self._multipliers = [1.0] * self.num_stages
+        self._steps = [0] * self.num_stages
+        self._sums = torch.zeros(self.num_stages, 2)
 
     def __getitem__(self, stage: int) -> float:
         return self._current[stage]
@@ -139,6 +143,8 @@ class TransportWeights:
     def state_dict(self) -> dict[str, Any]:
         """What must be kept to go on exactly, as JSON."""
         return {
+            "schedule": self.schedule,
+            "weight": self.weight,
             "weights": self._current,
             "multipliers": self._multipliers,
             "steps": self._steps,
@@ -146,9 +152,16 @@ class TransportWeights:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from [`state_dict`]."""
-        self._current, self._multipliers = list(state["weights"]), list(state["multipliers"])
-        self._steps, self._sums = list(state["steps"]), torch.tensor(state["sums"])
+        """Go on from [`state_dict`]; of another schedule it says nothing, and another w counts from here on."""
+        if state.get("schedule", self.schedule) != self.schedule:
+            return
+        before = state.get("weight", self.weight)
+        if before == self.weight:
+            self._current = list(state["weights"])
+        elif self.schedule in self.INTERVAL and before > 0:
+            self._current = [weight * self.weight / before for weight in state["weights"]]
+        self._multipliers, self._steps = list(state["multipliers"]), list(state["steps"])
+        self._sums = torch.tensor(state["sums"])
 
     def _is_halved(self, stage: int) -> bool:
         return self.schedule == "paper" and 2 * stage >= self.num_stages
