@@ -139,12 +139,17 @@ class StageCheckpoints(Trainer):
         return super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
 
     def _go_on(self, checkpoint: str) -> None:
+        """Take up the transport weights; say what is other from here on, or why that cannot be."""
         content = self._check_stages(checkpoint)
-        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-        refuse_other_length(checkpoint, state.max_steps, self._order.total_steps, len(self._order.segments))
-        if content["config"]["transport_norm"] == self.args.transport_norm:
-            self._weights.load_state_dict(content["transport_state"])
-        changed = changes(content["config"], self.args)
+        steps = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).max_steps
+        refuse_other_length(checkpoint, steps, self._order.total_steps, len(self._order.segments))
+        schedule = self._weights.schedule  # what "auto" has come to
+        now = {**vars(self.args), "transport_schedule": schedule}
+        state = content["transport_state"]
+        saved = {**content["config"], "transport_schedule": state.get("schedule", schedule)}
+        if saved["transport_norm"] == now["transport_norm"]:
+            self._weights.load_state_dict(state)
+        changed = changes(saved, now)
         if changed and self.is_world_process_zero():
             print(f"hf_mmst: from {checkpoint} on {changed}")
 

@@ -50,7 +50,7 @@ def refuse_other_length(folder: str, saved: int, steps: int, num_turns: int) -> 
         )
 
 
-def changes(saved: Mapping[str, Any], args: MMSTConfig) -> str:
-    """The settings of this run that count from here on and were others before, in words; empty if there are none."""
-    found = [(name, saved.get(name, getattr(args, name)), getattr(args, name)) for name in FROM_HERE_ON]
-    return ", ".join(f"{name}={now!r} (before: {before!r})" for name, before, now in found if before != now)
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The settings that count from here on and were others before, in words; empty if there are none."""
+    found = [(name, saved.get(name, now[name]), now[name]) for name in FROM_HERE_ON]
+    return ", ".join(f"{name}={value!r} (before: {before!r})" for name, before, value in found if before != value)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
-from test_trainer import ORDERS, StopAt, arguments, assert_same, losses, trainer, weights
+from test_trainer import ORDERS, InterruptAt, arguments, assert_same, losses, trainer, weights
 from torch.utils.data import DataLoader
 from transformers import set_seed
 from zoo import Samples, make
@@ -167,7 +167,8 @@ def test_resume_is_bitwise_the_uninterrupted_run(stop, tmp_path, capsys):
     settings = {"save_strategy": "steps", "save_steps": stop}
     straight = run(tmp_path / "straight", **settings)
     straight.train()
-    run(tmp_path / "stopped", extra={"callbacks": [StopAt(stop)]}, **settings).train()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", extra={"callbacks": [InterruptAt(stop)]}, **settings).train()
     capsys.readouterr()
     resumed = run(tmp_path / "stopped", **settings)
     resumed.train(resume_from_checkpoint=True)

@@ -1,12 +1,16 @@
-"""Optimizers whose states are not two tensors of each parameter's shape, stage by stage."""
+"""Optimizers whose states are not two tensors of each parameter's shape, or that have schedulers, stage by stage."""
 
 import pytest
 import torch
 from test_residency import moments, run
-from test_trainer import StopAt, assert_same, weights
+from test_trainer import StopAt, assert_same, trainer, weights
+from torch.optim import lr_scheduler
+from transformers import get_linear_schedule_with_warmup, set_seed
+from transformers.optimization import Adafactor, AdafactorSchedule, GreedyLR
 from zoo import make
 
 from hf_mmst import MMSTTrainer
+from hf_mmst.learning_rates import join_groups
 
 SETTINGS = {"adafactor": {"optim": "adafactor"}, "8-bit Adam": {"optim": "adamw_8bit"}}
 
@@ -65,3 +69,77 @@ def test_resume_is_bitwise_the_uninterrupted_run(residency, settings, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert_same(weights(resumed.model), weights(straight.model))
     assert_same(moments(resumed), moments(straight))
+
+
+def ramp(optimizer):
+    return lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 3)
+
+
+SCHEDULERS = {
+    "linear": ({}, lambda o: get_linear_schedule_with_warmup(o, 2, 6)),
+    "one cycle": ({"stage_order": "coupled"}, lambda o: lr_scheduler.OneCycleLR(o, 1e-3, total_steps=8)),
+    "plateau": ({}, lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, min_lr=[1e-5, 1e-6])),
+    "greedy": ({"stage_order": "sequential"}, lambda o: GreedyLR(o, patience=0, min_lr=[1e-5, 1e-6])),
+    "restarts": ({}, lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2)),
+    "cyclic": ({"stage_order": "sequential"}, lambda o: lr_scheduler.CyclicLR(o, 1e-4, 1e-3, 2)),
+    "one after the other": (
+        {"stage_order": "coupled"},
+        lambda o: lr_scheduler.SequentialLR(o, [ramp(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]),
+    ),
+    "chained": (
+        {},
+        lambda o: lr_scheduler.ChainedScheduler([ramp(o), lr_scheduler.MultiplicativeLR(o, lambda _: 0.9)]),
+    ),
+    "adafactor": ({"stage_order": "sequential"}, AdafactorSchedule),
+}
+
+
+def own_groups(model):
+    """Groups with and without weight decay, as in the scripts of transformers."""
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == kind] for kind in (True, False))
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_every_scheduler_of_an_optimizer_resumes_bitwise(kind, tmp_path):
+    settings, make_scheduler = SCHEDULERS[kind]
+    settings = {**settings, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "num_stages": 2}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+
+    def run(folder, *callbacks):
+        set_seed(0)
+        model = make("bert", dropout=True)
+        groups = own_groups(model)
+        optimizer = Adafactor(groups) if kind == "adafactor" else torch.optim.AdamW(groups, lr=1e-3)
+        extra = {"optimizers": (optimizer, make_scheduler(optimizer)), "callbacks": list(callbacks)}
+        return trainer(tmp_path / folder, "bert", model, extra=extra, **settings)
+
+    straight = run("straight")
+    heads = weights(straight.heads)
+    straight.train()
+    assert not any(torch.equal(tensor, heads[name]) for name, tensor in straight.heads.state_dict().items())
+    run("stopped", StopAt(3)).train()
+    resumed = run("stopped")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(weights(resumed.model), weights(straight.model))
+    assert_same(weights(resumed.heads), weights(straight.heads))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_heads_join_the_groups_of_what_is_like_them(named):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+    head = dict(torch.nn.Linear(3, 2).named_parameters("head"))
+    groups = [
+        {"params": [(n, p) if named else p for n, p in model.named_parameters() if of(n, p)], "lr": lr}
+        for lr, of in (
+            (0.1, lambda n, p: n.startswith("0")),
+            (0.2, lambda n, p: n == "1.weight"),
+            (0.3, lambda n, p: n == "1.bias"),
+        )
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    join_groups(optimizer, head, [*model.parameters(), *head.values()])
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2, 2]
+    assert optimizer.param_groups[1]["params"][1] is head["head.weight"]
+    if named:
+        assert optimizer.param_groups[2]["param_names"] == ["1.bias", "head.bias"]

@@ -146,6 +146,15 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+class InterruptAt(StopAt):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            raise KeyboardInterrupt
+
+    def on_step_end(self, args, state, control, **kwargs):
+        pass
+
+
 @pytest.mark.parametrize("name", ["vit", "swin", "bert"])
 def test_load_best_model_restores_weights_and_heads(name, tmp_path):
     """Where module and Hub names differ (ViT, Swin), the host's own loader restores nothing."""
@@ -539,10 +548,11 @@ def test_a_users_optimizer_gets_the_heads(tmp_path):
 
 
 def test_training_twice_goes_on(tmp_path):
-    run = trainer(tmp_path, max_steps=2)
+    run = trainer(tmp_path, max_steps=2, transport_schedule="adaptive")
     run.train()
-    first = weights(run.model)
+    first, steps = weights(run.model), run._weights.state_dict()["steps"]
     run.train()
+    assert run._weights.state_dict()["steps"] == steps == [2, 2, 2]  # as the learning rate begins anew
     assert not torch.equal(run.model.state_dict()["classifier.weight"], first["classifier.weight"])
 
 

@@ -95,6 +95,17 @@ def test_state_goes_on_exactly():
     assert run(weights, [0.1] * 8, [0.2] * 8) == run(again, [0.1] * 8, [0.2] * 8)
 
 
+@pytest.mark.parametrize("schedule", ["adaptive", "multipliers", "constant"])
+def test_another_weight_counts_from_a_state_on(schedule):
+    weights, again = TransportWeights(schedule, 1.0, 1), TransportWeights(schedule, 3.0, 1)
+    run(weights, [0.3] * 60, [0.7] * 60)
+    again.load_state_dict(weights.state_dict())
+    assert again[0] == pytest.approx(3 * weights[0])
+    other = TransportWeights("paper", 3.0, 1)
+    other.load_state_dict(weights.state_dict())
+    assert other[0] == 3.0
+
+
 @pytest.mark.parametrize(("order", "laps"), [("sequential", 1), ("multi_lap", 3)])
 def test_steps_are_shared_out_evenly_with_the_remainder_to_the_last(order, laps):
     found = Order.build(order, 4, laps, 50)
