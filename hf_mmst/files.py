@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,5 +24,8 @@ def flush(path: Path, deep: bool = True) -> None:
         descriptor = os.open(one, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # of a file system that cannot flush folders
+                raise
         finally:
             os.close(descriptor)

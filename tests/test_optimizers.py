@@ -71,26 +71,28 @@ def test_resume_is_bitwise_the_uninterrupted_run(residency, settings, tmp_path):
     assert_same(moments(resumed), moments(straight))
 
 
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+
+
 def ramp(optimizer):
     return lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 3)
 
 
 SCHEDULERS = {
-    "linear": ({}, lambda o: get_linear_schedule_with_warmup(o, 2, 6)),
-    "one cycle": ({"stage_order": "coupled"}, lambda o: lr_scheduler.OneCycleLR(o, 1e-3, total_steps=8)),
-    "plateau": ({}, lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, min_lr=[1e-5, 1e-6])),
-    "greedy": ({"stage_order": "sequential"}, lambda o: GreedyLR(o, patience=0, min_lr=[1e-5, 1e-6])),
-    "restarts": ({}, lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2)),
-    "cyclic": ({"stage_order": "sequential"}, lambda o: lr_scheduler.CyclicLR(o, 1e-4, 1e-3, 2)),
+    "linear": (lambda o: get_linear_schedule_with_warmup(o, 2, 6), {}),
+    "one cycle": (lambda o: lr_scheduler.OneCycleLR(o, 1e-3, total_steps=8), {"stage_clipping": True}),
+    "plateau": (lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=1, min_lr=[1e-5, 1e-6]), EVALUATING),
+    "greedy": (lambda o: GreedyLR(o, patience=0, min_lr=[1e-5, 1e-6]), {"stage_order": "sequential", **EVALUATING}),
+    "restarts": (lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2), {}),
     "one after the other": (
-        {"stage_order": "coupled"},
-        lambda o: lr_scheduler.SequentialLR(o, [ramp(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]),
+        lambda o: lr_scheduler.SequentialLR(o, [ramp(o), lr_scheduler.CyclicLR(o, 1e-4, 1e-3, 2)], [3]),
+        {"stage_order": "multi_lap", "stage_residency": "stage"},
     ),
     "chained": (
-        {},
         lambda o: lr_scheduler.ChainedScheduler([ramp(o), lr_scheduler.MultiplicativeLR(o, lambda _: 0.9)]),
+        {},
     ),
-    "adafactor": ({"stage_order": "sequential"}, AdafactorSchedule),
+    "adafactor": (AdafactorSchedule, {"stage_order": "sequential"}),
 }
 
 
@@ -102,25 +104,22 @@ def own_groups(model):
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_every_scheduler_of_an_optimizer_resumes_bitwise(kind, tmp_path):
-    settings, make_scheduler = SCHEDULERS[kind]
-    settings = {**settings, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "num_stages": 2}
-    settings |= {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    make_scheduler, settings = SCHEDULERS[kind]
 
-    def run(folder, *callbacks):
+    def run():
         set_seed(0)
         model = make("bert", dropout=True)
         groups = own_groups(model)
         optimizer = Adafactor(groups) if kind == "adafactor" else torch.optim.AdamW(groups, lr=1e-3)
-        extra = {"optimizers": (optimizer, make_scheduler(optimizer)), "callbacks": list(callbacks)}
-        return trainer(tmp_path / folder, "bert", model, extra=extra, **settings)
+        saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "num_stages": 2}
+        own = optimizer, make_scheduler(optimizer)
+        return trainer(tmp_path, "bert", model, extra={"optimizers": own}, **saving, **settings)
 
-    straight = run("straight")
+    straight, resumed = run(), run()
     heads = weights(straight.heads)
     straight.train()
     assert not any(torch.equal(tensor, heads[name]) for name, tensor in straight.heads.state_dict().items())
-    run("stopped", StopAt(3)).train()
-    resumed = run("stopped")
-    resumed.train(resume_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert_same(weights(resumed.model), weights(straight.model))
     assert_same(weights(resumed.heads), weights(straight.heads))
 
