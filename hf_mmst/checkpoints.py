@@ -126,9 +126,10 @@ class StageCheckpoints(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Weights and heads, as they were saved."""
         self._cut()
-        if os.path.isdir(resume_from_checkpoint):  # if not, the host says so
+        there = os.path.isdir(resume_from_checkpoint)  # if not, the host says so
+        if there:
             self._check_stages(resume_from_checkpoint)
-        if not os.path.isdir(resume_from_checkpoint) or not self._load_weights(resume_from_checkpoint):
+        if not (there and self._load_weights(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_for_training(self, max_steps, train_dataloader, checkpoint):

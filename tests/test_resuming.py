@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -252,11 +251,12 @@ def test_stopping_early_leaves_no_features(tmp_path):
 
 def test_what_a_save_left_is_cleared_when_the_next_run_begins(tmp_path):
     (tmp_path / "_saving" / "checkpoint-4").mkdir(parents=True)
-    seen = SimpleNamespace(folders=None)
+    seen = []
 
     class Sees(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            seen.folders = os.listdir(args.output_dir)
+            seen.extend(os.listdir(args.output_dir))
 
     run(tmp_path, [Sees()], max_steps=1, save_strategy="no").train()
-    assert seen.folders == []
+    assert not seen
+    assert not list(tmp_path.iterdir())
