@@ -83,14 +83,9 @@ SCHEDULERS = {
     "one cycle": (lambda o: lr_scheduler.OneCycleLR(o, 1e-3, total_steps=8), {"stage_clipping": True}),
     "plateau": (lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=1, min_lr=[1e-5, 1e-6]), EVALUATING),
     "greedy": (lambda o: GreedyLR(o, patience=0, min_lr=[1e-5, 1e-6]), {"stage_order": "sequential", **EVALUATING}),
-    "restarts": (lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2), {}),
     "one after the other": (
         lambda o: lr_scheduler.SequentialLR(o, [ramp(o), lr_scheduler.CyclicLR(o, 1e-4, 1e-3, 2)], [3]),
         {"stage_order": "multi_lap", "stage_residency": "stage"},
-    ),
-    "chained": (
-        lambda o: lr_scheduler.ChainedScheduler([ramp(o), lr_scheduler.MultiplicativeLR(o, lambda _: 0.9)]),
-        {},
     ),
     "adafactor": (AdafactorSchedule, {"stage_order": "sequential"}),
 }
