@@ -97,7 +97,12 @@ class _Config(TypedDict):
     transport_norm: TransportNorm
 
 
-class _TransportState(TypedDict):
+class _Schedule(TypedDict, total=False):  # what earlier versions did not write
+    schedule: str
+    weight: float
+
+
+class _TransportState(_Schedule):
     weights: list[float]
     multipliers: list[float]
     steps: list[Annotated[int, range(max(TransportWeights.INTERVAL.values()))]]
