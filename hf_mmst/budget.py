@@ -67,7 +67,7 @@ def planned_peak(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -
         return None
     try:
         simulation = simulation_of(args, model, batch)
-        return max((simulation.peak(way) for way in ways_of(args)), key=lambda peak: peak.total)
+        return max((simulation.peak(way) for way in ways_of(args, len(simulation.ends))), key=lambda peak: peak.total)
     except (ValueError, RuntimeError, NotImplementedError) as error:  # fake tensors raise these where data decides
         logger.warning(f"hf_mmst has no plan of this run to compare with ({type(error).__name__}: {error})")
         return None
@@ -84,11 +84,11 @@ def _precision_and_device(args: MMSTConfig) -> tuple[str, str]:
     return precision, "cuda" if args.device.type == "cuda" else "cpu"
 
 
-def ways_of(args: MMSTConfig) -> list[Way]:
-    """The ways in which a run with these arguments trains, in its turns."""
+def ways_of(args: MMSTConfig, num_layers: int) -> list[Way]:
+    """The ways in which a run with these arguments trains, in its turns, a model of that many layers."""
     checkpointing = bool(args.activation_checkpointing)
     local = Way(
-        num_stages=args.num_stages,
+        num_stages=args.stages_of(num_layers),
         stage_order="sequential" if args.stage_order == "multi_lap" else args.stage_order,
         stage_residency=args.stage_residency,
         stage_clipping=args.stage_clipping,

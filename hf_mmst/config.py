@@ -17,6 +17,7 @@ TransportNorm = Literal["relative", "mean", "sum"]
 TransportSchedule = Literal["auto", "constant", "paper", "multipliers", "adaptive"]
 StageResidency = Literal["all", "stage"]
 FeatureCache = Literal["none", "disk", "memory"]
+DEFAULT_STAGES = 4  # or as many as the model has layers
 
 
 @dataclass
@@ -31,8 +32,9 @@ class MMSTConfig(TrainingArguments):
     DistributedDataParallel's buckets and unused parameters counts with one stage only.
 
     Args:
-        num_stages (`int`, *optional*, defaults to 4):
-            Number of stages K. The layers are cut into K runs of about equal cost; 1 is end-to-end training.
+        num_stages (`int`, *optional*):
+            Number of stages K. The layers are cut into K runs of about equal cost; 1 is end-to-end training. Unset: 4,
+            or as many as the model has layers if those are fewer; when the model is cut, K is written here.
         stage_boundaries (`list[str]`, *optional*):
             Qualified names of each stage's last layer, in order, e.g. `["vit.layers.5", "vit.layers.11"]`. Overrides
             `num_stages`. The model's last layer may be left out.
@@ -114,8 +116,12 @@ class MMSTConfig(TrainingArguments):
         `ValueError`: for a value that cannot be, saying which field to set to what.
     """
 
-    num_stages: int = field(
-        default=4, metadata={"help": "Number of stages the encoder is cut into; 1 is end-to-end training."}
+    num_stages: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of stages the encoder is cut into; 1 is end-to-end training; if unset, 4, or as many as "
+            "there are layers if those are fewer."
+        },
     )
     stage_boundaries: list[str] | None = field(
         default=None,
@@ -201,6 +207,8 @@ class MMSTConfig(TrainingArguments):
         default=True, metadata={"help": "Write a model card, README.md and stages.png, when pushing to the Hub."}
     )
 
+    _found_stages = None  # what write_stages has put into num_stages
+
     def __post_init__(self):
         super().__post_init__()
         self.check_stages()
@@ -231,9 +239,26 @@ class MMSTConfig(TrainingArguments):
             with state.local_main_process_first() if local else state.main_process_first():
                 yield
 
+    @property
+    def chooses_stages(self) -> bool:
+        """Whether `num_stages` is unset, or was so until a model was cut."""
+        return self.num_stages is None or self.num_stages == self._found_stages
+
+    def stages_of(self, num_layers: int) -> int:
+        """K for a model of that many layers after which a stage may end."""
+        if self.num_stages is None or self.chooses_stages:
+            return min(DEFAULT_STAGES, num_layers)
+        return self.num_stages
+
+    def write_stages(self, number: int) -> None:
+        """Write down K of the model that was cut, unless the user has set it."""
+        if self.chooses_stages:
+            self.num_stages = self._found_stages = number
+
     def check_stages(self) -> None:
         """Check the fields of stage-wise training; called again when a hyper-parameter search has set one."""
-        _at_least(1, "num_stages", self.num_stages, "1 trains end to end")
+        if self.num_stages is not None:
+            _at_least(1, "num_stages", self.num_stages, "1 trains end to end")
         _at_least(1, "num_laps", self.num_laps, "1 is a single lap")
         if self.head_layers is not None:
             _at_least(0, "head_layers", self.head_layers, "0 is a head without layers")
@@ -321,7 +346,7 @@ class MMSTConfig(TrainingArguments):
                 "Reentrant checkpointing would silently stop every stage but the first from learning, because a "
                 "stage's input carries no gradient. Set use_reentrant to False in activation_checkpointing_kwargs."
             )
-        staged = self.num_stages > 1 or self.stage_boundaries is not None or self.stage_order == "coupled"
+        staged = self.num_stages != 1 or self.stage_boundaries is not None or self.stage_order == "coupled"
         optim = OptimizerNames(self.optim).value
         if staged and self.use_cache:
             raise ValueError(

@@ -76,7 +76,8 @@ class StageCut(Trainer):
     def _has_stages(self) -> bool:
         """Whether the settings ask for stages; if not, the model is not looked at, and may be any."""
         args = self.args
-        return args.stage_order != "coupled" and (args.num_stages > 1 or args.stage_boundaries is not None)
+        asked_for_one = args.num_stages == 1 and not args.chooses_stages and args.stage_boundaries is None
+        return args.stage_order != "coupled" and not asked_for_one
 
     @property
     def _is_plain(self) -> bool:
@@ -87,6 +88,7 @@ class StageCut(Trainer):
         example = self._example(model) if self._has_stages else None
         self.partition, profile = self._partition(model, example)
         num_stages = self.partition.num_stages
+        self.args.write_stages(num_stages)
         self.heads = (
             self._heads(model, profile, example) if example is not None and num_stages > 1 else StageHeads([], 0)
         )
@@ -141,8 +143,8 @@ class StageCut(Trainer):
         if args.stage_boundaries is not None:
             partition = Partition.by_names(layers, args.stage_boundaries)
         else:
-            costs = [layer.flops for layer in profile]
-            partition = Partition.by_cost(layers, args.num_stages, costs, run_ends(model, layers))
+            costs, ends = [layer.flops for layer in profile], run_ends(model, layers)
+            partition = Partition.by_cost(layers, args.stages_of(len(ends)), costs, ends)
         check_cut(model, partition, example)
         if self._objective.head == "pooled" and attends_causally(model, layers, example):
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, default_compute_objective
 
 from .objectives import Objective
 from .partition import Partition
@@ -57,6 +57,13 @@ class StageScores:
         whole._losses = [torch.cat(rows, 1) for rows in zip(*(part._losses for part in parts), strict=True)]
         return whole
 
+    def losses(self, apart: bool) -> list[Any]:
+        """Of each stage, the loss of each sample's batch, as the host gives the model's: by batches, if `apart`."""
+        batches = [rows.numpy() for rows in self._losses]
+        if apart:
+            return [list(stage) for stage in zip(*(rows.T for rows in batches), strict=True)]
+        return list(np.concatenate(batches).T)
+
     def means(self, perplexity: bool = False) -> dict[str, float]:
         """`stage_<k>_loss`, its exponential `stage_<k>_perplexity` if asked for, `stage_<k>_transport`; k from 1."""
         moved, losses = (
@@ -76,6 +83,7 @@ class StageMetrics:
         preprocess: the user's `preprocess_logits_for_metrics`, or `None`.
         pad: pads a nest of tensors to the size of the largest of all processes.
         join: predictions and logits of some stages to those of all, if only some are there.
+        losses: the losses of each stage, see [`StageScores.losses`].
 
     Attributes:
         heads (`tuple[torch.Tensor, ...]`, *optional*): each head's logits of the batch at hand, if it shows them.
@@ -89,8 +97,9 @@ class StageMetrics:
         preprocess: Callable | None,
         pad: Callable[[tuple], tuple],
         join: Callable[[tuple[Any, Sequence[Any]]], tuple[Any, Sequence[Any]]],
+        losses: Callable[[bool], list[Any]],
     ):
-        self.compute, self.preprocess, self.pad, self.join = compute, preprocess, pad, join
+        self.compute, self.preprocess, self.pad, self.join, self.losses = compute, preprocess, pad, join, losses
         self.heads: tuple[torch.Tensor, ...] | None = None
         self.packed = False
         self.by_stage: dict[str, float] = {}
@@ -109,17 +118,21 @@ class StageMetrics:
         The user's metrics of the model.
 
         `by_stage` gets those of each stage, `stage_<k>_<name>`, k from 1, and those of the mean of all stages' logits,
-        `ensemble_<name>`, where the predictions are logits `[N, num_labels]` and nothing else.
+        `ensemble_<name>`, where the predictions are logits `[N, num_labels]` and nothing else. With
+        `include_for_metrics=["loss"]` each stage's are of its own losses, and there are none of all together.
         """
         if not self.packed:
             return self.compute(prediction)
         predictions, logits = self.join(unpack(prediction.predictions))
         stages = {f"stage_{k}": outputs for k, outputs in enumerate((*logits, predictions), start=1)}
-        if logits and self.preprocess is None and isinstance(predictions, np.ndarray) and predictions.ndim == 2:
+        losses: dict[str, Any] = {}
+        if prediction.losses is not None:
+            losses = dict(zip(stages, self.losses(isinstance(prediction.losses, list)), strict=False))
+        elif logits and self.preprocess is None and isinstance(predictions, np.ndarray) and predictions.ndim == 2:
             stages = {ENSEMBLE: np.mean((*logits, predictions), 0), **stages}
         for stage, outputs in stages.items():
             metrics = self.compute(
-                EvalPrediction(outputs, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
+                EvalPrediction(outputs, prediction.label_ids, inputs=prediction.inputs, losses=losses.get(stage))
             )
             self.by_stage |= {f"{stage}_{name}": value for name, value in metrics.items()}
         return metrics
@@ -138,6 +151,7 @@ class StageEvaluation(Trainer):
     _observing: Any
     _of_all: Callable[[StageScores], StageScores]
     _joined: Callable[[Any], Any]
+    _names_of_stages: frozenset[str] = frozenset()  # metrics that are not the model's own
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -161,7 +175,13 @@ class StageEvaluation(Trainer):
         scores, metrics = StageScores(), None
         if self.compute_metrics is not None and not self.args.batch_eval_metrics:
             pad = functools.partial(self.accelerator.pad_across_processes, dim=1, pad_index=-100)
-            metrics = StageMetrics(self.compute_metrics, self.preprocess_logits_for_metrics, pad, self._joined)
+            metrics = StageMetrics(
+                self.compute_metrics,
+                self.preprocess_logits_for_metrics,
+                pad,
+                self._joined,
+                lambda apart: self._of_all(scores).losses(apart),
+            )
         with streaming, self._collecting(scores, metrics):
             output = loop()
         found = {
@@ -169,8 +189,17 @@ class StageEvaluation(Trainer):
             **self._of_all(scores).means(perplexity=self._objective.head == "own"),
         }
         by_stage = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        by_stage = {name: value for name, value in by_stage.items() if name not in output.metrics}
+        self._names_of_stages |= by_stage.keys()
         predictions = unpack(output.predictions)[0] if metrics and metrics.packed else output.predictions
         return EvalLoopOutput(predictions, output.label_ids, {**output.metrics, **by_stage}, output.num_samples)
+
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
+        """As the host's, whose default objective is that of the model's own metrics, without those of its stages."""
+        return super().hyperparameter_search(hp_space, compute_objective or self._own_objective, *args, **kwargs)
+
+    def _own_objective(self, metrics: dict[str, float]) -> float:
+        return default_compute_objective({k: value for k, value in metrics.items() if k not in self._names_of_stages})
 
     @contextlib.contextmanager
     def _collecting(self, scores: StageScores, metrics: StageMetrics | None) -> Iterator[None]:

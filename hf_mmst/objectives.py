@@ -1,11 +1,13 @@
 """A model's task, as the host names it -> the loss of a stage's logits, and the kind of head that makes them."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import (
     LOSS_MAPPING,
     ForCausalLMLoss,
@@ -74,10 +76,19 @@ _OBJECTIVES = {
 def objective_of(model: nn.Module) -> Objective | None:
     """The objective of a model's stages, told by the loss that the host has for its class; `None` if there is none."""
     base: Any = unwrap_peft_model(model)
-    name = getattr(base, "loss_type", None)
-    if name is None and type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        name = "ForCausalLM"  # GPT2LMHeadModel and others, whose name does not say so
+    name = getattr(base, "loss_type", None) or _loss_of(type(base))
     found = _OBJECTIVES.get(LOSS_MAPPING.get(name))
     config = getattr(base, "config", None)
     of_two_parts = name == "ForConditionalGeneration" or getattr(config, "is_encoder_decoder", False)
     return None if found and found.head == "own" and of_two_parts else found
+
+
+def _loss_of(kind: type) -> str | None:
+    """The host's name for the loss of a class, told by the names of the classes that it derives from."""
+    for base in (one.__name__ for one in kind.__mro__ if issubclass(one, PreTrainedModel)):
+        if base in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            return "ForCausalLM"  # GPT2LMHeadModel and others, whose name does not say so
+        found = re.search("|".join(LOSS_MAPPING), base)
+        if found is not None:
+            return found[0]
+    return None

@@ -198,7 +198,7 @@ class Stagewise:
         criterion: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> Iterator[StageView]:
         """
-        Within this context, a forward pass without learning fills the [`StageView`] that is yielded.
+        Within this context, a forward pass without learning, the first of them, fills the [`StageView`] that is yielded.
 
         Args:
             mask: `[B, N]`, 1 for tokens that count.
@@ -214,7 +214,7 @@ class Stagewise:
 
         def after_layer(name, _module, args, kwargs, output):
             stage = self._stage_of[name]
-            if stage < stages[0]:
+            if stage < stages[0] or len(view.movements) == len(stages):
                 return
             y = hidden_states_of(output)
             kept = _fitting(mask, y)

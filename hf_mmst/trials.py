@@ -246,7 +246,8 @@ def _simulation(model: nn.Module, args: MMSTConfig, dataset: Any, collate: Any, 
 def _planned(simulation: Simulation, args: MMSTConfig, settings: Mapping[str, Any]) -> int:
     """The most over local and coupled laps."""
     simulation.head_layers = settings.get("head_layers", simulation.head_layers)
-    return max(simulation.peak(way).total for way in ways_of(_arguments(args, settings, 1)))
+    ways = ways_of(_arguments(args, settings, 1), len(simulation.ends))
+    return max(simulation.peak(way).total for way in ways)
 
 
 def _arguments(args: MMSTConfig, settings: Mapping[str, Any], max_steps: int) -> MMSTConfig:

@@ -10,7 +10,7 @@ import hf_mmst
 from hf_mmst import MMSTConfig, MMSTTrainer
 
 OWN_FIELDS = {
-    "num_stages": 4,
+    "num_stages": None,
     "stage_boundaries": None,
     "stage_order": "simultaneous",
     "num_laps": 1,

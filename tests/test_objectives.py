@@ -1,5 +1,6 @@
 """Tasks with a label for each token: gradients against the equations, training, evaluation, resume, and refusals."""
 
+import copy
 import itertools
 import math
 from pathlib import Path
@@ -308,6 +309,25 @@ def test_minilm_learns_masked_tokens_in_stages(tmp_path):
     for k in (1, 2, 3):
         found = [entry[f"stage_{k}_loss"] for entry in run.state.log_history if f"stage_{k}_loss" in entry]
         assert sum(found[-2:]) < sum(found[:2]) - 1
+
+
+@pytest.mark.parametrize("name", ["bert", *TOKENS])
+def test_a_class_of_ones_own_learns_as_the_one_it_derives_from(name, tmp_path):
+    model = make(name)
+
+    class Mine(type(model)):
+        """A name of which the host can tell nothing."""
+
+    mine = copy.deepcopy(model)
+    mine.__class__, mine.loss_type = Mine, Mine(model.config).loss_type
+    assert mine.loss_type is None
+    assert objective_of(mine) is objective_of(model)
+    entries = []
+    for one in (model, mine):
+        run = trainer(tmp_path, name, one, max_steps=1)
+        run.train()
+        entries.append({k: v for k, v in run.state.log_history[0].items() if "bytes" not in k})
+    assert entries[0] == entries[1]
 
 
 @pytest.mark.parametrize("name", ["bert-tokens", "llama"])

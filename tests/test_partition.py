@@ -160,3 +160,19 @@ def test_layerdrop_is_refused(tmp_path):
     model.config.layerdrop = 0.1
     with pytest.raises(ValueError, match="config.layerdrop=0.1 skips layers at random.*Set it to 0"):
         MMSTTrainer(model, config(tmp_path, num_stages=2))
+
+
+def test_with_nothing_set_there_are_four_stages_or_as_many_as_layers(tmp_path):
+    args = MMSTConfig(str(tmp_path), use_cpu=True)
+    for layers, stages in ((2, 2), (6, 4), (3, 3)):  # the same settings for several models
+        run = MMSTTrainer(make("vit", num_hidden_layers=layers), args)
+        assert (run.partition.num_stages, args.num_stages) == (stages, stages)
+    args.stage_boundaries = ["vit.layers.0"]
+    MMSTTrainer(make("vit"), args)
+    assert args.num_stages == 2
+    args.stage_boundaries, args.stage_order = None, "coupled"
+    MMSTTrainer(make("vit"), args)
+    assert args.num_stages == 1
+    assert MMSTTrainer(make("vit", num_hidden_layers=2)).partition.num_stages == 2
+    with pytest.raises(ValueError, match="num_stages=4, but the model has 2 layers"):
+        MMSTTrainer(make("vit", num_hidden_layers=2), MMSTConfig(str(tmp_path), num_stages=4, use_cpu=True))

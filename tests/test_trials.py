@@ -52,6 +52,14 @@ def test_the_default_space_is_of_the_model(tmp_path):
     assert [t.metric for t in found.trials] == sorted(t.metric for t in found.trials)
 
 
+def test_a_small_model_is_tried_with_the_stages_that_it_has(tmp_path):
+    args = arguments(tmp_path, num_stages=None)
+    space = {"transport_weight": [0.0]}
+    settings = {"num_trials": 1, "max_steps": 2, "space": space, "compute_metrics": accuracy, "budget": "1GiB"}
+    found = pilot(lambda: make("vit", num_hidden_layers=2), args, Samples("vit", 40), **settings)
+    assert found.chosen.settings == {"transport_weight": 0.0}
+
+
 def test_samples_to_rank_on_are_held_out():
     data = Dataset.from_dict({"index": list(range(40))})
     train, held_out = _samples(data, None, 20, seed=0)
