@@ -225,18 +225,20 @@ def draw_stages(content: CardContent, path: Path) -> None:
 
 def task_of(model: Any) -> str | None:
     """The Hub's name of the task of a model, by its class: `"image-classification"`, `"text-classification"`, ..."""
-    name, objective = type(model).__name__, objective_of(model)
+    names, objective = [kind.__name__ for kind in type(model).__mro__], objective_of(model)
+
+    def is_for(task: str) -> bool:
+        return any(name.endswith(f"For{task}Classification") for name in names)
+
     if objective is not None and objective.head == "tokens":
         return "token-classification"
     if objective is not None and objective.head == "own":
         return "text-generation" if objective.shifts else "fill-mask"
-    if name.endswith("ForImageClassification"):
+    if is_for("Image"):
         return "image-classification"
-    if name.endswith("ForAudioClassification") or (
-        name.endswith("ForSequenceClassification") and getattr(model, "main_input_name", "") == "input_values"
-    ):
+    if is_for("Audio") or (is_for("Sequence") and getattr(model, "main_input_name", "") == "input_values"):
         return "audio-classification"
-    return "text-classification" if name.endswith("ForSequenceClassification") else None
+    return "text-classification" if is_for("Sequence") else None
 
 
 def _introduction(content: CardContent) -> str:

@@ -83,7 +83,8 @@ class EarlyExit:
                 f"{type(model).__name__} has num_labels={config.num_labels} and problem_type={kind!r}: how sure a head "
                 "is can only be told where one of several classes is right. Use the model by itself."
             )
-        self.model, self.partition = model.eval(), stages.partition
+        model.eval()
+        self.model, self.partition = model, stages.partition
         weight = next(model.parameters())
         self.heads = stages.heads.to(weight.device, weight.dtype).eval()
         self.rule = rule or ExitRule()

@@ -1,12 +1,12 @@
 """Hidden states of a stage and the padding mask -> the task's logits, for every stage but the last."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from .copies import copied
 from .hidden_states import call_with, hidden_states_of
 from .objectives import HeadKind
 
@@ -137,7 +137,7 @@ class StageHeads(nn.Module):
         self.widths, self.num_labels, self.kind = tuple(widths), num_labels, kind
         self.pooling = "mean" if pooling == "auto" else pooling
         self.maps = tuple(maps) or (False,) * len(self.widths)
-        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers)
+        self.layers = nn.ModuleList(copied(layer) for layer in layers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.heads = nn.ModuleList(

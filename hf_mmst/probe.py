@@ -1,7 +1,6 @@
 """Model, its layers' names and example inputs -> what each layer costs and puts out, and where a cut can be."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from .copies import copied
 from .examples import ExampleInputs
 from .hidden_states import detached, hidden_states_of
 from .partition import Partition
@@ -62,7 +62,7 @@ def profile_layers(model: nn.Module, layers: Sequence[str], example: ExampleInpu
 
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            run_example(on_meta(model).eval(), layers, watch, example)
+            run_example(on_meta(model), layers, watch, example)
         counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
         flops = {name: counts.get(f"{type(model).__name__}.{name}", 0) // example.num_samples for name in layers}
     except _DEPENDS_ON_DATA as error:
@@ -293,21 +293,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def on_meta(model: nn.Module) -> nn.Module:
     """
-    A copy of `model` whose parameters and buffers are on the meta device; nothing is allocated.
+    A copy of `model` in eval mode, whose parameters and buffers are on the meta device; nothing is allocated.
 
     Raises:
         `NotImplementedError`: for quantized weights, whose scales the copy would lack.
     """
     if getattr(model, "is_quantized", False):
         raise NotImplementedError(f"The weights of {type(model).__name__} are quantized.")
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, object] = {id(tensor): _meta_like(tensor) for tensor in tensors}
-    return copy.deepcopy(model, memo)
+    return copied(model, False, _meta_like)
 
 
 def _learning_twin(model: nn.Module) -> nn.Module:
     """A copy on the meta device in eval mode, all weights of which learn."""
-    twin = on_meta(model).eval()
+    twin = on_meta(model)
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return twin

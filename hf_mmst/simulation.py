@@ -1,7 +1,6 @@
 """A way of training -> the most device memory that a step of it holds, found on tensors that have no data."""
 
 import contextlib
-import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .copies import copied
 from .coupled import CoupledResidency
 from .examples import ExampleInputs
 from .heads import StageHeads, num_head_layers
@@ -104,7 +104,7 @@ class Simulation:
         self._head_layers = head_layers
         self._mode = FakeTensorMode()
         self._states = WeakTensorKeyDictionary()
-        self.model = self._without_data(model).train()
+        self.model = self._without_data(model)
         if getattr(self.config, "use_cache", False):
             cast(Any, self.model.config).use_cache = False  # as in training
         with self._mode:
@@ -326,11 +326,11 @@ class Simulation:
         model = on_meta(self.model)
         head = [name for name, _ in model.named_children() if name not in (model.base_model_prefix, "dropout")]
         config = LoraConfig(r=16, target_modules="all-linear", exclude_modules=head, modules_to_save=head)
-        return self._without_data(get_peft_model(model, config)).train()
+        return self._without_data(get_peft_model(model, config))
 
     def _without_data(self, model: nn.Module) -> nn.Module:
         with self._mode:
-            return copy.deepcopy(model, {id(t): self._fake(t) for t in (*model.parameters(), *model.buffers())})
+            return copied(model, training=True, like=self._fake)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device, dtype=self.dtype)

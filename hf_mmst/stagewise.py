@@ -198,7 +198,7 @@ class Stagewise:
         criterion: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> Iterator[StageView]:
         """
-        Within this context, a forward pass without learning, the first of them, fills the [`StageView`] that is yielded.
+        Within this context, a forward pass without learning, the first one, fills the [`StageView`] that is yielded.
 
         Args:
             mask: `[B, N]`, 1 for tokens that count.

@@ -1,12 +1,12 @@
 """A model and its stages -> a smaller plain model: the first of its stages, with the head of the last of them."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .copies import copied
 from .examples import dummy_inputs
 from .heads import OwnHead, PoolingHead
 from .stages import Stages, check_model
@@ -141,8 +141,8 @@ def _check(model: nn.Module, small: nn.Module, stages: Stages, num_stages: int, 
         else value
         for name, value in dummy_inputs(model, 2).items()
     }
-    whole = copy.deepcopy(model).float().cpu().eval()
-    heads: Any = copy.deepcopy(stages.heads).float().cpu()
+    whole = copied(model, training=False).float().cpu()
+    heads: Any = copied(stages.heads).float().cpu()
     if eps is not None:
         heads.heads[num_stages - 1].norm.eps = eps
     with torch.no_grad(), Stagewise(whole, stages.partition, heads).observe() as view:

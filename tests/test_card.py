@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from test_trainer import arguments, trainer
-from transformers import Trainer
+from transformers import Trainer, ViTForImageClassification
 from zoo import make
 
 from hf_mmst.card import CardContent, model_card, task_of, write_card
@@ -134,6 +134,7 @@ def test_tasks_are_known_by_class():
     assert task_of(make("bert-mlm")) == "fill-mask"
     assert task_of(make("gpt2")) == "text-generation"
     assert task_of(make("bert").bert) is None
+    assert task_of(type("Mine", (ViTForImageClassification,), {})(make("vit").config)) == "image-classification"
 
 
 def test_language_models_show_perplexities_and_no_early_exit(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_trainer import ORDERS, StopAt, assert_same, trainer, weights
 from torch import nn
-from transformers import set_seed
+from transformers import BertForSequenceClassification, set_seed
 from zoo import make
 
 from hf_mmst import load_stages
@@ -92,6 +92,15 @@ def test_adapters_are_trained_beside_copies_of_them(tmp_path):
     assert changed == {n for n, p in run.model.named_parameters() if p.requires_grad}
     run.save_model()
     with pytest.raises(ValueError, match="holds no config.json.*Pass the model that it belongs to"):
+        load_stages(tmp_path)
+    assert_same(weights(load_stages(tmp_path, run.model).heads), weights(run.heads))
+
+
+def test_heads_with_layers_of_a_class_of_ones_own_are_read_with_the_model(tmp_path):
+    mine = type("Mine", (BertForSequenceClassification,), {})(make("bert").config)
+    run = trainer(tmp_path, "bert", mine, head_layers=1)
+    run.save_model()
+    with pytest.raises(ValueError, match="holds a Mine, which transformers does not have.*Pass the model that it belongs to"):
         load_stages(tmp_path)
     assert_same(weights(load_stages(tmp_path, run.model).heads), weights(run.heads))
 

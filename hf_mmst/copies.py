@@ -1,0 +1,27 @@
+"""A module -> its copy, with other tensors if need be."""
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def copied(
+    module: Module, training: bool | None = None, like: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> Module:
+    """
+    A copy of `module`, in train or eval mode if that is given, with tensors that `like` makes of its own.
+
+    What was put in the place of a module's `train` or `eval` may be bound to that very module, and is left out.
+    """
+    tensors = (*module.parameters(), *module.buffers()) if like is not None else ()
+    twin = copy.deepcopy(module, {id(tensor): like(tensor) for tensor in tensors})  # type: ignore[misc]
+    for one in twin.modules():
+        one.training = one.training if training is None else training
+        for name in ("train", "eval"):
+            vars(one).pop(name, None)
+    return twin
