@@ -1,5 +1,6 @@
 """Hidden states of a stage and the padding mask -> the task's logits, for every stage but the last."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -120,7 +121,12 @@ class StageHeads(nn.Module):
         norm (`nn.LayerNorm`, *optional*): the model's last norm, from which those of the heads begin.
         kind (`str`): `"pooled"`, `"tokens"` (a [`TokenHead`] each) or `"own"`: the model's own head, which all stages
             then share and whose gradient is the sum of theirs (as in LayerSkip, Elhoushi et al., 2024).
+
+    Attributes:
+        apart (`bool`): whether a model that has them keeps them out of its state dict, see [`heads_beside`].
     """
+
+    apart = True
 
     def __init__(
         self,
@@ -183,6 +189,34 @@ class StageHeads(nn.Module):
         for layer in self.layers:
             hidden_states = hidden_states_of(call_with(layer, hidden_states, args, kwargs or {}))
         return self.heads[stage](hidden_states, mask)
+
+
+@contextlib.contextmanager
+def heads_beside(model: nn.Module, heads: StageHeads) -> Iterator[None]:
+    """
+    Within this context the model has the heads, as `model.mmst_heads`: their parameters are among its own.
+
+    Its state dict is that of the model alone, where [`StageHeads.apart`] says so, and one that is loaded lacks nothing.
+    """
+    model.add_module(HEADS, heads)
+    hooks = [model.register_state_dict_post_hook(_leave_out), model.register_load_state_dict_post_hook(_do_not_miss)]
+    try:
+        yield
+    finally:
+        model._modules.pop(HEADS)
+        for hook in hooks:
+            hook.remove()
+
+
+def _leave_out(model: Any, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    if model.mmst_heads.apart:
+        for name in [name for name in state_dict if name.startswith(f"{prefix}{HEADS}.")]:
+            del state_dict[name]
+
+
+def _do_not_miss(model: Any, keys: Any) -> None:
+    if model.mmst_heads.apart:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if HEADS not in name.split(".")]
 
 
 def num_head_layers(given: int | None, model: Any, widths: Sequence[int], blocks: bool = True) -> int:

@@ -1,5 +1,7 @@
 """Stages and heads -> what makes them learn: an optimizer with rates of their own, and a schedule of each turn."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from .cut import StageCut
-from .heads import HEADS, is_pretrained
+from .heads import HEADS, heads_beside, is_pretrained
 from .learning_rates import PRETRAINED_DECAY, PRETRAINED_FACTOR, join_groups, rate_factors, split_groups
 from .order import Segment
 from .partition import tail_parameters, tied_parameters
@@ -23,6 +25,7 @@ class StageOptimization(StageCut):
 
     lr_scheduler: Any
     _keep_own_states: Any
+    _with_heads: contextlib.ExitStack  # holds the heads in the model
     _sets_rates = False  # which is for who makes the optimizer to do
     _reduction: Reduction | None = None
 
@@ -37,7 +40,9 @@ class StageOptimization(StageCut):
         core = self._core()
         if core._modules.get(HEADS) is self.heads:
             return
-        core.add_module(HEADS, self.heads)
+        self._with_heads.close()  # of another model
+        self.heads.apart = not self._wrapper.own_files  # files that are read before training begins
+        self._with_heads.enter_context(heads_beside(core, self.heads))
         self._refuse_half(core)
         self._share_out()
         self._wrapper.prepare(core, self.partition, self.heads)
@@ -70,6 +75,24 @@ class StageOptimization(StageCut):
                 self._residency.watch(self.optimizer)
             self._keep_own_states(self.optimizer)
         return super()._wrap_model(model, training, dataloader)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """As the host's; a wrapper's own files hold the heads with the model."""
+        with self._one_with_heads():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_best_model(self):
+        """As the host's, also of a wrapper's own files."""
+        with self._one_with_heads():
+            super()._load_best_model()
+
+    @contextlib.contextmanager
+    def _one_with_heads(self) -> Iterator[None]:
+        apart, self.heads.apart = self.heads.apart, self.heads.apart and not self._wrapper.own_files
+        try:
+            yield
+        finally:
+            self.heads.apart = apart
 
     def _share_out(self) -> None:
         """Share the parameters out over the stages; sharding puts others in their place."""

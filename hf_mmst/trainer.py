@@ -17,7 +17,6 @@ from .config import MMSTConfig
 from .coupled import CoupledResidency
 from .evaluation import StageEvaluation
 from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
-from .heads import HEADS
 from .memory import TurnPeaks
 from .objectives import objective_of
 from .optimization import StageOptimization
@@ -35,7 +34,7 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
 
     It takes what `Trainer` takes, with [`MMSTConfig`] in the place of `TrainingArguments`. During [`train`] the
     auxiliary heads are part of the model, as `model.mmst_heads`, so that optimizers, DistributedDataParallel and
-    clipping see them; afterwards the model is as it came, and the heads are `trainer.heads`.
+    clipping see them, but not of its state dict; afterwards the model is as it came, and the heads are `trainer.heads`.
 
     Losses are means over the samples (of tokens: over the labels that count) of an optimizer step, however it is split
     into micro-batches and processes.
@@ -67,6 +66,7 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
         self._refuse_wrappers()
         self._planned = self._plan()
         self.peaks = TurnPeaks(self.args.device)
+        self._with_heads = contextlib.ExitStack()
         self._streams = contextlib.ExitStack()  # holds what streams layers through the device in a training run
         self._cache: FeatureCache | None = None
         self._views: FixedViews | None = None
@@ -111,7 +111,7 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
         """Leave the model as it came, and nothing of a step that was not taken."""
         for parameter in self._tied:
             parameter.requires_grad_(True)
-        self._core()._modules.pop(HEADS, None)
+        self._with_heads.close()
         Reduction.forget(self._core())
         if self._residency is not None:
             self._residency.rest()
@@ -408,6 +408,7 @@ class _StageCallback(TrainerCallback):
         self.trainer._refuse_checkpointing()
         self.trainer._refuse_loader()
         self.trainer._share_out()
+        self.trainer.heads.apart = True
         if state.is_world_process_zero:
             print(self.trainer._summary())
         if self.trainer._residency is not None:
