@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .attributes import replaced
@@ -104,6 +105,7 @@ class Stagewise:
         self.run_ends = {*run_ends(model, partition.layers), *partition.boundaries}
         self.outputs: dict[str, Any] = {}
         self._inputs: tuple[tuple, dict[str, Any]] = (), {}  # what the model was called with, for its own head
+        self._passes: int | None = None  # of the model in a step, if one is under way
 
     @contextlib.contextmanager
     def step(
@@ -138,12 +140,36 @@ class Stagewise:
         """
         stages = range(self.partition.num_stages) if stages is None else stages
         walk = _Walk(self, StageStep(), criterion, weights, stages[0], stages[-1], mask, backward, learned)
-        with (
-            self._without_layers_before(given),
-            self._hooked(walk.before_layer, walk.after_layer),
-            walk.forward_of(self.model),
-        ):
-            yield walk.found
+        self._passes = 0
+        try:
+            with (
+                self._without_layers_before(given),
+                self._hooked(walk.before_layer, walk.after_layer),
+                walk.forward_of(self.model),
+            ):
+                yield walk.found
+        finally:
+            self._passes = None
+
+    @contextlib.contextmanager
+    def alone(self, refuse: Callable[[], Any]) -> Iterator[None]:
+        """Within this context, `refuse` is called where the model is run with gradients, but for once in a [`step`]."""
+
+        def before(module, _args):
+            if not torch.is_grad_enabled():
+                return
+            if module is self.model and self._passes is not None:
+                self._passes += 1
+            if self._passes is None or self._passes > 1:
+                refuse()
+
+        with contextlib.ExitStack() as stack:
+            path = self.partition.layers[0].split(".")
+            around = [self.model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+            for module in around:
+                if not isinstance(module, GradientCheckpointingLayer):  # one within another runs again in the backward
+                    stack.callback(module.register_forward_pre_hook(before).remove)
+            yield
 
     @contextlib.contextmanager
     def _without_layers_before(self, given: tuple[int, torch.Tensor] | None) -> Iterator[None]:

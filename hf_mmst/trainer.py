@@ -26,6 +26,7 @@ from .reduction import Reduction
 from .stage_parallel import StageParallel
 from .stagewise import StageStep
 from .stepping import clip_by_stage, step_stage, steps_elementwise
+from .watch import Watch
 
 
 class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards):
@@ -67,6 +68,7 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
         self._planned = self._plan()
         self.peaks = TurnPeaks(self.args.device)
         self._with_heads = contextlib.ExitStack()
+        self._watch = Watch(type(self).__name__)
         self._streams = contextlib.ExitStack()  # holds what streams layers through the device in a training run
         self._cache: FeatureCache | None = None
         self._views: FixedViews | None = None
@@ -99,6 +101,7 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
             stack.callback(self._flush_cache)
             stack.callback(self.peaks.end)
             stack.callback(self._streams.close)
+            stack.callback(self._watch.end)
             return super()._inner_training_loop(*args, **kwargs)
 
     def _flush_cache(self) -> None:
@@ -216,7 +219,8 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
         """In training in stages: run all that learn at this step; the loss returned is the last one's."""
         if self.partition.num_stages > 1 and self.compute_loss_func is not None:
             inputs = {**inputs, "labels": self._labels_of(inputs)}  # the host passes on no others
-        if not model.training or self._is_plain:
+        learns = self.is_in_train and torch.is_grad_enabled()  # also a model that stays in eval mode
+        if self._is_plain or not (model.training or learns):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._learned = True
         keys = inputs.pop(KEYS).tolist() if KEYS in inputs else []
@@ -228,6 +232,7 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
         if self._segment.coupled:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             return (weigh(loss) * scale, outputs) if return_outputs else weigh(loss) * scale
+        self._watch.learn(stepped=bool(self._early_norms))
         if labels is None:
             raise ValueError(
                 f"The batch has no {self._label_name}, only {', '.join(inputs)}: every stage learns from it. Give the "
@@ -259,6 +264,7 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
         if weights[stages[-1]] > 0:
             loss = loss + weights[stages[-1]] * step.transport
         loss = loss * scale
+        self._watch.awaits(loss)
         return (loss, outputs) if return_outputs else loss
 
     @property
@@ -352,12 +358,6 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
         self._learned = False
         with reducing:
             loss = super().training_step(model, *args, **kwargs)
-        if not self._learned and self.partition.num_stages > 1 and not self._segment.coupled:
-            raise ValueError(
-                f"compute_loss of {type(self).__name__} does not call that of MMSTTrainer, in which each stage learns. "
-                "Pass the loss as compute_loss_func, which gets the logits of every stage; or add to what "
-                "super().compute_loss returns; or set num_stages=1 to train end to end."
-            )
         if self._coupled is not None:
             self._coupled.settle()
         return loss
@@ -424,7 +424,13 @@ class _StageCallback(TrainerCallback):
         if self.trainer._views is not None:
             self.trainer._views.epoch = int(state.epoch)
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer._early_norms.clear()  # of a step that was broken off
+        if not self.trainer._is_plain and not self.trainer._segment.coupled:
+            self.trainer._watch.begin(self.trainer._engine)
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._watch.end()
         if self.trainer._reduction is not None and not self.trainer._reduction.finished:
             raise ValueError(
                 f"training_step of {type(self.trainer).__name__} does not call that of MMSTTrainer, which averages "

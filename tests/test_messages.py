@@ -94,10 +94,10 @@ MESSAGES = {
         "LayerDrop would skip the ends of stages",
         "that field of the model's configuration to 0",
     ),
-    "does not call that of MMSTTrainer": (
+    "it would learn end to end, past its stages": (
         lambda folder: own_loss(MMSTTrainer)(make("vit"), arguments(folder), train_dataset=Samples("vit")).train(),
-        "a custom trainer makes one loss of the model's output, so that no stage would have one of its own",
-        "the loss as `compute_loss_func`, or `num_stages=1`",
+        "a custom trainer runs the model by itself: for one loss of its output, or once more, as for R-Drop or FGM",
+        "the loss as `compute_loss_func`; `super().training_step` once more; or `num_stages=1`",
     ),
     "The batch has no labels": (
         lambda folder: trainer(folder, data=Unlabelled("vit")).train(),

@@ -4,13 +4,15 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainer import ORDERS, assert_same, trainer, weights
+from test_trainer import ORDERS, arguments, assert_same, trainer, weights
 from transformers import TrainerCallback
-from zoo import make
+from zoo import Samples, make
+
+from hf_mmst import MMSTTrainer
 
 
 def keeps_eval(model, how):
-    """The model, whose embeddings learn nothing and stay in eval mode, as one keeps statistics of BatchNorm."""
+    """The model with a `train` of its own: embeddings that learn nothing stay in eval mode, or all of the model."""
     model.bert.embeddings.requires_grad_(False)
     whole, part = model.train, model.bert.embeddings.train
 
@@ -26,16 +28,17 @@ def keeps_eval(model, how):
         model.bert.embeddings.train = lambda mode=True: part(False)
         model.bert.embeddings.train()
     else:
-        model.train = returns_model if how == "returns the model" else returns_nothing
+        ways = {"returns the model": returns_model, "returns nothing": returns_nothing}
+        model.train = ways.get(how, lambda mode=True: whole(False))
     return model
 
 
 @pytest.mark.parametrize("settings", [{}, ORDERS["sequential"], {"stage_order": "coupled"}], ids=str)
-@pytest.mark.parametrize("how", ["returns the model", "returns nothing", "of a part"])
+@pytest.mark.parametrize("how", ["returns the model", "returns nothing", "of a part", "no dropout"])
 def test_a_train_of_the_models_own_is_called_and_nothing_else_changes(how, settings, tmp_path):
     runs = []
     for kind in (how, "none"):
-        model = make("bert", dropout=True)
+        model = make("bert", dropout=how != "no dropout" or kind == how)
         model.bert.embeddings.dropout.p = 0.0 if kind == "none" else 0.9
         frozen = {id(p) for p in model.bert.embeddings.parameters()}
         if kind == "none":
@@ -44,7 +47,8 @@ def test_a_train_of_the_models_own_is_called_and_nothing_else_changes(how, setti
             keeps_eval(model, how)
         before = weights(model.bert.embeddings)
         torch.manual_seed(0)
-        run = trainer(tmp_path, "bert", model, max_steps=3, head_layers=1, **settings)
+        layers = 0 if how == "no dropout" else 1
+        run = trainer(tmp_path, "bert", model, max_steps=3, head_layers=layers, **settings)
         run.train()
         run.evaluate()
         assert_same(weights(model.bert.embeddings), before)
@@ -83,3 +87,84 @@ def test_weights_that_a_callback_keeps_are_those_of_the_model(name, tmp_path):
     assert not [key for key in load_file(tmp_path / file) if "mmst" in key]
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({key: tensor for key, tensor in keeper.kept.items() if "classifier" not in key})
+
+
+def again(how):
+    """A trainer that runs the model once more in each step."""
+
+    class Again(MMSTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            if how == "R-Drop":
+                loss = (loss + super().compute_loss(model, inputs)) / 2
+            elif how == "a second pass":
+                loss = loss + model(**inputs).loss
+            elif how == "a pass of its encoder":
+                loss = loss + self.model.vit(inputs["pixel_values"]).last_hidden_state.mean()
+            elif how == "a teacher":
+                with torch.no_grad():
+                    other = model(**inputs).loss
+                loss = loss + other
+            return (loss, outputs) if return_outputs else loss
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = super().training_step(model, dict(inputs), num_items_in_batch)
+            if how == "FGM":
+                model(**self._prepare_inputs(inputs)).loss.backward()
+            elif how == "FGM in eval mode":
+                model.eval()
+                self.compute_loss(model, dict(inputs)).backward()
+            elif how == "a step again":
+                super().training_step(model, dict(inputs), num_items_in_batch)
+            elif how == "a loss again":
+                self.accelerator.backward(self.compute_loss(model, dict(inputs)))
+            return loss
+
+    return Again
+
+
+@pytest.mark.parametrize(
+    ("how", "settings", "message"),
+    [
+        ("R-Drop", {}, "calls compute_loss of MMSTTrainer again before the first loss is stepped back"),
+        ("a second pass", {}, "Again runs the model by itself in a training step.*past its stages"),
+        ("a second pass", {**ORDERS["sequential"], "stage_residency": "stage"}, "runs the model by itself"),
+        ("a pass of its encoder", {}, "runs the model by itself"),
+        ("FGM", {}, "runs the model by itself"),
+        ("FGM", {"coupled_laps": 1}, "runs the model by itself"),
+        ("a step again", {"stage_clipping": True}, "stages have stepped.*Set stage_clipping=False"),
+        ("a loss again", {"max_grad_norm": 0.0}, "stages have stepped.*max_grad_norm above 0"),
+    ],
+)
+def test_no_stage_learns_otherwise_than_from_its_own_loss(how, settings, message, tmp_path):
+    run = again(how)(make("vit"), arguments(tmp_path, **settings), train_dataset=Samples("vit"))
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert not any(module._forward_pre_hooks for module in run.model.modules())
+
+
+@pytest.mark.parametrize("order", ["simultaneous", "sequential"])
+@pytest.mark.parametrize(
+    ("how", "rate"), [("a teacher", 1), ("a step again", 2), ("a loss again", 2), ("FGM in eval mode", 2)]
+)
+def test_what_learns_stage_by_stage_may_run_again(how, rate, order, tmp_path):
+    """Without dropout a gradient that is taken twice is twice as long."""
+    settings = {"optim": "sgd", "max_steps": 3, "max_grad_norm": 1e6, **ORDERS[order]}
+    once = trainer(tmp_path / "once", learning_rate=0.01 * rate, **settings)
+    once.train()
+    args = arguments(tmp_path / "again", learning_rate=0.01, **settings)
+    run = again(how)(make("vit"), args, train_dataset=Samples("vit"))
+    run.train()
+    for name, tensor in once.model.state_dict().items():
+        torch.testing.assert_close(run.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"num_stages": 1}, {"stage_order": "coupled"}], ids=str)
+def test_end_to_end_the_model_may_run_twice(settings, tmp_path):
+    runs = []
+    for how in ("R-Drop", "none"):
+        args = arguments(tmp_path / how, max_steps=3, **settings)
+        runs.append(again(how)(make("vit"), args, train_dataset=Samples("vit")))
+        runs[-1].train()
+    for name, tensor in runs[1].model.state_dict().items():
+        torch.testing.assert_close(runs[0].model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
