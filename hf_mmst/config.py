@@ -40,9 +40,11 @@ class MMSTConfig(TrainingArguments):
             `num_stages`. The model's last layer may be left out.
         stage_order (`str`, *optional*, defaults to `"simultaneous"`):
             `"simultaneous"`: every stage learns on each batch. `"sequential"`: stage 1 to its end, then stage 2 on
-            its output, ... `"multi_lap"`: first to last stage in each of `num_laps` laps. `"coupled"`: not in stages,
-            but end to end with one layer in device memory, which is recomputed in the backward pass, for when local
-            losses are not enough; this sets `stage_residency` to `"stage"`.
+            its output, ... `"multi_lap"`: first to last stage in each of `num_laps` laps. In these two an
+            `EarlyStoppingCallback` judges the stage that learns, by that stage's metric, and ends its turn, and the
+            best model is one whose last stage has begun to learn. `"coupled"`: not in stages, but end to end with one
+            layer in device memory, which is recomputed in the backward pass, for when local losses are not enough;
+            this sets `stage_residency` to `"stage"`.
         num_laps (`int`, *optional*, defaults to 1):
             Laps R of the `"multi_lap"` order.
         coupled_laps (`int`, *optional*, defaults to 0):

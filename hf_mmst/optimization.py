@@ -128,14 +128,19 @@ class StageOptimization(StageCut):
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer
         multipliers = [self._lr_multiplier(segment) for segment in self._order.segments]
-        order = self._order
 
-        def multiplier(step: int) -> float:
-            return multipliers[order.index(step)](step - order.at(step).start)
+        def multiplier(step: int) -> float:  # turns may end early
+            return multipliers[self._order.index(step)](step - self._order.at(step).start)
 
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _renew_rates(self) -> None:
+        """Set the rates of a turn that has begun after the scheduler's step."""
+        if self._created_lr_scheduler:
+            self.lr_scheduler.last_epoch -= 1
+            self.lr_scheduler.step()
 
     def _lr_multiplier(self, segment: Segment):
         args = self.args

@@ -48,6 +48,13 @@ class Order:
         """The segment that holds optimizer step `step` (from 0)."""
         return self.segments[self.index(step)]
 
+    def ended(self, step: int) -> "Order":
+        """The order in which the turn of optimizer step `step - 1` has ended with it, and the next follow at once."""
+        i = self.index(step - 1)
+        spared = self._ends[i] - step
+        now, later = replace(self.segments[i], steps=self.segments[i].steps - spared), self.segments[i + 1 :]
+        return Order((*self.segments[:i], now, *(replace(turn, start=turn.start - spared) for turn in later)))
+
     @classmethod
     def build(
         cls, stage_order: str, num_stages: int, num_laps: int, total_steps: int, coupled_laps: int = 0

@@ -26,10 +26,11 @@ from .reduction import Reduction
 from .stage_parallel import StageParallel
 from .stagewise import StageStep
 from .stepping import clip_by_stage, step_stage, steps_elementwise
+from .turns import StageTurns, turn_name
 from .watch import Watch
 
 
-class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards):
+class MMSTTrainer(StageTurns, StageOptimization, StageEvaluation, StageParallel, StageCards):
     """
     A [`~transformers.Trainer`] that trains an encoder stage by stage by the minimizing movement scheme.
 
@@ -92,7 +93,7 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
-            self.is_in_train = False
+            self.is_in_train = False  # also after an error
 
     def _inner_training_loop(self, *args, **kwargs):
         """As the host's, which may begin it anew with smaller batches; however it ends, nothing stays behind."""
@@ -195,8 +196,7 @@ class MMSTTrainer(StageOptimization, StageEvaluation, StageParallel, StageCards)
         self._segment = segment = self._own_part(self._order.at(step))
         for parameter in self._tied:  # else later stages would change what the first, at rest, begins with
             parameter.requires_grad_(segment.coupled or 0 in segment.stages)
-        name = "coupled_" if segment.coupled else "" if len(segment.stages) > 1 else f"stage_{segment.stages[0] + 1}_"
-        self.peaks.begin(f"{name}peak_bytes" if len(self._order.segments) > 1 else "peak_bytes")
+        self.peaks.begin(f"{turn_name(segment)}peak_bytes" if len(self._order.segments) > 1 else "peak_bytes")
         if self._residency is not None:
             self._residency.activate(() if segment.coupled else segment.stages)
         if self._cache is not None and not segment.coupled:
@@ -443,6 +443,9 @@ class _StageCallback(TrainerCallback):
         if not self.trainer._segment.coupled and not self.trainer._is_plain:
             self.trainer._weights.step(self.trainer._segment.stages, self.trainer._mean)
         self.trainer._begin_step(state.global_step)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.trainer._judge(control, metrics, **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.peaks.end()
