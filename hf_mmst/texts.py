@@ -13,7 +13,6 @@ from .trainer import MMSTTrainer
 
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 DEFAULTS = {
-    "num_stages": 3,
     "num_train_epochs": 2,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,

@@ -90,12 +90,14 @@ class StageTurns(Trainer):
         turn = self._order.at(self.state.global_step - 1)
         name = self.args.metric_for_best_model or ""
         name = name if name.startswith("eval_") else f"eval_{name}"
-        judged, asked, state = self._metric_of(turn, name, metrics), TrainerControl(), copy.copy(self.state)
+        judged, state = self._metric_of(turn, name, metrics), copy.copy(self.state)
         state.best_metric = self._best_before(turn, judged)
         found = {name: metrics[judged]} if judged in metrics else {}
+        stops, control.should_training_stop = control.should_training_stop, False
         for one in self._stoppers:
-            asked = one.on_evaluate(self.args, state, asked, metrics=found, **others) or asked
-        if asked.should_training_stop:
+            one.on_evaluate(self.args, state, control, metrics=found, **others)
+        ends, control.should_training_stop = control.should_training_stop, stops
+        if ends:
             self._end(turn, control)
 
     def _metric_of(self, turn: Segment, name: str, metrics: Mapping[str, float]) -> str:

@@ -11,7 +11,7 @@ BEST = {**EACH_STEP, "metric_for_best_model": "score", "greater_is_better": True
 
 
 def run(folder, score, *callbacks, patience=1, model=None, **settings):
-    """A run whose metric of a stage is what `score` says of the trainer and the stage; the last one's is the model's."""
+    """A run whose metric of a stage is what `score` says of trainer and stage; the last one's is the model's."""
     stopper = EarlyStoppingCallback(patience)
     run = trainer(folder, model=model, extra={"callbacks": [stopper, *callbacks]}, **{**BEST, **settings})
     calls = [0, 1, 2, 3]  # all heads together, and the stages
