@@ -20,7 +20,6 @@ from .feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_
 from .memory import TurnPeaks
 from .objectives import objective_of
 from .optimization import StageOptimization
-from .order import Order
 from .publishing import StageCards
 from .reduction import Reduction
 from .stage_parallel import StageParallel
@@ -121,21 +120,6 @@ class MMSTTrainer(StageTurns, StageOptimization, StageEvaluation, StageParallel,
             self._residency.rest()
         self._early_norms.clear()
         self._log_sums.zero_()
-
-    def set_initial_training_values(self, args, dataloader):
-        """As the host's, with the epochs and steps of all stages and laps; the order of training is fixed here."""
-        epochs, steps_per_epoch, examples, samples, batch_size, batches, max_steps = (
-            super().set_initial_training_values(args, dataloader)
-        )
-        self._cut()
-        order = args.stage_order, self.partition.num_stages, args.num_laps
-        if args.max_steps <= 0:  # num_train_epochs is what every stage gets
-            laps = args.num_laps + args.coupled_laps
-            turns = len(Order.turns(*order, args.coupled_laps))
-            max_steps, samples = max_steps * turns // laps, samples * turns // laps
-            epochs = -(-max_steps // steps_per_epoch)
-        self._order = Order.build(*order, max_steps, args.coupled_laps)
-        return epochs, steps_per_epoch, examples, samples, batch_size, batches, max_steps
 
     def create_accelerator_and_postprocess(self):
         """As the host's; layers at rest are not moved to the device, and compiled layer by layer."""

@@ -28,11 +28,27 @@ class StageTurns(Trainer):
     args: MMSTConfig
     partition: Partition
     _order: Order
+    _cut: Callable[[], None]
     _begin_step: Callable[[int], None]
     _renew_rates: Callable[[], None]
     _names_of_stages: frozenset[str]
     _stoppers: tuple[EarlyStoppingCallback, ...] = ()
     _full_steps: int  # of a run in which no turn ends early
+
+    def set_initial_training_values(self, args, dataloader):
+        """As the host's, with the epochs and steps of all stages and laps; the order of training is fixed here."""
+        epochs, steps_per_epoch, examples, samples, batch_size, batches, max_steps = (
+            super().set_initial_training_values(args, dataloader)
+        )
+        self._cut()
+        order = args.stage_order, self.partition.num_stages, args.num_laps
+        if args.max_steps <= 0:  # num_train_epochs is what every stage gets
+            laps = args.num_laps + args.coupled_laps
+            turns = len(Order.turns(*order, args.coupled_laps))
+            max_steps, samples = max_steps * turns // laps, samples * turns // laps
+            epochs = -(-max_steps // steps_per_epoch)
+        self._order = Order.build(*order, max_steps, args.coupled_laps)
+        return epochs, steps_per_epoch, examples, samples, batch_size, batches, max_steps
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         """As the host's, with the turns that had ended early."""

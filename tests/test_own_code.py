@@ -33,8 +33,17 @@ def keeps_eval(model, how):
     return model
 
 
-@pytest.mark.parametrize("settings", [{}, ORDERS["sequential"], {"stage_order": "coupled"}], ids=str)
-@pytest.mark.parametrize("how", ["returns the model", "returns nothing", "of a part", "no dropout"])
+@pytest.mark.parametrize(
+    ("how", "settings"),
+    [
+        ("returns the model", {}),
+        ("returns the model", {"stage_order": "coupled"}),
+        ("returns nothing", ORDERS["sequential"]),
+        ("of a part", ORDERS["sequential"]),
+        ("no dropout", {}),
+        ("no dropout", ORDERS["sequential"]),
+    ],
+)
 def test_a_train_of_the_models_own_is_called_and_nothing_else_changes(how, settings, tmp_path):
     runs = []
     for kind in (how, "none"):
@@ -143,9 +152,14 @@ def test_no_stage_learns_otherwise_than_from_its_own_loss(how, settings, message
     assert not any(module._forward_pre_hooks for module in run.model.modules())
 
 
-@pytest.mark.parametrize("order", ["simultaneous", "sequential"])
 @pytest.mark.parametrize(
-    ("how", "rate"), [("a teacher", 1), ("a step again", 2), ("a loss again", 2), ("FGM in eval mode", 2)]
+    ("how", "rate", "order"),
+    [
+        ("a teacher", 1, "sequential"),
+        ("a step again", 2, "simultaneous"),
+        ("a loss again", 2, "sequential"),
+        ("FGM in eval mode", 2, "sequential"),
+    ],
 )
 def test_what_learns_stage_by_stage_may_run_again(how, rate, order, tmp_path):
     """Without dropout a gradient that is taken twice is twice as long."""
