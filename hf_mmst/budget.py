@@ -29,7 +29,7 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any], has_l
     """
     precision, device = _precision_and_device(args)
     steps_at_once = args.gradient_accumulation_steps == 1 and args.world_size == 1 and not args.fp16
-    num_stages = None if args.num_stages == MMSTConfig.num_stages or not has_local_losses else args.num_stages
+    num_stages = None if args.chooses_stages or not has_local_losses else args.num_stages
     couples = args.world_size == 1 and not args.fp16 and args.feature_cache == "none" and num_stages in (None, 1)
     found = plan(
         model,

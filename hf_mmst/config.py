@@ -91,8 +91,8 @@ class MMSTConfig(TrainingArguments):
         memory_budget (`str`, *optional*):
             Bytes of device memory, as in `"4GiB"`, to plan for when the trainer is made (see [`plan`]): `num_stages`,
             `stage_order`, `stage_clipping`, `stage_residency` and `activation_checkpointing` are set to the ways of
-            stage-wise training with the least compute that fits. A `num_stages` that is set (to another than the
-            default) is kept: then ways with that many stages are planned, or it is an error that none fits.
+            stage-wise training with the least compute that fits. A `num_stages` that is set is kept: then ways with
+            that many stages are planned, or it is an error that none fits.
         stage_residency (`str`, *optional*, defaults to `"all"`):
             What is in device memory: `"all"` stages, or, in the orders where one stage learns at a time, only that
             `"stage"`: its weights, gradients and optimizer states. The others rest in pinned host memory (CUDA) or in

@@ -12,7 +12,7 @@ from test_trainer import arguments as given
 from transformers import BertConfig, ViTConfig
 from zoo import make
 
-from hf_mmst import MMSTConfig, MMSTTrainer, plan
+from hf_mmst import MMSTTrainer, plan
 from hf_mmst.command import CHOICES, main
 from hf_mmst.config import parse_bytes
 from hf_mmst.examples import dummy_inputs
@@ -200,7 +200,7 @@ def test_what_is_moved_is_counted():
 
 def arguments(folder, **settings):
     """Without a number of stages, so that it is planned."""
-    return given(folder, **{"num_stages": MMSTConfig.num_stages, **settings})
+    return given(folder, **{"num_stages": None, **settings})
 
 
 @pytest.mark.parametrize(
