@@ -74,8 +74,8 @@ class MMSTConfig(TrainingArguments):
             training. With `transport_norm="relative"` it has no unit and travels between models.
         transport_norm (`str`, *optional*, defaults to `"relative"`):
             What is measured of a layer's residue r, per sample, averaged over the batch: `"relative"` is
-            ||r||^2 / ||x||^2 with x the layer's input (not differentiated), `"mean"` the mean square over tokens and
-            features (the paper's released code), `"sum"` the squared norm (the paper's equation 5).
+            ||r||^2 / ||x||^2 with x the layer's input (not differentiated), 1,000 at most; `"mean"` is the mean square
+            over tokens and features (the paper's released code), `"sum"` the squared norm (the paper's equation 5).
         transport_schedule (`str`, *optional*, defaults to `"auto"`):
             `"auto"`: adaptive for a model that was loaded with `from_pretrained`, whose layers may move far already,
             else constant. `"constant"`; `"paper"`: half the weight (doubled tau) in the second half of the stages;

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+LIMIT = 1e3  # of "relative"
+
 
 def movement(
     x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None, norm: str = "relative"
@@ -18,13 +20,16 @@ def movement(
         y (`torch.Tensor`): its output, of the same shape.
         mask (`torch.Tensor`, *optional*): `[B, N]`, 1 for tokens that count, 0 for padding.
         norm (`str`): `"sum"`: ||r||^2 over tokens and features; `"mean"`: its mean over them;
-            `"relative"`: ||r||^2 / ||x||^2, which has no unit.
+            `"relative"`: ||r||^2 / ||x||^2, which has no unit, but 1,000 at most: a residue some thirty times as long
+            as its input. Embeddings near 0, which a model from scratch may begin with, would else make it millions,
+            beside which no loss counts.
 
     Returns:
         `torch.Tensor`: `[B]`, float32, not differentiable: [`transport`] is.
     """
     with torch.no_grad():
-        return _squared_norm(_residue(x, y), mask) * _scale(x, mask, norm)
+        moved = _squared_norm(_residue(x, y), mask)
+        return moved * _scale(moved, x, mask, norm)
 
 
 def transport(
@@ -34,7 +39,8 @@ def transport(
     Mean over the batch of [`movement`], differentiable in `x` and `y` at no extra memory.
 
     Nothing is kept for the backward pass but `x` and `y` themselves, which the LayerNorms or linear maps of the model
-    keep anyway; the residue is computed again from them. The divisor of `"relative"` is not differentiated.
+    keep anyway; the residue is computed again from them. The divisor of `"relative"`, max(||x||^2, ||r||^2 / 1,000), is
+    not differentiated, so that the gradient goes on pointing to less movement where the term is at its limit.
     Everything is computed in float32; where the stream itself is bfloat16, the residue carries the rounding of `y`,
     up to 2^-9 |y| an element, as the plain formula does.
 
@@ -49,13 +55,14 @@ class _Transport(torch.autograd.Function):
     def forward(ctx, x, y, mask, norm):
         ctx.save_for_backward(x, y, mask)
         ctx.norm = norm
-        return (_squared_norm(_residue(x, y), mask) * _scale(x, mask, norm)).mean()
+        return movement(x, y, mask, norm).mean()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, y, mask = ctx.saved_tensors
-        scale = 2 * grad_outputs[0] / x.shape[0] * _scale(x, mask, ctx.norm)
-        gradient = _residue(x, y).mul_(scale.view(-1, *[1] * (x.dim() - 1)))
+        residue = _residue(x, y)
+        scale = 2 * grad_outputs[0] / x.shape[0] * _scale(_squared_norm(residue, mask), x, mask, ctx.norm)
+        gradient = residue.mul_(scale.view(-1, *[1] * (x.dim() - 1)))
         if mask is not None:
             gradient.mul_(mask.unsqueeze(-1))
         grad_y = gradient.to(y.dtype)
@@ -74,10 +81,10 @@ def _squared_norm(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return (torch.linalg.vector_norm(x, dim=-1).square() * mask).sum(1)
 
 
-def _scale(x: torch.Tensor, mask: torch.Tensor | None, norm: str) -> torch.Tensor:
-    """What ||r||^2 of each sample is multiplied with, `[B]`."""
+def _scale(moved: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None, norm: str) -> torch.Tensor:
+    """What `moved`, the ||r||^2 of each sample, is multiplied with, `[B]`."""
     if norm == "relative":
-        return _squared_norm(x, mask).clamp(min=1e-12).reciprocal()
+        return _squared_norm(x, mask).maximum(moved / LIMIT).clamp(min=1e-12).reciprocal()
     if norm == "sum":
         return torch.ones(x.shape[0], device=x.device)
     features = x[0].numel() if mask is None else mask.sum(1).clamp(min=1) * x.shape[-1]
@@ -93,8 +100,9 @@ class TransportWeights:
     - `"multipliers"`: w / lambda_k, with lambda_k = 1 at first and lambda_k += L_k every 50 of the stage's steps, L_k
       its mean task loss over them: Uzawa's method of multipliers with step size 1 (appendix D of the paper).
     - `"adaptive"`: 0.1 w L_k / T_k, renewed every 10 of the stage's steps from its mean task loss L_k and transport
-      T_k over them: the transport term stays the same share of the loss, whatever the model or the task. Where either
-      is not positive and finite, the weight stays as it was.
+      T_k over them: the transport term stays the same share of the loss, whatever the model or the task.
+
+    Where L_k, or the T_k that divides it, is not positive and finite, the weight stays as it was.
 
     Args:
         schedule (`str`): one of the above.
@@ -167,8 +175,10 @@ class TransportWeights:
         return self.schedule == "paper" and 2 * stage >= self.num_stages
 
     def _renew(self, stage: int, loss: float, moved: float) -> None:
+        if not 0 < loss < math.inf:
+            return
         if self.schedule == "multipliers":
             self._multipliers[stage] += loss
             self._current[stage] = self.weight / self._multipliers[stage]
-        elif 0 < loss < math.inf and 0 < moved < math.inf:
+        elif 0 < moved < math.inf:
             self._current[stage] = self.ADAPTIVE_SHARE * self.weight * loss / moved

@@ -1,5 +1,6 @@
 """The transport term against its plain formula, and its weights over time."""
 
+import math
 import subprocess
 import sys
 
@@ -52,6 +53,19 @@ def test_relative_has_no_unit():
     torch.testing.assert_close(transport(10 * x, 10 * (x + r)), transport(x, x + r))
 
 
+@pytest.mark.parametrize(("far", "expected"), [(30, 900.0), (40, 1000.0), (1e5, 1000.0), (math.inf, 1000.0)])
+def test_relative_has_a_limit_at_which_it_still_asks_for_less(far, expected):
+    """From embeddings near 0, or 0, a layer goes farther than any loss could weigh."""
+    torch.manual_seed(0)
+    r = torch.randn(2, 7, 16)
+    x = r.roll(1, 2) / far
+    y = (x + r).requires_grad_()
+    value = transport(x, y)
+    assert value.item() == pytest.approx(expected, rel=1e-4)
+    gradient = torch.autograd.grad(value, y)[0]
+    torch.testing.assert_close(gradient, value.detach() * r / r.square().sum((1, 2), keepdim=True))
+
+
 def test_nothing_but_input_output_and_mask_is_kept():
     x, y = (torch.randn(4, 7, 16, requires_grad=True) for _ in range(2))
     mask = torch.ones(4, 7)
@@ -79,6 +93,8 @@ def test_multipliers_grow_by_the_loss_every_fifty_steps():
     assert run(weights, [2.0], [1.0]) == pytest.approx(3.0 / (1 + 2.0))
     assert run(weights, [4.0] * 50, [1.0] * 50) == pytest.approx(3.0 / (1 + 2.0 + 4.0))
     assert weights[1] == 3.0
+    for loss in (float("nan"), float("inf"), -200.0):
+        assert run(weights, [2.0] * 49 + [loss], [1.0] * 50) == pytest.approx(3.0 / (1 + 2.0 + 4.0), rel=1e-6)
 
 
 def test_adaptive_holds_the_term_at_a_share_of_the_loss():
