@@ -20,7 +20,7 @@ from .partition import Partition, checkpoints_across, find_layers, last_norm, ru
 from .probe import LayerProfile, check_cut, logits_of, profile_layers, run_example
 from .residency import Residency
 from .stagewise import Stagewise
-from .token_flow import attends_causally, own_pooling
+from .token_flow import attends_causally, ignores_padding, own_pooling
 from .transport import TransportWeights
 from .wrappers import numel
 
@@ -47,6 +47,8 @@ class StageCut(Trainer):
     _log_sums: torch.Tensor
     _residency: Residency | None
     _cut_model: nn.Module | None = None
+    _ignores_padding = False  # looked at where features are cached
+    _still: list[int]  # the stages, from 1, that have no transport term
 
     def _plan(self) -> int | None:
         """Plan for `memory_budget`, if one is set; returns the bytes that the chosen way takes."""
@@ -86,6 +88,7 @@ class StageCut(Trainer):
 
     def _cut_whole(self, model: nn.Module) -> None:
         example = self._example(model) if self._has_stages else None
+        self._still = []
         self.partition, profile = self._partition(model, example)
         num_stages = self.partition.num_stages
         self.args.write_stages(num_stages)
@@ -145,7 +148,10 @@ class StageCut(Trainer):
         else:
             costs, ends = [layer.flops for layer in profile], run_ends(model, layers)
             partition = Partition.by_cost(layers, args.stages_of(len(ends)), costs, ends)
-        check_cut(model, partition, example)
+        trace = check_cut(model, partition, example)
+        if args.feature_cache != "none":
+            trace.refuse_beside(model, 'feature_cache="none"')
+            self._ignores_padding = ignores_padding(model, partition, example)
         if self._objective.head == "pooled" and attends_causally(model, layers, example):
             raise ValueError(
                 f"The layers of {type(model).__name__} ({layers[0]} .. {layers[-1]}) attend causally: no token depends "
@@ -153,6 +159,8 @@ class StageCut(Trainer):
                 'stage_order="coupled" or num_stages=1, or pass an encoder such as ViT or BERT, or a ...ForCausalLM '
                 "model."
             )
+        keeping = {layer.name for layer in profile if layer.keeps_shape}
+        self._still = [k for k, names in enumerate(partition.stages, start=1) if keeping.isdisjoint(names)]
         return partition, profile
 
     def _heads(self, model: nn.Module, profile: list[LayerProfile], example: ExampleInputs) -> StageHeads:
@@ -281,8 +289,14 @@ class StageCut(Trainer):
         return (
             f"hf_mmst: {len(layers)} stages of {_joined(layers)} layers, {self.args.stage_order}; trainable "
             f"parameters {_joined(trainable)} in the layers, {others:,} around them, "
-            f"{heads:,} in auxiliary heads{self._summary_of_shares()}"
+            f"{heads:,} in auxiliary heads{self._summary_of_transport()}{self._summary_of_shares()}"
         )
+
+    def _summary_of_transport(self) -> str:
+        if not self._still or self.args.transport_weight == 0:
+            return ""
+        stages = f"stage{'s' * (len(self._still) > 1)} {', '.join(map(str, self._still))}"
+        return f"; no transport term in {stages}, whose layers all change the shape of what they get"
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

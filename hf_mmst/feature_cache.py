@@ -30,21 +30,22 @@ class KeyedCollator:
     """
     A data collator that adds to each batch, as `feature_keys`, a 64-bit hash of each sample's inputs.
 
-    Padding is left out where the batch has an `attention_mask`, so that a sample's key does not depend on its batch.
-
     Args:
         collate: the user's data collator.
         label_names (`Iterable[str]`): entries of a batch that are not inputs of the model.
+        without_padding (`bool`): whether what the `attention_mask` of a batch leaves out is left out, so that a
+            sample's key does not depend on its batch.
     """
 
-    def __init__(self, collate: Callable, label_names: Iterable[str]):
+    def __init__(self, collate: Callable, label_names: Iterable[str], without_padding: bool):
         self.collate, self.label_names = collate, {*label_names, "label", "labels"}
+        self.without_padding = without_padding
 
     def __call__(self, samples: list) -> Any:
         batch = self.collate(samples)
         inputs = sorted((name, value) for name, value in batch.items() if torch.is_tensor(value))
         inputs = [(name, value) for name, value in inputs if name not in self.label_names]
-        mask = batch.get("attention_mask")
+        mask = batch.get("attention_mask") if self.without_padding else None
         batch[KEYS] = torch.tensor([_key(inputs, mask, row) for row in range(len(inputs[0][1]))])
         return batch
 
@@ -143,7 +144,8 @@ class FeatureStore:
             if len(self._found) >= self.capacity:
                 raise ValueError(
                     f"More than {self.capacity:,} different samples came out of the dataset and the collator, so they "
-                    f"are random. {_FIX}"
+                    "are random, or padded to other lengths than before, which makes a difference to this model (pad "
+                    f"all to one length). {_FIX}"
                 )
             self._found[key] = row.clone()
             self._pending.append(key)

@@ -20,10 +20,10 @@ def with_hidden_states(output: Any, hidden: torch.Tensor) -> Any:
 
 
 def call_with(layer: Callable, hidden: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What `layer` returns for these hidden states and, for the rest, the arguments of another layer's call."""
-    if args:
-        return layer(hidden, *args[1:], **kwargs)
-    return layer(**{**kwargs, next(iter(kwargs)): hidden})
+    """What `layer` returns for these hidden states, wherever they go in, and the rest of another layer's arguments."""
+    before = hidden_states_of(tuple(args) or tuple(kwargs.values()))
+    args, kwargs = tree_map(lambda value: hidden if value is before else value, (tuple(args), dict(kwargs)))
+    return layer(*args, **kwargs)
 
 
 def detached(output: Any) -> Any:

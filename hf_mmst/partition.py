@@ -98,10 +98,10 @@ def find_layers(model: nn.Module) -> list[str]:
     Qualified names of the encoder's layers, in order, found by the model's structure.
 
     The trunk is the list of like modules ([`~torch.nn.ModuleList`]) that holds most parameters; lists whose members
-    are the host's checkpointed layers come first. A trunk of groups that themselves hold such layers (the four
-    resolutions of a Swin) is opened, so that the blocks are the layers. Without any such list, sequences of like blocks
-    side by side ([`~torch.nn.Sequential`], as in timm) are taken, or else the one sequence of unlike modules that holds
-    most parameters (VGG), whose layers are [`run_ends`]' runs of these.
+    are the host's checkpointed layers come first. A trunk of groups that are lists of blocks, with at most a change of
+    resolution beside (the four stages of a Swin), is opened, so that the blocks are the layers. Without any such list,
+    sequences of like blocks side by side ([`~torch.nn.Sequential`], as in timm) are taken, or else the one sequence of
+    unlike modules that holds most parameters (VGG), whose layers are [`run_ends`]' runs of these.
 
     Args:
         model (`nn.Module`): a Hugging Face model with an encoder; wrappers such as `PeftModel` may be around it.
@@ -192,8 +192,8 @@ def _open(name: str, group: nn.Module) -> Iterable[str]:
     inner = [
         (n, m) for n, m in group.named_children() if _is_list_of_like_modules(m, 1, (nn.ModuleList, nn.Sequential))
     ]
-    if isinstance(group, GradientCheckpointingLayer):
-        inner = [(n, m) for n, m in inner if _holds_checkpointed_layers(m)]
+    if isinstance(group, GradientCheckpointingLayer):  # not a layer, which holds attention beside a list of experts
+        inner = [(n, m) for n, m in inner if _num_matrices(group) - _num_matrices(m) <= 1]
     inner = [(n, m) for n, m in inner if 2 * _num_parameters(m) > _num_parameters(group)]
     return [f"{name}.{n}.{child}" for n, m in inner for child, _ in m.named_children()] or [name]
 
@@ -243,6 +243,10 @@ def _holds_checkpointed_layers(module: nn.Module) -> bool:
 
 def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _num_matrices(module: nn.Module) -> int:
+    return sum(parameter.dim() > 1 for parameter in module.parameters())
 
 
 def _balanced_ends(costs: Sequence[float], num_stages: int) -> list[int]:

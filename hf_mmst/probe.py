@@ -1,19 +1,21 @@
 """Model, its layers' names and example inputs -> what each layer costs and puts out, and where a cut can be."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .copies import copied
 from .examples import ExampleInputs
-from .hidden_states import detached, hidden_states_of
-from .partition import Partition
+from .hidden_states import hidden_states_of
+from .partition import Partition, run_ends
+from .tracing import Recorder, Trace
 
 # What a pass without data raises where data decides. Any other error comes again when the model is run as it is.
 _DEPENDS_ON_DATA = (RuntimeError, NotImplementedError, AssertionError)
@@ -22,14 +24,16 @@ _DEPENDS_ON_DATA = (RuntimeError, NotImplementedError, AssertionError)
 @dataclass(frozen=True)
 class LayerProfile:
     """
-    What one layer does to one sample: its name, floating-point operations, the width D of its output, and whether
-    that is a map `[D, H, W]` rather than tokens `[N, D]`.
+    What one layer does to one sample: its name, floating-point operations, the width D of its output, whether that is
+    a map `[D, H, W]` rather than tokens `[N, D]`, and whether it has the shape of what the layer's run got, so that
+    there is a transport term.
     """
 
     name: str
     flops: int
     width: int
     is_map: bool = False
+    keeps_shape: bool = True
 
 
 def profile_layers(model: nn.Module, layers: Sequence[str], example: ExampleInputs | None = None) -> list[LayerProfile]:
@@ -53,8 +57,12 @@ def profile_layers(model: nn.Module, layers: Sequence[str], example: ExampleInpu
             and its forward pass depends on data.
     """
     example = example or ExampleInputs.made_up(model)
+    got: dict[str, torch.Size] = {}
     shapes: dict[str, torch.Size] = {}
     calls: list[str] = []
+
+    def enter(name, args, kwargs):
+        got[name] = hidden_states_of(args or tuple(kwargs.values())).shape
 
     def watch(name, output):
         calls.append(name)
@@ -62,7 +70,7 @@ def profile_layers(model: nn.Module, layers: Sequence[str], example: ExampleInpu
 
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            run_example(on_meta(model), layers, watch, example)
+            run_example(on_meta(model), layers, watch, example, enter)
         counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
         flops = {name: counts.get(f"{type(model).__name__}.{name}", 0) // example.num_samples for name in layers}
     except _DEPENDS_ON_DATA as error:
@@ -73,7 +81,7 @@ def profile_layers(model: nn.Module, layers: Sequence[str], example: ExampleInpu
             ) from error
         calls.clear()
         with torch.no_grad():
-            run_example(model, layers, watch, example)
+            run_example(model, layers, watch, example, enter)
         flops = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in layers}
     if calls != list(layers):
         raise ValueError(
@@ -92,20 +100,27 @@ def profile_layers(model: nn.Module, layers: Sequence[str], example: ExampleInpu
                 f"{name} of {type(model).__name__} puts out {list(shape)}, maps with the channels last, of which heads "
                 "are not made. Set num_stages to 1."
             )
-    return [
-        LayerProfile(name, flops[name], shapes[name][1 if len(shapes[name]) == 4 else -1], len(shapes[name]) == 4)
-        for name in layers
-    ]
+    profile = []
+    begin = None
+    ends = set(run_ends(model, layers))
+    for name in layers:
+        begin = got[name] if begin is None else begin
+        is_map = len(shapes[name]) == 4
+        width = shapes[name][1 if is_map else -1]
+        profile.append(LayerProfile(name, flops[name], width, is_map, shapes[name] == begin))
+        begin = None if name in ends else begin
+    return profile
 
 
-def check_cut(model: nn.Module, partition: Partition, example: ExampleInputs | None = None) -> None:
+def check_cut(model: nn.Module, partition: Partition, example: ExampleInputs | None = None) -> Trace:
     """
-    Check that what a stage learns from reaches no activation of an earlier stage by a way around that stage's end.
+    Trace the model's stages, and check that what a stage learns from reaches no activation of an earlier stage by a way
+    around that stage's end, and that all of its layers can learn from its own loss.
 
     Arguments are those of [`profile_layers`].
 
     Raises:
-        `ValueError`: if it does, naming a parameter behind that activation; or if layers of two stages share weights.
+        `ValueError`: if not, naming a layer or parameter; or if layers of two stages share weights.
     """
     stage_of: dict[nn.Parameter, int] = {}
     for stage, names in enumerate(partition.stages):
@@ -117,17 +132,28 @@ def check_cut(model: nn.Module, partition: Partition, example: ExampleInputs | N
                         f"{stage_of[parameter] + 1}, which would not be the same after it has learned. Set "
                         "stage_boundaries so that they are in one stage, or num_stages to 1."
                     )
-    example = example or ExampleInputs.made_up(model)
-    try:
-        found = _reached_twice(_learning_twin(model), partition, example)
-    except _DEPENDS_ON_DATA:
-        found = _reached_twice(model, partition, example)
-    if found is not None:
+    trace = trace_stages(model, partition, example)
+    if trace.twice is not None:
         raise ValueError(
-            f"In {type(model).__name__}, what stage {found[0] + 1} learns from reaches {found[1]} of an earlier stage "
-            "by a way around the end of that stage, so that it cannot be cut there. Set stage_boundaries to other "
-            "layers, or num_stages to 1."
+            f"In {type(model).__name__}, what stage {trace.twice[0] + 1} learns from reaches {trace.twice[1]} of an "
+            "earlier stage by a way around the end of that stage, so that it cannot be cut there. Set stage_boundaries "
+            "to other layers, or num_stages to 1."
         )
+    if trace.streams:
+        raise ValueError(
+            f"{trace.streams[0]} of {type(model).__name__} hands on a second stream beside its hidden states, of which "
+            "alone the head of its stage judges, so that not all of it would learn there. Set num_stages to 1."
+        )
+    for stage, names in enumerate(partition.stages):
+        layers = tuple(f"{name}." for name in names)
+        own = [name for name, p in model.named_parameters() if name.startswith(layers) and p.requires_grad]
+        if own and not any(name in trace.learners for name in own):
+            raise ValueError(
+                f"What {partition.boundaries[stage]} of {type(model).__name__} puts out has no graph, so that stage "
+                f"{stage + 1} would not learn: the model makes its gradients in a way of its own, as reversible layers "
+                "do. Set num_stages to 1."
+            )
+    return trace
 
 
 def logits_of(outputs: Any) -> torch.Tensor:
@@ -137,30 +163,12 @@ def logits_of(outputs: Any) -> torch.Tensor:
     return next(x for x in tree_leaves(outputs) if torch.is_tensor(x))
 
 
-@dataclass(frozen=True)
-class Trace:
-    """
-    What a forward pass of the model in stages shows.
-
-    Attributes:
-        outputs (`dict[str, Any]`): what each layer returns, `None` in the place of each tensor, by name.
-        learners (`dict[str, frozenset[int]]`): the stages whose loss reaches each parameter, by name; those that none
-            reaches are left out.
-    """
-
-    outputs: dict[str, Any]
-    learners: dict[str, frozenset[int]]
-
-
 def trace_stages(model: nn.Module, partition: Partition, example: ExampleInputs | None = None) -> Trace:
     """
-    Follow a forward pass of a copy of `model` on the meta device, in which the hidden states lose their graph at the
-    end of each stage; a model whose forward pass depends on data is run as it is.
+    Follow a forward pass of a copy of `model` on the meta device, in which tensors lose their graph at the end of each
+    stage as they do in training; a model whose forward pass depends on data is run as it is.
 
     Arguments are those of [`profile_layers`].
-
-    Raises:
-        `ValueError`: if a stage learns from other tensors of the stage before than its hidden states.
     """
     example = example or ExampleInputs.made_up(model)
     try:
@@ -170,107 +178,26 @@ def trace_stages(model: nn.Module, partition: Partition, example: ExampleInputs 
 
 
 def _trace(model: nn.Module, partition: Partition, example: ExampleInputs) -> Trace:
-    outputs: dict[str, Any] = {}
-    ends: list[torch.Tensor] = []
-    beside: dict[int, tuple[str, torch.Tensor]] = {}  # what ends of stages hand on beside their hidden states
-
-    def after(name, output):
-        outputs[name] = tree_map(lambda x: None if torch.is_tensor(x) else x, output)
-        if name not in partition.boundaries[:-1]:
-            return None
-        ends.append(hidden_states_of(output))
-        output = detached(output)
-        others = [x for x in tree_leaves(output) if torch.is_tensor(x) and x is not hidden_states_of(output)]
-        beside.update({id(x.requires_grad_()): (name, x) for x in others if x.is_floating_point()})
-        return output
-
+    recorder = Recorder(partition)
     with torch.enable_grad():
-        ends.append(logits_of(run_example(model, partition.layers, after, example)))
-    names = {id(p): name for name, p in model.named_parameters()}
-    learners: dict[str, frozenset[int]] = {}
-    for stage, end in enumerate(ends):
-        nodes, seen = [end.grad_fn], set()
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            nodes += [one for one, _ in node.next_functions]
-            leaf = id(getattr(node, "variable", None))
-            if leaf in beside:
-                raise ValueError(
-                    f"What follows {beside[leaf][0]} of {type(model).__name__} needs more of it than its hidden "
-                    "states. Set stage_boundaries to other layers."
-                )
-            name = names.get(leaf)
-            if name is not None:
-                learners[name] = learners.get(name, frozenset()) | {stage}
-    return Trace(outputs, learners)
-
-
-def _reached_twice(model: nn.Module, partition: Partition, example: ExampleInputs) -> tuple[int, str] | None:
-    """A stage that reaches an activation of an earlier one, and a parameter behind that, if there is such a stage."""
-    ends: list[torch.Tensor] = []
-
-    def before(_module, args, kwargs):  # side inputs of all layers are not a way around
-        hidden = hidden_states_of(args or tuple(kwargs.values()))
-        return tree_map(lambda x: x.detach() if torch.is_tensor(x) and x is not hidden else x, (args, kwargs))
-
-    def after(name, output):
-        if name not in partition.boundaries[:-1]:
-            return None
-        ends.append(hidden_states_of(output))
-        return detached(output)
-
-    names = {id(p): name for name, p in model.named_parameters()}
-    hooks = [model.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True) for name in partition.layers]
-    owner: dict[Any, int] = {}  # of each node of the graph, the stage that steps back through it
-    try:
-        with torch.enable_grad():
-            ends.append(logits_of(run_example(model, partition.layers, after, example)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for stage, end in enumerate(ends):
-        learning = [p for name in partition.stages[stage] for p in model.get_submodule(name).parameters()]
-        if end.grad_fn is None and any(p.requires_grad for p in learning):
-            raise ValueError(
-                f"What {partition.boundaries[stage]} of {type(model).__name__} puts out has no graph, so that stage "
-                f"{stage + 1} would not learn: the model makes its gradients in a way of its own, as reversible layers "
-                "do. Set num_stages to 1."
-            )
-        nodes = [end.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is None or hasattr(node, "variable") or owner.get(node) == stage:
-                continue  # parameters may be shared
-            if node in owner:
-                return stage, _parameter_behind(node, names)
-            owner[node] = stage
-            nodes += [one for one, _ in node.next_functions]
-    return None
-
-
-def _parameter_behind(node: Any, names: dict[int, str]) -> str:
-    nodes, seen = [node], set()
-    while nodes:
-        node = nodes.pop()
-        if hasattr(node, "variable"):
-            return names.get(id(node.variable), "an activation")
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [one for one, _ in node.next_functions]
-    return "an activation"
+        outputs = run_example(model, partition.layers, recorder.after, example, recorder.before)
+    return recorder.trace(logits_of(outputs), model)
 
 
 def run_example(
-    model: nn.Module, layers: Sequence[str], after: Callable[[str, Any], Any], example: ExampleInputs
+    model: nn.Module,
+    layers: Sequence[str],
+    after: Callable[[str, Any], Any],
+    example: ExampleInputs,
+    before: Callable[[str, tuple, dict], Any] = lambda name, args, kwargs: None,
 ) -> Any:
-    """Run `model` in eval mode; `after` sees, and may replace, each layer's output."""
-    hooks = [
-        model.get_submodule(name).register_forward_hook(lambda _module, _args, output, name=name: after(name, output))
-        for name in layers
-    ]
+    """Run `model` in eval mode; `before` sees, and may replace, each layer's arguments, `after` its output."""
+    hooks = []
+    for name in layers:
+        layer = model.get_submodule(name)
+        entering = functools.partial(lambda name, _module, args, kwargs: before(name, args, kwargs), name)
+        hooks.append(layer.register_forward_pre_hook(entering, with_kwargs=True))
+        hooks.append(layer.register_forward_hook(lambda _module, _args, output, name=name: after(name, output)))
     try:
         with evaluating(model):
             return model(**example.on(model))

@@ -70,6 +70,7 @@ def take_share(
     shares = share_out([sum(costs[name] for name in stage) for stage in partition.stages], num_processes)
     rank_of = {stage: owner for owner, share in enumerate(shares) for stage in share}
     trace = trace_stages(model, partition)
+    trace.refuse_beside(model, "stage_parallel=False")
     ranks = {id(p): rank_of[stage] for stage, some in enumerate(parameters) for p in some}
     kind = type(model).__name__
     for name, parameter in model.named_parameters():

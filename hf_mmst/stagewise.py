@@ -16,6 +16,7 @@ from .attributes import replaced
 from .heads import StageHeads
 from .hidden_states import detached, hidden_states_of, with_hidden_states
 from .partition import Partition, run_ends
+from .sides import Sides, mark
 from .transport import movement, transport
 
 
@@ -114,7 +115,7 @@ class Stagewise:
         weights: Sequence[float],
         stages: Sequence[int] | None = None,
         mask: torch.Tensor | None = None,
-        backward: Callable[[torch.Tensor], Any] = torch.Tensor.backward,
+        backward: Callable[..., Any] = torch.Tensor.backward,
         learned: Callable[[int, bool], Any] = lambda stage, shared: None,
         given: tuple[int, torch.Tensor] | None = None,
     ) -> Iterator[StageStep]:
@@ -129,7 +130,8 @@ class Stagewise:
             weights: weight of the transport term in each of the K stages' losses.
             stages: consecutive stages that learn, from 0; all by default.
             mask: `[B, N]`, 1 for tokens that count.
-            backward: called with the loss of every stage but the last of `stages`.
+            backward: called with the loss of every stage but the last of `stages`, and with `retain_graph=True` where
+                side inputs need its graph once more.
             learned: called with the number of a stage whose gradients are there, and whether later stages will add to
                 them, through side inputs of all layers.
             given: a stage, at most `stages[0]`, and its input, so that the layers before it need not run. Ignored
@@ -336,21 +338,19 @@ class _Walk:
     first: int
     last: int
     mask: torch.Tensor | None
-    backward: Callable[[torch.Tensor], Any]
+    backward: Callable[..., Any]
     learned: Callable[[int, bool], Any]
     _run: _Run = field(init=False)
     _terms: list[torch.Tensor] = field(default_factory=list)
-    _sides: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _sides: Sides = field(default_factory=Sides)
 
     def __post_init__(self):
         self._run = _Run(self.engine.run_ends)
 
     def before_layer(self, name: str, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Stand in for side inputs that would tie a stage to what is before it."""
-        if not self.first <= self.engine._stage_of[name] < self.last:
-            return None
-        hidden = _input_of(args, kwargs)
-        return tree_map(functools.partial(self._leaf, hidden), (args, kwargs))
+        """Cut side inputs off that would tie a stage to what is before it."""
+        stage = self.engine._stage_of[name]
+        return self._sides.enter(stage, args, kwargs, stage == self.last) if stage >= self.first else None
 
     def after_layer(self, name: str, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Add the layer's transport; at a stage's end, learn and hand on the output without its graph."""
@@ -362,6 +362,7 @@ class _Walk:
                 torch.set_grad_enabled(True)
                 self.engine.model.train()
             return None
+        mark(output, stage)
         y = hidden_states_of(output)
         mask = _fitting(self.mask, y)
         for before, after in self._run.until(name, _input_of(args, kwargs), y):
@@ -386,20 +387,11 @@ class _Walk:
         self.found.losses[stage] = loss.detach()
         device = loss.device.type
         with torch.autocast(device, enabled=False):
-            self.backward(loss + self.weights[stage] * term)
-            for side, leaf in self._sides.values():
-                if leaf.grad is not None:
-                    side.backward(leaf.grad, retain_graph=True)
-            self.learned(stage, bool(self._sides))
-        self._sides.clear()
+            loss = loss + self.weights[stage] * term
+            self.backward(loss, **({"retain_graph": True} if self._sides.share_graph_with(loss) else {}))
+            self.learned(stage, self._sides.step_back())
         if torch.is_autocast_enabled(device):
             torch.clear_autocast_cache()  # else the low-precision copies of every stage's weights pile up
-
-    def _leaf(self, hidden: torch.Tensor, value: Any) -> Any:
-        """A stand-in for a tensor that carries a graph of its own, such as a relative position bias of all layers."""
-        if not torch.is_tensor(value) or value is hidden or value.grad_fn is None:
-            return value
-        return self._sides.setdefault(id(value), (value, value.detach().requires_grad_()))[1]
 
     def forward_of(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Let the model's forward begin without graph and end early, where the stages that learn ask for it."""

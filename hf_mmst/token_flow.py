@@ -1,5 +1,6 @@
 """Which tokens the layers of a model look at, and which its own head: found by changing some of them."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from .examples import ExampleInputs
 from .hidden_states import call_with, hidden_states_of, with_hidden_states
+from .partition import Partition
 from .probe import evaluating, logits_of, run_example
 
 
@@ -66,6 +68,40 @@ def attends_causally(model: nn.Module, layers: Sequence[str], example: ExampleIn
             config.use_cache = True
         for hook in hooks:
             hook.remove()
+
+
+def ignores_padding(model: nn.Module, partition: Partition, example: ExampleInputs | None = None) -> bool:
+    """
+    Whether the tokens of a text that count are the same at the end of each stage, however many others follow them.
+
+    The first half of all tokens is looked at with the second as padding, and without it: a convolution or pooling over
+    tokens sees the difference, masked attention does not. Hidden states that are not one of each token that the mask is
+    for do not ignore padding. Arguments are those of [`profile_layers`].
+    """
+    taken = inspect.signature(model.forward).parameters
+    masked = "attention_mask" in taken or any(one.kind == one.VAR_KEYWORD for one in taken.values())
+    example = example or ExampleInputs.made_up(model)
+    ids = example.values.get("input_ids")
+    if not masked or not torch.is_tensor(ids) or next(model.parameters()).is_meta:
+        return False
+    half = ids.shape[1] // 2
+    found: list[list[torch.Tensor]] = []
+    for length in (ids.shape[1], half):
+        mask = (torch.arange(length) < half).long().expand(len(ids), -1)
+        values = {
+            name: value[:, :length] if torch.is_tensor(value) and value.shape[:2] == ids.shape else value
+            for name, value in example.values.items()
+        }
+        part = ExampleInputs({**values, "attention_mask": mask}, example.num_samples)
+        hidden: dict[str, Any] = {}
+        with torch.no_grad():
+            outputs = run_example(model, partition.boundaries, hidden.__setitem__, part)
+        ends = [hidden_states_of(output) for output in hidden.values()]
+        if any(end.shape[:2] != mask.shape for end in ends):
+            return False
+        found.append([end[:, :half] if end.dim() == 3 else end for end in (*ends, logits_of(outputs))])
+    rounding = torch.finfo(found[0][0].dtype).eps ** 0.5
+    return all((a - b).abs().max() <= rounding * a.abs().max() for a, b in zip(*found, strict=True))
 
 
 def _earlier_tokens_change(

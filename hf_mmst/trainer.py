@@ -144,7 +144,7 @@ class MMSTTrainer(StageTurns, StageOptimization, StageEvaluation, StageParallel,
         collate = self.data_collator
         try:
             if caching:
-                self.data_collator = KeyedCollator(collate, self.label_names)
+                self.data_collator = KeyedCollator(collate, self.label_names, self._ignores_padding)
             loader = load(dataset, description, *args)
         finally:
             self.data_collator = collate
@@ -227,13 +227,14 @@ class MMSTTrainer(StageTurns, StageOptimization, StageEvaluation, StageParallel,
         samples = len(labels) / (self._step_samples or len(labels))
         weights = [self._weights[stage] * samples / scale for stage in range(self.partition.num_stages)]
         mask = inputs.get("attention_mask")
-        given = self._cache.get(stages[0], keys, mask) if self._cache is not None else self._taken()
+        kept = mask if self._ignores_padding else None
+        given = self._cache.get(stages[0], keys, kept) if self._cache is not None else self._taken()
         learning = self._engine.step(
             criterion=lambda logits: weigh(self._criterion(logits, labels, num_items_in_batch)),
             weights=weights,
             stages=stages,
             mask=mask,
-            backward=lambda loss: self._wrapper.backward(loss * scale),
+            backward=lambda loss, **retain: self._wrapper.backward(loss * scale, **retain),
             learned=self._step_early,
             given=given and (given[0], given[1].to(self.args.device)),
         )
@@ -241,7 +242,7 @@ class MMSTTrainer(StageTurns, StageOptimization, StageEvaluation, StageParallel,
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._hand_on(step.output)
         if self._cache is not None and step.features is not None and (given is None or given[0] < stages[0]):
-            self._cache.add(stages[0], keys, mask, step.features)
+            self._cache.add(stages[0], keys, kept, step.features)
         loss = weigh(loss)
         step.losses[stages[-1]] = loss.detach()
         self._record(step, scale, samples)

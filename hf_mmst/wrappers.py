@@ -55,9 +55,9 @@ class Wrapper:
     def prepare(self, model: nn.Module, partition: Partition, heads: StageHeads) -> None:
         """Say what the wrapper has to know of the stages, before it is put around the model."""
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Step back through the loss of a stage that is not the last."""
-        self.accelerator.backward(loss)
+    def backward(self, loss: torch.Tensor, **retain: bool) -> None:
+        """Step back through the loss of a stage that is not the last; `retain` is as for [`torch.Tensor.backward`]."""
+        self.accelerator.backward(loss, **retain)
 
     @contextlib.contextmanager
     def forward(self, model: nn.Module, partition: Partition) -> Iterator[None]:
@@ -200,10 +200,10 @@ class DeepSpeedWrapper(Wrapper):
                 f"Set {remedy}zero_optimization.stage to 2 in the DeepSpeed configuration, or use FSDP."
             )
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, **retain: bool) -> None:
         engine = self.accelerator.deepspeed_engine_wrapped.engine
         engine.set_gradient_accumulation_boundary(False)
-        engine.backward(loss, scale_wrt_gas=False)
+        engine.backward(loss, scale_wrt_gas=False, **retain)
 
     @contextlib.contextmanager
     def whole(self, module: nn.Module) -> Iterator[None]:

@@ -64,6 +64,7 @@ IMAGE = {
     "MetaCLIP 2": lambda: tf.MetaClip2ForImageClassification(tf.MetaClip2Config(**PAIR, num_labels=5)),
     "Swin": lambda: tf.SwinForImageClassification(tf.SwinConfig(**SHIFTED)),
     "Swin v2": lambda: tf.Swinv2ForImageClassification(tf.Swinv2Config(**SHIFTED)),
+    "Donut's Swin": lambda: tf.DonutSwinForImageClassification(tf.DonutSwinConfig(**SHIFTED)),
     "Hiera": lambda: tf.HieraForImageClassification(
         tf.HieraConfig(
             embed_dim=16,
@@ -158,7 +159,7 @@ OF_TEXT = {
     "LayoutLM v3": lambda: tf.LayoutLMv3ForSequenceClassification(
         tf.LayoutLMv3Config(**TEXT, visual_embed=False, coordinate_size=4, shape_size=8)
     ),
-    "LiLT": lambda: tf.LiltForSequenceClassification(tf.LiltConfig(**{**TEXT, "hidden_size": 96})),
+    "LUKE": lambda: tf.LukeForSequenceClassification(tf.LukeConfig(**TEXT, entity_vocab_size=9, entity_emb_size=16)),
     "Data2Vec (text)": lambda: tf.Data2VecTextForSequenceClassification(tf.Data2VecTextConfig(**TEXT)),
     "ESM": lambda: tf.EsmForSequenceClassification(tf.EsmConfig(**TEXT, mask_token_id=1)),
     "ESM C": lambda: tf.EsmcForSequenceClassification(tf.EsmcConfig(**TEXT)),
@@ -314,6 +315,11 @@ REFUSED = {
         ),
         "its longest list of layers sees patches, not samples",
         "not one row for each",
+    ),
+    "LiLT": (
+        lambda: tf.LiltForTokenClassification(tf.LiltConfig(**{**TEXT, "hidden_size": 96})),
+        "a second stream, of the layout, goes from layer to layer past all heads",
+        "hands on a second stream beside its hidden states",
     ),
     "SqueezeBERT": (
         lambda: tf.SqueezeBertForSequenceClassification(

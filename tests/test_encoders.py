@@ -31,9 +31,11 @@ HEADS = {}  # what kind of head each model has got, as far as it has been tested
 
 
 def cut(model):
+    """Three stages, the first of two layers where there are so many: what they hand each other stays within it."""
     layers = find_layers(model)
     profile = {layer.name: layer for layer in profile_layers(model, layers)}
-    partition = Partition.by_cost(layers, 3, ends=run_ends(model, layers))
+    ends = run_ends(model, layers)
+    partition = Partition.by_names(layers, [ends[min(1, len(ends) - 3)], ends[-2]])
     check_cut(model, partition)
     ends = [profile[name] for name in partition.boundaries[:-1]]
     maps = [end.is_map for end in ends]
@@ -131,7 +133,9 @@ def test_a_stage_of_single_modules_ends_before_a_convolution(tmp_path, capsys):
     run = MMSTTrainer(model, arguments(tmp_path, num_stages=5, max_steps=1), train_dataset=Pictures())
     assert run.partition.stages[1] == ("features.3", "features.4", "features.5", "features.6")
     run.train()
-    assert "5 stages of 1+1+1+1+1 layers" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "5 stages of 1+1+1+1+1 layers" in said
+    assert "; no transport term in stages 1, 3, whose layers all change the shape of what they get" in said
     x = inputs(model)["pixel_values"]
     with torch.no_grad(), run._engine.observe() as view:
         model.eval()(x)
@@ -148,6 +152,15 @@ def test_a_stage_of_single_modules_ends_before_a_convolution(tmp_path, capsys):
         MMSTTrainer(build(VGG), arguments(tmp_path, head_layers=1))
     planned = plan(build(VGG), 4, num_stages=5)
     assert any("5" in row.name for row in planned.rows)
+
+
+@pytest.mark.parametrize("name", ["Swin v2", "Donut's Swin", "FocalNet", "Hiera", "PVT v2"])
+def test_groups_of_blocks_are_opened(name):
+    """So that a stage moves what it gets, where a group as a whole would change its shape."""
+    model = build(name)
+    layers = find_layers(model)
+    assert len(layers) == sum(model.config.depths)
+    assert sum(layer.keeps_shape for layer in profile_layers(model, layers)) >= len(layers) - 3
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -8,10 +8,11 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
+from encoders import MODELS, build
 from safetensors.torch import save_file
 from test_trainer import ORDERS, InterruptAt, arguments, assert_same, losses, trainer, weights
 from torch.utils.data import DataLoader
-from transformers import set_seed
+from transformers import T5Config, T5ForTokenClassification, set_seed
 from zoo import Samples, make
 
 from hf_mmst import MMSTTrainer, feature_cache
@@ -19,6 +20,7 @@ from hf_mmst.feature_cache import FeatureStore, FixedViews, KeyedCollator, upstr
 from hf_mmst.partition import Partition
 
 IDENTITY = {"model": "of a test"}
+T5 = {"vocab_size": 99, "d_model": 32, "num_layers": 4, "num_heads": 4, "d_ff": 64, "d_kv": 8, "num_labels": 5}
 
 
 def run(folder, name="vit", model=None, cache="disk", order="sequential", extra=None, **kwargs):
@@ -98,6 +100,35 @@ def test_texts_padded_to_the_longest_of_their_batch(tmp_path):
         weights(trained["disk"].model).values(), weights(trained["none"].model).values(), strict=True
     ):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["FNet", "Funnel"])
+def test_padding_that_makes_a_difference_is_kept(name, tmp_path):
+    """Where tokens depend on padding, a sample is found again where it is padded to the same length."""
+    trained = {}
+    for cache in ("none", "memory"):
+        trained[cache] = run(tmp_path / cache, "bert", build(name), cache, num_stages=2, num_train_epochs=2)
+        trained[cache].train()
+    assert_same(weights(trained["memory"].model), weights(trained["none"].model))
+    assert losses(trained["memory"]) == losses(trained["none"])
+
+    def collate(samples):
+        longest = max(int(sample["input_ids"].count_nonzero()) for sample in samples)
+        whole = {k: torch.stack([sample[k] for sample in samples]) for k in samples[0]}
+        return {k: tensor[:, :longest] if tensor.dim() == 2 else tensor for k, tensor in whole.items()}
+
+    settings = {"extra": {"data_collator": collate}, "num_stages": 2, "per_device_train_batch_size": 2}
+    with pytest.raises(ValueError, match="or padded to other lengths than before.*pad all to one length"):
+        run(tmp_path, "bert", build(name), "memory", **settings, num_train_epochs=2).train()
+
+
+@pytest.mark.parametrize(
+    ("models", "name"), [(MODELS, "WavLM"), ({"T5": lambda: T5ForTokenClassification(T5Config(**T5))}, "T5")]
+)
+def test_layers_that_hand_on_more_than_hidden_states_are_refused(models, name, tmp_path):
+    args = arguments(tmp_path, stage_order="sequential", feature_cache="memory", num_stages=2)
+    with pytest.raises(ValueError, match='needs more of it than its hidden states. Set .*, or feature_cache="none"'):
+        MMSTTrainer(build(name, models), args)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -292,7 +323,10 @@ def test_too_little_room_is_said_before_it_starts(cache, tmp_path, monkeypatch):
 
 
 def test_keys_follow_content_and_not_padding():
-    collate = KeyedCollator(lambda samples: {k: torch.stack([s[k] for s in samples]) for k in samples[0]}, ["labels"])
+    def stacked(samples):
+        return {k: torch.stack([sample[k] for sample in samples]) for k in samples[0]}
+
+    collate = KeyedCollator(stacked, ["labels"], without_padding=True)
     samples = [Samples("bert")[i] for i in range(4)]
     keys = collate(samples)["feature_keys"]
     assert len(keys.unique()) == 4
@@ -302,6 +336,8 @@ def test_keys_follow_content_and_not_padding():
         sample["attention_mask"] = torch.cat([sample["attention_mask"], torch.zeros(2, dtype=torch.long)])
         sample["input_ids"] = torch.cat([sample["input_ids"], torch.ones(2, dtype=torch.long)])
     assert torch.equal(collate(changed)["feature_keys"], keys)
+    kept = KeyedCollator(stacked, ["labels"], without_padding=False)
+    assert not torch.equal(kept(changed)["feature_keys"], kept(samples)["feature_keys"])
     changed[1]["input_ids"][0] += 1
     assert (collate(changed)["feature_keys"] != keys).tolist() == [False, True, False, False]
 

@@ -84,6 +84,11 @@ MESSAGES = {
         "something carries activations past the end of a stage, so that it would not learn by itself",
         "other `stage_boundaries`, or `num_stages=1`",
     ),
+    "hands on a second stream beside its hidden states": (
+        refused("LiLT"),
+        "the head of a stage would not see what it makes of the second",
+        "another model, or `num_stages=1`",
+    ),
     "has no head of which the stages' local losses could be made": (
         lambda folder: MMSTTrainer(BertForQuestionAnswering(BertConfig(**TEXT)), arguments(folder)),
         "the model's task is none of those [above](#tasks)",

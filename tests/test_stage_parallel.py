@@ -243,7 +243,7 @@ def test_shares_of_any_encoder_have_the_gradients_of_the_whole(name):
         (
             "WavLM",
             False,
-            "What follows wavlm.encoder.layers.0 of WavLMForSequenceClassification needs more of it than ",
+            "What follows wavlm.encoder.layers.1 of WavLMForSequenceClassification needs more of it than ",
         ),
         ("Swin", True, "is between the layers and is clipped with the last stage, which is in another process. Set "),
     ],
