@@ -1,8 +1,11 @@
 """The command `hf-mmst`: words -> a plan, a training run, an evaluation, a description of this machine, or a card."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from .endings import OneLineParser, exit_code
 
 CHOICES = ("auto", "fp32", "bf16", "fp16")
 TASKS = ("images", "texts")
@@ -14,7 +17,7 @@ ABOUT_TASKS = """
 Flags of `hf-mmst train | pilot images | texts` are those of MMSTConfig, such as --num_stages, --stage_order,
 --learning_rate, --output_dir, --push_to_hub, and those of the task:
 
-  --dataset_name        a name on the Hub, a folder, or (texts) a CSV, JSON or parquet file
+  --dataset_name        a name on the Hub, a folder, or a CSV, TSV, JSON or parquet file
   --model_name_or_path  a name on the Hub or a folder (images: a ViT from scratch without it)
   --config FILE.yaml    the same flags as `field: value` lines; flags on the command line go before them
 
@@ -35,17 +38,13 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if args is None else args)
     if len(words) > 1 and words[0] in RUNS and words[1] in TASKS:  # the flags of the task are its own parser's
-        return _run(words[0], words[1], words[2:])
+        return exit_code(f"hf-mmst {words[0]} {words[1]}", lambda: _run(words[0], words[1], words[2:]))
     given = _parser().parse_args(words)
-    try:
-        return given.run(given)
-    except (OSError, ValueError) as error:
-        print(f"hf-mmst {given.command}: {error}", file=sys.stderr)
-        return 2
+    return exit_code(f"hf-mmst {given.command}", lambda: given.run(given))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("hf-mmst", description="Train large encoders in a fraction of the memory.")
+def _parser() -> OneLineParser:
+    parser = OneLineParser("hf-mmst", description="Train large encoders in a fraction of the memory.")
     commands = parser.add_subparsers(required=True, dest="command", metavar="plan | pilot | train | eval | env | card")
 
     plan = commands.add_parser(
@@ -57,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--budget", help="memory of the device, such as 4GiB; without it nothing is chosen")
     shape = plan.add_mutually_exclusive_group()
     shape.add_argument("--image-size", type=int, help="side of an image, in pixels; the model's own by default")
-    shape.add_argument("--seq-len", type=int, help="tokens of a text (default: 128)")
+    shape.add_argument("--seq-len", type=int, help="tokens of a text; by default 128, or the model's positions")
     plan.add_argument(
         "--precision",
         choices=CHOICES,
@@ -100,14 +99,14 @@ def _plan(given: argparse.Namespace) -> int:
     try:
         from .planner import plan
 
-        sizes = {"image_size": given.image_size, "seq_len": given.seq_len or 128}
         found = plan(
             given.model,
             given.batch_size,
             given.budget,
             given.precision,
             num_stages=given.num_stages,
-            **{name: size for name, size in sizes.items() if size is not None},
+            seq_len=given.seq_len,
+            image_size=given.image_size,
         )
     finally:
         gc.enable()
@@ -121,17 +120,30 @@ def _plan(given: argparse.Namespace) -> int:
     return int(found.budget is not None and found.chosen is None)
 
 
+@contextlib.contextmanager
+def _no_bars_in_logs() -> Iterator[None]:
+    """Progress bars of loading are for a terminal; elsewhere they would bury what is said."""
+    import datasets
+    from transformers.utils import logging
+
+    with contextlib.ExitStack() as restored:
+        if not sys.stderr.isatty() and not datasets.are_progress_bars_disabled():
+            datasets.disable_progress_bars()
+            restored.callback(datasets.enable_progress_bars)
+        if not sys.stderr.isatty() and logging.is_progress_bar_enabled():
+            logging.disable_progress_bar()
+            restored.callback(logging.enable_progress_bar)
+        yield
+
+
+@_no_bars_in_logs()
 def _run(command: str, task: str, flags: Sequence[str]) -> int:
     from .tasks import train, try_settings
 
-    try:
-        if command == "train":
-            train(task, flags)
-            return 0
-        found = try_settings(task, flags)
-    except (OSError, ValueError) as error:
-        print(f"hf-mmst {command} {task}: {error}", file=sys.stderr)
-        return 2
+    if command == "train":
+        train(task, flags)
+        return 0
+    found = try_settings(task, flags)
     console = _console()
     console.print(found.table())
     if found.chosen is None:
@@ -155,6 +167,7 @@ def _console():
     return console
 
 
+@_no_bars_in_logs()
 def _evaluate(given: argparse.Namespace) -> int:
     from pathlib import Path
 

@@ -1,15 +1,15 @@
 """What the user says: TrainingArguments plus the fields of stage-wise training, each checked at once."""
 
 import contextlib
-import math
 import os
-import re
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal
 
 from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
+
+from .checks import check_fields, number, parse_bytes, positive, whole
 
 StageOrder = Literal["simultaneous", "sequential", "multi_lap", "coupled"]
 HeadPooling = Literal["auto", "mean", "cls"]
@@ -18,6 +18,14 @@ TransportSchedule = Literal["auto", "constant", "paper", "multipliers", "adaptiv
 StageResidency = Literal["all", "stage"]
 FeatureCache = Literal["none", "disk", "memory"]
 DEFAULT_STAGES = 4  # or as many as the model has layers
+
+
+def _layer_names(name: str, value: Any) -> None:
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(one, str) for one in value):
+        raise ValueError(
+            f"{name}={value!r} is not a list of layer names. Set it to the qualified name of each "
+            'stage\'s last layer, e.g. ["vit.layers.5", "vit.layers.11"], or to None to cut by num_stages.'
+        )
 
 
 @dataclass
@@ -118,14 +126,14 @@ class MMSTConfig(TrainingArguments):
         `ValueError`: for a value that cannot be, saying which field to set to what.
     """
 
-    num_stages: int | None = field(
+    num_stages: Annotated[int, whole(1, "1 trains end to end")] | None = field(
         default=None,
         metadata={
             "help": "Number of stages the encoder is cut into; 1 is end-to-end training; if unset, 4, or as many as "
             "there are layers if those are fewer."
         },
     )
-    stage_boundaries: list[str] | None = field(
+    stage_boundaries: Annotated[list[str], _layer_names] | None = field(
         default=None,
         metadata={"help": "Qualified names of each stage's last layer, in order; overrides num_stages."},
     )
@@ -136,36 +144,40 @@ class MMSTConfig(TrainingArguments):
             "last stage in each of num_laps laps; coupled: end to end, with one layer in device memory."
         },
     )
-    num_laps: int = field(default=1, metadata={"help": "Laps of the multi_lap order."})
-    coupled_laps: int = field(default=0, metadata={"help": "Laps at the end in which all stages learn end to end."})
+    num_laps: Annotated[int, whole(1, "1 is a single lap")] = field(
+        default=1, metadata={"help": "Laps of the multi_lap order."}
+    )
+    coupled_laps: Annotated[int, whole(0, "0 leaves all learning to local losses")] = field(
+        default=0, metadata={"help": "Laps at the end in which all stages learn end to end."}
+    )
     head_pooling: HeadPooling = field(
         default="auto",
         metadata={
             "help": "Pooling of the auxiliary heads: mean over tokens, first token (cls), auto: as the model's own."
         },
     )
-    head_layers: int | None = field(
+    head_layers: Annotated[int, whole(0, "0 is a head without layers")] | None = field(
         default=None,
         metadata={
             "help": "Number of the model's last layers of which the heads share a copy; if unset, 1 for a "
             "pretrained model, else 0."
         },
     )
-    head_learning_rate: float | None = field(
+    head_learning_rate: Annotated[float, positive] | None = field(
         default=None,
         metadata={
             "help": "Learning rate of the heads and of what the model has after its last layer; if unset, ten times "
             "learning_rate for stages of a pretrained model."
         },
     )
-    stage_learning_rate_decay: float | None = field(
+    stage_learning_rate_decay: Annotated[float, positive] | None = field(
         default=None,
         metadata={
             "help": "Stage k of K learns at learning_rate times this to the power of K - k; if unset, 0.7 a layer "
             "for a pretrained model, else 1."
         },
     )
-    transport_weight: float = field(
+    transport_weight: Annotated[float, number(0, "0 is greedy training, 0.3 the default")] = field(
         default=0.3, metadata={"help": "Weight of the transport term in each stage's loss; 0 is greedy training."}
     )
     transport_norm: TransportNorm = field(
@@ -184,7 +196,7 @@ class MMSTConfig(TrainingArguments):
         default=False,
         metadata={"help": "Clip each stage's gradients to max_grad_norm by itself, so that it can step at once."},
     )
-    memory_budget: str | None = field(
+    memory_budget: Annotated[str, parse_bytes] | None = field(
         default=None, metadata={"help": "Device memory to plan for, such as 4GiB: number of stages, order, residency."}
     )
     stage_residency: StageResidency = field(
@@ -195,7 +207,7 @@ class MMSTConfig(TrainingArguments):
         default="none",
         metadata={"help": "Where the features that a stage gets of each sample are kept: none, disk or memory."},
     )
-    cache_views: int | None = field(
+    cache_views: Annotated[int, whole(1, "1 keeps one view of each sample")] | None = field(
         default=None,
         metadata={
             "help": "Number of different views that random augmentation makes of a sample; not limited if unset."
@@ -259,28 +271,7 @@ class MMSTConfig(TrainingArguments):
 
     def check_stages(self) -> None:
         """Check the fields of stage-wise training; called again when a hyper-parameter search has set one."""
-        if self.num_stages is not None:
-            _at_least(1, "num_stages", self.num_stages, "1 trains end to end")
-        _at_least(1, "num_laps", self.num_laps, "1 is a single lap")
-        if self.head_layers is not None:
-            _at_least(0, "head_layers", self.head_layers, "0 is a head without layers")
-        _at_least(0, "coupled_laps", self.coupled_laps, "0 leaves all learning to local losses")
-        for name in ("head_learning_rate", "stage_learning_rate_decay"):
-            _positive(name, getattr(self, name))
-        for name, choices in _CHOICES.items():
-            _one_of(name, getattr(self, name), choices)
-        weight = self.transport_weight
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-            raise ValueError(
-                f"transport_weight={weight!r} is not a finite number of at least 0. Set transport_weight to 0 for "
-                "greedy training, or leave the default of 0.3."
-            )
-        names = self.stage_boundaries
-        if names is not None and (isinstance(names, str) or not names or not all(isinstance(n, str) for n in names)):
-            raise ValueError(
-                f"stage_boundaries={names!r} is not a list of layer names. Set it to the qualified name of each "
-                'stage\'s last layer, e.g. ["vit.layers.5", "vit.layers.11"], or to None to cut by num_stages.'
-            )
+        check_fields(self, OWN_FIELDS)
         if self.num_laps > 1 and self.stage_order != "multi_lap":
             raise ValueError(
                 f'num_laps={self.num_laps} has no effect with stage_order="{self.stage_order}". Set '
@@ -318,20 +309,16 @@ class MMSTConfig(TrainingArguments):
                 f'with stage_order="{self.stage_order}" all of them learn on each batch. Set stage_order to '
                 '"sequential" or "multi_lap", or feature_cache="none".'
             )
-        if self.cache_views is not None:
-            _at_least(1, "cache_views", self.cache_views, "1 keeps one view of each sample")
-            if self.dataloader_persistent_workers:
-                raise ValueError(
-                    "Persistent workers do not learn which epoch it is, and with it which of the cache_views is due. "
-                    "Set dataloader_persistent_workers=False, or leave cache_views unset."
-                )
-        if self.memory_budget is not None:
-            parse_bytes("memory_budget", self.memory_budget)
-            if self.stage_order != "simultaneous" or self.stage_boundaries is not None or self.coupled_laps:
-                raise ValueError(
-                    f'memory_budget="{self.memory_budget}" chooses the order of training and the cut. Leave '
-                    "stage_order, coupled_laps and stage_boundaries unset, or memory_budget."
-                )
+        if self.cache_views is not None and self.dataloader_persistent_workers:
+            raise ValueError(
+                "Persistent workers do not learn which epoch it is, and with it which of the cache_views is due. "
+                "Set dataloader_persistent_workers=False, or leave cache_views unset."
+            )
+        if planned and (self.stage_order != "simultaneous" or self.stage_boundaries is not None or self.coupled_laps):
+            raise ValueError(
+                f'memory_budget="{self.memory_budget}" chooses the order of training and the cut. Leave stage_order, '
+                "coupled_laps and stage_boundaries unset, or memory_budget."
+            )
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started > PartialState().num_processes:
             raise ValueError(
@@ -417,45 +404,4 @@ _STAGE_PARALLEL = {
     "fsdp": None,
     "torch_compile": False,
 }
-OWN_FIELDS = {f.name for f in fields(MMSTConfig)} - {f.name for f in fields(TrainingArguments)}
-_CHOICES = {
-    "stage_order": get_args(StageOrder),
-    "head_pooling": get_args(HeadPooling),
-    "transport_norm": get_args(TransportNorm),
-    "transport_schedule": get_args(TransportSchedule),
-    "stage_residency": get_args(StageResidency),
-    "feature_cache": get_args(FeatureCache),
-}
-
-
-def parse_bytes(name: str, value: int | str) -> int:
-    """
-    A number of bytes, from `4294967296`, `"4GiB"`, `"500 MB"` and the like.
-
-    Raises:
-        `ValueError`: if it is none, or not positive, naming the field `name`.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", str(value).strip().lower())
-    number = int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "kmgt".find(match[2] or "-"))) if match else 0
-    if number < 1:
-        raise ValueError(f'{name}={value!r} is not a number of bytes. Set {name} to one with a unit, as in "4GiB".')
-    return number
-
-
-def _at_least(least: int, name: str, value: object, hint: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"{name}={value!r} is not a whole number of at least {least}. Set {name} to {least} or more ({hint})."
-        )
-
-
-def _positive(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r} is not a positive number. Set it to one, or leave it unset.")
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known. Set {name} to one of {', '.join(choices)}.")
+OWN_FIELDS = [f.name for f in fields(MMSTConfig)[len(fields(TrainingArguments)) :]]

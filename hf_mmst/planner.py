@@ -9,20 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-)
-from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PretrainedConfig
 
-from .config import parse_bytes
-from .examples import dummy_inputs
-from .objectives import CLASSES, objective_of
+from .checks import one_of, parse_bytes, whole
 from .partition import checkpoints_across
+from .planned import batch_of, model_of
 from .simulation import PRECISIONS, LayerMemory, Peak, Simulation, Way
 from .token_flow import attends_causally
 
@@ -31,6 +22,10 @@ if TYPE_CHECKING:
 
 HEADROOM = 1.05  # of a peak, for what is not counted in tensors
 LOCAL_ORDERS = ("simultaneous", "sequential")  # in which stages learn from losses of their own
+AVOIDABLE = (
+    *(*LOCAL_ORDERS, "coupled"),
+    *("stage_order", "stage_residency", "stage_clipping", "activation_checkpointing"),
+)
 EPOCHS = 3  # of each stage, over which a feature cache pays off
 
 
@@ -144,7 +139,8 @@ def plan(
     num_stages: int | None = None,
     without: Collection[str] = (),
     head_layers: int | None = None,
-    **shape: int,
+    seq_len: int | None = None,
+    image_size: int | None = None,
 ) -> Plan:
     """
     Estimate the memory of ways of training a model, without allocating it, and choose one that fits.
@@ -165,15 +161,25 @@ def plan(
         without (`Collection[str]`): settings that must keep their defaults, such as `"stage_residency"`, or orders
             that must not be chosen, such as `"coupled"`.
         head_layers (`int`, *optional*): of the auxiliary heads, see [`MMSTConfig`].
-        shape: `seq_len` of texts, `image_size` of images, if `batch` is a number.
+        seq_len (`int`, *optional*): tokens of a text, if `batch` is a number; 128, or as many as there are positions.
+        image_size (`int`, *optional*): side of an image, if `batch` is a number; the model's own by default.
 
     Raises:
-        `ValueError`: for a budget or precision that cannot be read, or a model that cannot be cut.
+        `ValueError`: for an argument that cannot be, or a model that cannot be cut.
     """
-    if precision not in ("auto", *PRECISIONS):
-        raise ValueError(f"precision={precision!r} is not known. Set precision to auto or {', '.join(PRECISIONS)}.")
+    one_of("precision", precision, ("auto", *PRECISIONS))
+    one_of("device", device, ("cpu", "cuda"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda', but PyTorch finds no GPU here. Set device to cpu.")
+    without = {without} if isinstance(without, str) else {*without}
+    for name in without:
+        one_of("without", name, AVOIDABLE)
+    if num_stages is not None:
+        whole(1, "1 trains end to end")("num_stages", num_stages)
+    if head_layers is not None:
+        whole(0, "0 is a head without layers")("head_layers", head_layers)
     limit = None if budget is None else parse_bytes("budget", budget)
-    model = model if isinstance(model, nn.Module) else _build(model)
+    model = model_of(model)
     if getattr(model, "is_quantized", False):
         raise ValueError(
             f"The weights of {type(model).__name__} are quantized, which is not planned for. Choose num_stages and "
@@ -181,20 +187,15 @@ def plan(
         )
     if precision == "auto":
         plans = [
-            plan(model, batch, budget, one, device, num_stages, without, head_layers, **shape)
+            plan(model, batch, budget, one, device, num_stages, without, head_layers, seq_len, image_size)
             for one in ("fp32", "bf16")
         ]
         return min(plans, key=lambda found: math.inf if found.chosen is None else found.chosen.compute)
-    if isinstance(batch, int):
-        batch = dummy_inputs(model, batch, "meta", **shape)
-    if "labels" not in batch:
-        shape_of = next(iter(batch.values())).shape
-        if (objective_of(model) or CLASSES).head == "pooled":
-            shape_of = shape_of[:1]
-        batch = {**batch, "labels": torch.zeros(shape_of, dtype=torch.long, device="meta")}
-    simulation = Simulation(model, batch, precision, device, head_layers)
-    if simulation.objective.head == "pooled" and attends_causally(model, simulation.layers, simulation.example):
-        without = [*without, *LOCAL_ORDERS]
+    inputs = batch_of(model, batch, seq_len, image_size)
+    simulation = Simulation(model, inputs, precision, device, head_layers)
+    example = None if inputs["labels"].is_meta else simulation.example  # it is run, for which it needs data
+    if simulation.objective.head == "pooled" and attends_causally(model, simulation.layers, example):
+        without |= {*LOCAL_ORDERS}
     if num_stages is not None and num_stages > len(simulation.ends):
         raise ValueError(f"num_stages={num_stages} is more than the {len(simulation.ends)} layers. Set it to fewer.")
     rows: dict[Way, Row] = {}
@@ -209,17 +210,17 @@ def plan(
     for way in _rivals(simulation):
         fits(way)
     numbers = [num_stages] if num_stages is not None else _stage_numbers(len(simulation.ends))
-    whole = rows[Way()].peak
+    plain = rows[Way()].peak
     chosen = None
     least: list[Way] = []
     for family in _families(simulation):
-        if {family.stage_order, *_settings(family)} & {*without}:
+        if {family.stage_order, *_settings(family)} & without:
             continue
         if chosen is not None:
             break
         if limit is None and family.activation_checkpointing:
             continue
-        if limit is not None and _least(family, whole) > limit:
+        if limit is not None and _least(family, plain) > limit:
             continue
         ways = [family]
         if family.stage_order != "coupled":
@@ -241,7 +242,7 @@ def plan(
     found = sorted(rows.values(), key=lambda row: (row.way.num_stages > 1, -row.peak.total))
     best = None if chosen is None else rows[chosen]
     reason = _reason(found, limit, best)
-    return Plan(found, simulation.by_layer, limit, best, reason, precision, len(batch["labels"]))
+    return Plan(found, simulation.by_layer, limit, best, reason, precision, len(inputs["labels"]))
 
 
 def _rivals(simulation: Simulation) -> Iterator[Way]:
@@ -378,19 +379,4 @@ def _reason(rows: list[Row], limit: int | None, chosen: Row | None) -> str:
         f"{chosen.name} fits in {limit / 2**20:,.0f} MiB with {chosen.peak.total / 2**20:,.0f} MiB and 5 % to spare, "
         f"at the least compute of this package's ways that do: {chosen.compute:.2f} times that of end-to-end "
         f"training{elsewhere}.{others}"
-    )
-
-
-def _build(model: PretrainedConfig | str) -> nn.Module:
-    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
-    autos: tuple[Any, ...] = (AutoModelForImageClassification, AutoModelForSequenceClassification)
-    if {*(config.architectures or [])} & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}:
-        autos = (AutoModelForCausalLM,)
-    for auto in autos:
-        if type(config) in auto._model_mapping:
-            with torch.device("meta"), no_init_weights():
-                return auto.from_config(config)
-    raise ValueError(
-        f"{type(config).__name__} has neither a model for image classification nor one for sequence classification. "
-        "Pass the model itself."
     )

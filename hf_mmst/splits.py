@@ -2,23 +2,33 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import evaluate
 import numpy as np
+
+from .checks import check_fields, fraction, whole
+from .classified import split_off
 
 
 @dataclass
 class SplitArguments:
     """How much of a dataset is used."""
 
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many samples at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many samples at most."})
-    validation_fraction: float = field(
+    max_train_samples: Annotated[int, whole(1, "unset: all")] | None = field(
+        default=None, metadata={"help": "Train on this many samples at most."}
+    )
+    max_eval_samples: Annotated[int, whole(1, "unset: all")] | None = field(
+        default=None, metadata={"help": "Evaluate on this many samples at most."}
+    )
+    validation_fraction: Annotated[float, fraction] = field(
         default=0.0,
         metadata={"help": "Evaluate on this part of the train split, not on the test split: to choose settings."},
     )
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def choose_splits(
@@ -26,7 +36,7 @@ def choose_splits(
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """The samples to train on and those to evaluate on; where only some are used, a random choice of them."""
     if data.validation_fraction > 0:
-        splits = splits["train"].train_test_split(data.validation_fraction, stratify_by_column="label", seed=seed)
+        splits = split_off(splits["train"], data.validation_fraction, seed)
     limits = {"train": data.max_train_samples, "test": data.max_eval_samples}
     train, test = (
         splits[name].shuffle(seed=0).select(range(min(limit, len(splits[name])))) if limit else splits[name]

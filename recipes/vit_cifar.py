@@ -12,6 +12,7 @@ Without `--dataset_name`: CIFAR-10 from the Hub; where that cannot be reached, 5
 """
 
 import importlib.util
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from hf_mmst import MMSTConfig
 from hf_mmst.arguments import parse_arguments
+from hf_mmst.endings import exit_code
 from hf_mmst.images import DEFAULTS, ImageArguments, ImageModelArguments, image_trainer, load_images
 from hf_mmst.offline import announce_fallback, hub_is_reachable
 from hf_mmst.report import train_and_report
@@ -76,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("vit_cifar.py", main))

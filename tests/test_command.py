@@ -1,17 +1,22 @@
 """The command `hf-mmst`: training, evaluation and cards without a script."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from pushes import TEXTS, tokenizer
 from transformers import AutoModelForImageClassification
 from zoo import make
 
+from hf_mmst import MMSTConfig
 from hf_mmst.command import main
+from hf_mmst.endings import exit_code
+from hf_mmst.texts import TextArguments, TextModelArguments, load_texts, text_trainer
 
 QUICK = ["--max_steps", "2", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "--num_stages", "2"]
 
@@ -109,25 +114,78 @@ def test_a_dataset_with_other_labels_is_refused(texts, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "images"], "There is no dataset. Set dataset_name to"),
-        (["train", "texts", "--dataset_name", "x.csv"], "There is no model. Set model_name_or_path to"),
-        (["train", "images", "--dataset_name", "x", "--num_stages", "0"], "num_stages=0 is not a whole number"),
-        (["eval", "/nowhere", "x"], "/nowhere is neither a folder nor a name on the Hub"),
-        (["eval", "x", "x", "--max-samples", "0"], "max_samples=0 is not a whole number of at least 1"),
-        (["eval", "x", "x", "--batch-size", "-1"], "batch_size=-1 is not a whole number of at least 1"),
-        (["eval", "x", "x", "--max-seq-length", "0"], "max_seq_length=0 is not a whole number of at least 1"),
-        (["pilot", "images", "--dataset_name", "x", "--num_trials", "0"], "num_trials=0 is not a whole number"),
-        (["pilot", "images", "--dataset_name", "x", "--trial_steps", "0"], "trial_steps=0 is not a whole number"),
-        (["pilot", "images", "--dataset_name", "x", "--trial_samples", "1"], "trial_samples=1 is not a whole number"),
-        (["card", "/nowhere/results.json"], "No such file"),
+        ("train images", "There is no dataset. Set dataset_name to"),
+        ("train images --dataset_name=", "dataset_name='' is neither a folder or file nor"),
+        ("train images --dataset_name x --report_to nope", "report_to='nope' is not known, or its package is not"),
+        (
+            "train texts --dataset_name {data} --model_name_or_path {damaged}",
+            "cannot be read: Error while deserializing",
+        ),
+        ("train texts --dataset_name x.csv", "There is no model. Set model_name_or_path to"),
+        ("train images --dataset_name x --num_stages 0", "num_stages=0 is not a whole number"),
+        ("train images --dataset_name x --max_eval_samples 0", "max_eval_samples=0 is not a whole number"),
+        ("train images --dataset_name x --max_train_samples -5", "max_train_samples=-5 is not a whole number"),
+        ("train images --dataset_name x --validation_fraction 2", "validation_fraction=2.0 is no part of a whole"),
+        ("train images --dataset_name x --validation_fraction nan", "validation_fraction=nan is no part of a whole"),
+        ("train images --dataset_name ./nowhere", "dataset_name='./nowhere' is neither a folder or file nor"),
+        ("train images --dataset_name nobody/nothing", "The dataset nobody/nothing cannot be read"),
+        ("train images --dataset_name x --model_name_or_path ./y", "'./y' is neither a folder nor a name on the Hub"),
+        ("train images --dataset_name {images} --model_name_or_path {texts}", "Unrecognized configuration class"),
+        ("train texts --dataset_name {data} --model_name_or_path {words}", "has no tokenizer with words"),
+        ("train texts --dataset_name {data} --model_name_or_path {texts} --max_seq_length 0", "max_seq_length=0"),
+        (
+            "train texts --dataset_name {data} --model_name_or_path {texts} --max_seq_length 2",
+            "Set max_seq_length to 3",
+        ),
+        ("plan ./nowhere", "model='./nowhere' is neither a folder nor a name on the Hub"),
+        ("plan {texts} --seq-len 65", "Set seq_len to 64 or less"),
+        ("eval /nowhere x", "/nowhere is neither a folder nor a name on the Hub"),
+        ("eval x x --max-samples 0", "max_samples=0 is not a whole number of at least 1"),
+        ("eval x x --batch-size -1", "batch_size=-1 is not a whole number of at least 1"),
+        ("eval x x --max-seq-length 0", "max_seq_length=0 is not a whole number of at least 1"),
+        ("pilot images --dataset_name x --num_trials 0", "num_trials=0 is not a whole number"),
+        ("pilot images --dataset_name x --trial_steps 0", "trial_steps=0 is not a whole number"),
+        ("pilot images --dataset_name x --trial_samples 1", "trial_samples=1 is not a whole number"),
+        ("card /nowhere/results.json", "No such file"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(words, message, capsys):
-    assert main(words) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.startswith(f"hf-mmst {words[0]}")
-    assert len(said.splitlines()) == 1
+def test_what_cannot_be_is_said_in_one_line(words, message, request, tmp_path, capsys):
+    given = {}
+    if "{" in words:
+        given["data"], given["texts"] = request.getfixturevalue("texts")
+        given["images"] = request.getfixturevalue("images") if "{images}" in words else None
+        given["words"] = str(tmp_path / "words")
+        make("bert").save_pretrained(given["words"])
+        given["damaged"] = str(shutil.copytree(given["texts"], tmp_path / "damaged"))
+        (tmp_path / "damaged" / "model.safetensors").write_bytes(b"?" * 100)
+    capsys.readouterr()
+    assert main(words.format(**given).split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert line.startswith(f"hf-mmst {words.split()[0]}")
+    assert len(line) < 1200
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise ValueError("The image\n1.png cannot be used")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_error_of_a_worker_is_said_in_one_line(workers, capsys):
+    loader = torch.utils.data.DataLoader(Broken(), num_workers=workers)
+    assert exit_code("job", lambda: list(loader)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("job: ")
+    assert line.endswith("1.png cannot be used")
+
+
+def test_what_is_wrong_here_has_its_traceback():
+    with pytest.raises(KeyError):
+        exit_code("job", lambda: {}["a"])
 
 
 def test_a_card_needs_the_results_of_a_run(tmp_path, capsys):
@@ -137,11 +195,22 @@ def test_a_card_needs_the_results_of_a_run(tmp_path, capsys):
 
 
 def test_unknown_words_end_it(capsys):
-    for words in (["pilot"], ["train", "sounds"], ["train", "images", "--num_stage", "3"], []):
+    for words in ("pilot", "train sounds", "plan", "plan x --seq-len y", "", "train images --num_stage 3"):
         with pytest.raises(SystemExit) as ended:
-            main(words)
+            main(words.split())
         assert ended.value.code == 2
-    assert "Did you mean num_stages?" in capsys.readouterr().err
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("hf-mmst")
+    assert "Did you mean num_stages?" in line
+
+
+def test_texts_are_cut_to_the_positions_of_the_model(texts, tmp_path):
+    _, model = texts
+    (tmp_path / "long.csv").write_text("sentence,label\n" + f"{'a small set ' * 60},no\nof words,yes\n" * 10)
+    data = TextArguments()
+    args = MMSTConfig(str(tmp_path), num_stages=2, use_cpu=True, report_to="none")
+    made = text_trainer(TextModelArguments(model), data, args, load_texts(str(tmp_path / "long.csv"), data))
+    assert max(len(row["input_ids"]) for row in made.train_dataset) == 64 < data.max_seq_length
 
 
 def test_the_environment(capsys):

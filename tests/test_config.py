@@ -1,6 +1,8 @@
 """What the user says, and what is refused at once."""
 
 import dataclasses
+import math
+import re
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
@@ -110,6 +112,19 @@ def test_bad_values_are_refused_at_once(given, message, tmp_path):
         MMSTConfig(str(tmp_path), use_cpu=True, **given)
 
 
+@pytest.mark.parametrize("name", OWN_FIELDS)
+def test_every_field_has_a_type(name, tmp_path):
+    config = MMSTConfig(str(tmp_path), use_cpu=True)
+    switch = isinstance(OWN_FIELDS[name], bool)
+    for value in ("no", [], math.nan, -1, (1,), 1 if switch else True):
+        setattr(config, name, value)
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} ") + ".*[Ss]et "):
+            config.check_stages()
+    setattr(config, name, True if switch else OWN_FIELDS[name])
+    if name != "stage_parallel":
+        config.check_stages()
+
+
 def test_plain_training_arguments_are_refused(tmp_path):
     with pytest.raises(TypeError, match="args of type TrainingArguments. Use MMSTConfig in its place"):
         MMSTTrainer(make("vit"), TrainingArguments(str(tmp_path), use_cpu=True))
@@ -122,7 +137,7 @@ def test_missing_labels(tmp_path):
         "Unlabelled", (Samples,), {"__getitem__": lambda s, i: {"pixel_values": s.columns["pixel_values"][i]}}
     )
     args = MMSTConfig(str(tmp_path), num_stages=2, use_cpu=True, report_to="none", disable_tqdm=True)
-    with pytest.raises(ValueError, match="The batch has no labels, only pixel_values.*column named label or labels"):
+    with pytest.raises(ValueError, match="The batch has no labels, only pixel_values.*Give the dataset such a column"):
         MMSTTrainer(make("vit"), args, train_dataset=data).train()
 
 

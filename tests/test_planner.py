@@ -16,6 +16,7 @@ from hf_mmst import MMSTTrainer, plan
 from hf_mmst.command import CHOICES, main
 from hf_mmst.config import parse_bytes
 from hf_mmst.examples import dummy_inputs
+from hf_mmst.planned import batch_of
 from hf_mmst.simulation import PRECISIONS, Simulation, Way
 
 SMALL = ViTConfig(
@@ -108,11 +109,57 @@ def test_what_is_no_number_of_bytes_is_refused(value):
         parse_bytes("budget", value)
 
 
-def test_what_cannot_be_planned_is_refused():
-    with pytest.raises(ValueError, match="Set precision to auto or fp32, bf16, fp16"):
-        plan(SMALL, 8, precision="int4")
-    with pytest.raises(ValueError, match="more than the 3 layers"):
-        plan(SMALL, 8, num_stages=4)
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("vit", {"precision": "int4"}, "precision='int4' is not known. Set precision to one of auto, fp32, bf16, fp16"),
+        ("vit", {"num_stages": 5}, "more than the 4 layers"),
+        ("vit", {"num_stages": 0}, "num_stages=0 is not a whole number of at least 1"),
+        ("vit", {"batch": 0}, "batch_size=0 is not a whole number of at least 1"),
+        ("vit", {"batch": "8"}, "batch_size='8' is not a whole number"),
+        ("vit", {"batch": {"pixel_values": None}, "image_size": 32}, "image_size=32, but the batch has its own"),
+        ("vit", {"device": "tpu"}, "device='tpu' is not known. Set device to one of cpu, cuda"),
+        (
+            "vit",
+            {"without": ["x"]},
+            "without='x' is not known. Set without to one of simultaneous, sequential, coupled",
+        ),
+        ("vit", {"head_layers": -1}, "head_layers=-1 is not a whole number"),
+        ("vit", {"seq_len": 8}, "seq_len=8 is for models that take input_ids.*Leave seq_len unset"),
+        ("vit", {"image_size": 0}, "image_size=0 is not a whole number of at least 1"),
+        ("vit", {"image_size": 7}, "image_size=7 is none that ViTForImageClassification can take.*Kernel size"),
+        ("vit", {"image_size": 64}, "image_size=64 is none that .* doesn't match model"),
+        ("bert", {"image_size": 32}, "image_size=32 is for models that take pixel_values.*Leave image_size unset"),
+        ("bert", {"seq_len": -1}, "seq_len=-1 is not a whole number of at least 1"),
+        ("bert", {"seq_len": 65}, "positions for 64 tokens. Set seq_len to 64 or less"),
+        ("roberta", {"seq_len": 64}, "positions for 63 tokens. Set seq_len to 63 or less"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(name, given, message):
+    with pytest.raises(ValueError, match=message):
+        plan(make(name), **{"batch": 8, **given})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="device='cuda', but PyTorch finds no GPU here. Set device to cpu"):
+        plan(SMALL, 8, device="cuda")
+
+
+@pytest.mark.parametrize("name", ["", "/nowhere", "./nowhere", "a/b/c", "a b"])
+def test_a_model_that_is_not_there_is_refused(name):
+    with pytest.raises(ValueError, match=f"model='{name}' is neither a folder nor a name on the Hub. Set model to"):
+        plan(name, 8)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("bert", 64), ("roberta", 63), ("distilbert", 128), ("gpt2", 64)])
+def test_texts_are_as_long_as_there_are_positions(name, tokens):
+    model = make(name)
+    assert batch_of(model, 2, None, None)["input_ids"].shape == (2, tokens)
+    model(torch.zeros((1, tokens), dtype=torch.long) + 5)
+    if tokens < 128:
+        with pytest.raises((RuntimeError, IndexError)):
+            model(torch.zeros((1, tokens + 1), dtype=torch.long) + 5)
 
 
 def test_the_config_to_paste_is_the_whole_plan():

@@ -95,7 +95,9 @@ def run(words, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [recipe, *flags, *RECIPE])
             patch.syspath_prepend(ROOT / "recipes")
-            runpy.run_path(str(ROOT / recipe), run_name="__main__")
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(ROOT / recipe), run_name="__main__")
+            assert ended.value.code == 0
     elif words[:2] == ["pip", "install"]:  # that this installs what is needed is what these tests run in
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert words[2] == "-e"
