@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.utils import logging
 
@@ -31,19 +30,25 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any], has_l
     steps_at_once = args.gradient_accumulation_steps == 1 and args.world_size == 1 and not args.fp16
     num_stages = None if args.chooses_stages or not has_local_losses else args.num_stages
     couples = args.world_size == 1 and not args.fp16 and args.feature_cache == "none" and num_stages in (None, 1)
-    found = plan(
-        model,
-        {name: value for name, value in batch.items() if torch.is_tensor(value)},
-        args.memory_budget,
-        precision=precision,
-        device=device,
-        num_stages=num_stages,
-        without=([*LOCAL_ORDERS] if not has_local_losses else [])
-        + (["stage_clipping"] if not steps_at_once else [])
-        + (["stage_residency"] if args.world_size > 1 else [])
-        + (["coupled"] if not couples else []),
-        head_layers=args.head_layers,
-    )
+    try:
+        found = plan(
+            model,
+            _inputs_of(batch),
+            args.memory_budget,
+            precision=precision,
+            device=device,
+            num_stages=num_stages,
+            without=([*LOCAL_ORDERS] if not has_local_losses else [])
+            + (["stage_clipping"] if not steps_at_once else [])
+            + (["stage_residency"] if args.world_size > 1 else [])
+            + (["coupled"] if not couples else []),
+            head_layers=args.head_layers,
+        )
+    except RuntimeError as error:  # which fake tensors raise where data decides
+        raise ValueError(
+            f'memory_budget="{args.memory_budget}", but a {type(model).__name__} cannot be followed on tensors without '
+            f"data ({error}). Choose num_stages and stage_order yourself, and leave memory_budget unset."
+        ) from error
     if found.chosen is None:
         given = "" if num_stages is None else f", num_stages={num_stages}"
         hint = " Or leave num_stages unset, so that it is planned, too." if given else ""
@@ -75,8 +80,14 @@ def planned_peak(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -
 
 def simulation_of(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Simulation:
     """The simulation of a run with these arguments and batches like this one."""
-    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
-    return Simulation(model, tensors, *_precision_and_device(args), args.head_layers)
+    return Simulation(model, _inputs_of(batch), *_precision_and_device(args), args.head_layers)
+
+
+def _inputs_of(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name, value in batch.items():
+        if isinstance(value, list | tuple | dict):
+            raise NotImplementedError(f"{name} is a {type(value).__name__}, not a tensor.")
+    return batch
 
 
 def _precision_and_device(args: MMSTConfig) -> tuple[str, str]:

@@ -18,7 +18,10 @@ def copied(
 
     What was put in the place of a module's `train` or `eval` may be bound to that very module, and is left out.
     """
-    tensors = (*module.parameters(), *module.buffers()) if like is not None else ()
+    tensors: tuple[torch.Tensor, ...] = ()
+    if like is not None:  # of tensors that are neither parameters nor buffers, too, such as fixed position embeddings
+        others = (value for one in module.modules() for value in vars(one).values() if torch.is_tensor(value))
+        tensors = (*module.parameters(), *module.buffers(), *others)
     twin = copy.deepcopy(module, {id(tensor): like(tensor) for tensor in tensors})  # type: ignore[misc]
     for one in twin.modules():
         one.training = one.training if training is None else training

@@ -36,7 +36,8 @@ class ExampleInputs:
         A batch as the model gets it in training.
 
         The host's own models do without the labels and the padding mask, which say what counts, not what is computed,
-        and often cannot be followed on tensors without data. A forward pass of the user's gets them all.
+        and often cannot be followed on tensors without data; but a decoder begins with the labels. A forward pass of
+        the user's gets them all.
 
         Args:
             model (`nn.Module`), batch (`Mapping[str, Any]`): as in training.
@@ -44,7 +45,10 @@ class ExampleInputs:
             label_names (`Iterable[str]`): entries that are labels.
             makes_loss (`bool`): whether the model gets `labels` in training.
         """
-        left_out = {"attention_mask", *label_names} if _is_of_host(model) else set()
+        left_out: set[str] = set()
+        if _is_of_host(model):
+            decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+            left_out = {"attention_mask", *(() if decodes else label_names)}
         if not makes_loss:
             left_out.add("labels")
         return cls({name: value for name, value in batch.items() if name not in left_out}, num_samples)

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .checks import a_model, whole
 from .examples import dummy_inputs
-from .objectives import CLASSES, objective_of
+from .objectives import objective_of
 from .positions import num_positions
 from .probe import on_meta
 
@@ -73,10 +73,11 @@ def batch_of(
         batch = dummy_inputs(model, batch, "meta", **_sizes(model, seq_len, image_size))
         if seq_len is not None or image_size is not None:
             _try(model, batch, f"image_size={image_size}" if seq_len is None else f"seq_len={seq_len}")
-    if "labels" in batch:
+    objective = objective_of(model)
+    if "labels" in batch or objective is None:
         return batch
     shape = next(iter(batch.values())).shape
-    if (objective_of(model) or CLASSES).head == "pooled":
+    if objective.head == "pooled":
         shape = shape[:1]
     return {**batch, "labels": torch.zeros(shape, dtype=torch.long, device="meta")}
 

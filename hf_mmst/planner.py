@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .checks import one_of, parse_bytes, whole
+from .objectives import objective_of
 from .partition import checkpoints_across
 from .planned import batch_of, model_of
 from .simulation import PRECISIONS, LayerMemory, Peak, Simulation, Way
@@ -193,7 +194,8 @@ def plan(
         return min(plans, key=lambda found: math.inf if found.chosen is None else found.chosen.compute)
     inputs = batch_of(model, batch, seq_len, image_size)
     simulation = Simulation(model, inputs, precision, device, head_layers)
-    example = None if inputs["labels"].is_meta else simulation.example  # it is run, for which it needs data
+    without_data = any(torch.is_tensor(value) and value.is_meta for value in inputs.values())
+    example = None if without_data else simulation.example  # it is run, for which it needs data
     if simulation.objective.head == "pooled" and attends_causally(model, simulation.layers, example):
         without |= {*LOCAL_ORDERS}
     if num_stages is not None and num_stages > len(simulation.ends):
@@ -242,7 +244,7 @@ def plan(
     found = sorted(rows.values(), key=lambda row: (row.way.num_stages > 1, -row.peak.total))
     best = None if chosen is None else rows[chosen]
     reason = _reason(found, limit, best)
-    return Plan(found, simulation.by_layer, limit, best, reason, precision, len(inputs["labels"]))
+    return Plan(found, simulation.by_layer, limit, best, reason, precision, simulation.num_samples)
 
 
 def _rivals(simulation: Simulation) -> Iterator[Way]:
@@ -251,7 +253,8 @@ def _rivals(simulation: Simulation) -> Iterator[Way]:
         yield Way(activation_checkpointing=True)
     layers = [simulation.model.get_submodule(name) for name in simulation.layers]
     linear = any(isinstance(module, nn.Linear) for layer in layers for module in layer.modules())
-    if linear and find_spec("peft") is not None:
+    # What an adapter is put beside, and what learns as a whole, is known of models with a local loss.
+    if linear and objective_of(simulation.given) is not None and find_spec("peft") is not None:
         yield Way(lora=True)
 
 
@@ -338,7 +341,7 @@ def _elsewhere(simulation: Simulation, way: Way) -> tuple[int, int, int]:
         moved = sum(after) // way.num_stages
     if way.feature_cache != "none":
         boundaries = simulation.partition(way.num_stages).boundaries[:-1]
-        cache = 2 * max(layers[name].output for name in boundaries) // len(simulation.inputs["labels"])
+        cache = 2 * max(layers[name].output for name in boundaries) // simulation.num_samples
     return resting, moved, cache
 
 

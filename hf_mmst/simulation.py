@@ -81,7 +81,7 @@ class Simulation:
 
     Args:
         model (`nn.Module`): the model; on the meta device or any other.
-        inputs (`Mapping[str, torch.Tensor]`): a batch with labels, of which only the shapes count.
+        inputs (`Mapping[str, Any]`): a batch, with labels if the model learns from them; of tensors only shapes count.
         precision (`str`): `"fp32"`, or autocast to `"bf16"` or `"fp16"`.
         device (`str`): where tensors are counted; `"cuda"` only where there is one.
         head_layers (`int`, *optional*): see [`MMSTConfig`].
@@ -90,17 +90,19 @@ class Simulation:
     def __init__(
         self,
         model: nn.Module,
-        inputs: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, Any],
         precision: str = "fp32",
         device: str = "cpu",
         head_layers: int | None = None,
     ):
         self.device, self.dtype = device, PRECISIONS[precision]
-        self.config: Any = model.config
+        self.config: Any = getattr(model, "config", None)
         self.objective = objective_of(model) or CLASSES
         self.layers = find_layers(model)
         self.ends = run_ends(model, self.layers)
-        self.given, self.example = model, ExampleInputs.of_batch(model, inputs, len(inputs["labels"]))
+        tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+        self.num_samples = len(tensors.get("labels", next(iter(tensors.values()))))
+        self.given, self.example = model, ExampleInputs.of_batch(model, inputs, self.num_samples)
         self._head_layers = head_layers
         self._mode = FakeTensorMode()
         self._states = WeakTensorKeyDictionary()
@@ -108,9 +110,9 @@ class Simulation:
         if getattr(self.config, "use_cache", False):
             cast(Any, self.model.config).use_cache = False  # as in training
         with self._mode:
-            self.inputs = {name: self._fake(value) for name, value in inputs.items()}
+            self.inputs = {**inputs, **{name: self._fake(value) for name, value in tensors.items()}}
             # On the CPU the batch that the data loader has ready is in the same memory.
-            self._ready = [self._fake(value) for value in inputs.values()] if device == "cpu" else []
+            self._ready = [self._fake(value) for value in tensors.values()] if device == "cpu" else []
 
     @functools.cached_property
     def profile(self) -> list[LayerProfile]:
@@ -181,7 +183,7 @@ class Simulation:
             tracker = self._tracker(parameters, optimizer)
             with tracker:
                 with self._autocast():
-                    loss = model(**self.inputs).loss
+                    loss = self._loss(model)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
@@ -239,7 +241,7 @@ class Simulation:
                         given=given,
                     ) as step,
                 ):
-                    loss = self.model(**self.inputs).loss
+                    loss = self._loss(self.model)
                 (loss + 0.3 * step.transport).backward()
                 del loss, step
                 clip_by_stage(shared, 1.0)
@@ -255,7 +257,7 @@ class Simulation:
             tracker = self._tracker(parameters, optimizer)
             with tracker:
                 with self._autocast():
-                    loss = self.model(**self.inputs).loss
+                    loss = self._loss(self.model)
                 loss.backward()
                 del loss
                 residency.settle()
@@ -281,7 +283,8 @@ class Simulation:
     def _tracker(self, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer, *others: torch.Tensor):
         """A tracker that knows what is in memory when a step begins."""
         states = [value for state in optimizer.state.values() for value in state.values()]
-        begin = [*weights, *self.model.buffers(), *states, *self.inputs.values(), *self._ready, *others]
+        inputs = [value for value in self.inputs.values() if torch.is_tensor(value)]
+        begin = [*weights, *self.model.buffers(), *states, *inputs, *self._ready, *others]
         tracker = FlatMemTracker()
         tracker.track_external(*begin)
         return tracker
@@ -292,6 +295,13 @@ class Simulation:
             self.model(**self.inputs)
         assert step.features is not None
         return stage, step.features
+
+    def _loss(self, model: nn.Module) -> torch.Tensor:
+        outputs = model(**self.inputs)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+        if not torch.is_tensor(loss) or loss.dim() > 0:
+            raise NotImplementedError(f"{type(model).__name__} makes no loss of {', '.join(self.inputs)}.")
+        return loss
 
     def _criterion(self, logits: torch.Tensor) -> torch.Tensor:
         return self.objective.loss(logits, self.inputs["labels"], self.config)

@@ -187,6 +187,16 @@ def test_the_numbers_are_those_of_plain_trainer(name, tmp_path):
         torch.testing.assert_close(weights(coupled.model)[key], tensor, rtol=0, atol=0 if exact else 1e-5)
 
 
+@pytest.mark.parametrize("name", ["a decoder", "images and texts", "a module"])
+def test_a_budget_for_what_has_no_stages_is_one_for_a_layer_at_a_time(name, tmp_path):
+    assert run(tmp_path, name, memory_budget="1GiB", num_stages=None, max_steps=1).args.stage_order == "coupled"
+
+
+def test_a_budget_for_what_cannot_be_planned_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="labels is a list, not a tensor.* leave memory_budget unset"):
+        run(tmp_path, "detection", memory_budget="1GiB", num_stages=None)
+
+
 def test_layers_that_share_weights_do_not_rest_apart(tmp_path):
     build, sample, _ = MODELS["questions"]
     model = build()
