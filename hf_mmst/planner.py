@@ -263,7 +263,8 @@ def _families(simulation: Simulation) -> Iterator[Way]:
     resident = Way(stage_order="sequential", stage_residency="stage")
     yield Way()
     yield Way(stage_clipping=True)
-    yield Way(stage_order="coupled")
+    if len(simulation.ends) == len(simulation.layers):  # single modules are not recomputed one by one
+        yield Way(stage_order="coupled")
     yield resident
     if _checkpoints_layers(simulation):
         yield replace(resident, activation_checkpointing=True)

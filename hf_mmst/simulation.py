@@ -297,7 +297,13 @@ class Simulation:
         return stage, step.features
 
     def _loss(self, model: nn.Module) -> torch.Tensor:
-        outputs = model(**self.inputs)
+        try:
+            outputs = model(**self.inputs)
+        except RuntimeError as error:
+            raise ValueError(
+                f"The forward pass of {type(model).__name__} depends on data, so that it cannot be followed on tensors "
+                f"without data ({error}). It can be trained in stages, but not planned."
+            ) from error
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
         if not torch.is_tensor(loss) or loss.dim() > 0:
             raise NotImplementedError(f"{type(model).__name__} makes no loss of {', '.join(self.inputs)}.")

@@ -285,7 +285,16 @@ REFUSED = {
     ),
     "T5": (
         lambda: tf.T5ForSequenceClassification(
-            tf.T5Config(vocab_size=99, d_model=32, num_layers=2, num_heads=4, d_ff=64, d_kv=8, decoder_start_token_id=0)
+            tf.T5Config(
+                vocab_size=99,
+                d_model=32,
+                num_layers=2,
+                num_heads=4,
+                d_ff=64,
+                d_kv=8,
+                decoder_start_token_id=0,
+                eos_token_id=0,
+            )
         ),
         "its longest list of layers is a decoder",
         "attend causally",

@@ -30,7 +30,7 @@ RUNS = {
         "eval_steps": 2,
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
-        "greater_is_better": True,  # for another one than the last to be loaded
+        "greater_is_better": False,  # for another one than the last to be loaded
     },
     "swin": {"stage_boundaries": ["swin.encoder.layers.0.blocks.0", "swin.encoder.layers.1.blocks.1"]},
     "beit": {"max_grad_norm": 0.5},

@@ -177,7 +177,7 @@ def test_samples_that_turn_random_are_refused(tmp_path):
 
 
 def test_a_stream_has_no_samples_to_find_again(tmp_path):
-    stream = Dataset.from_list([{"x": 1}]).to_iterable_dataset()
+    stream = Dataset.from_list([dict(Samples("vit", 1)[0])]).with_format("torch").to_iterable_dataset()
     with pytest.raises(ValueError, match='has no length.*Set feature_cache="none"'):
         run(tmp_path, data=stream, max_steps=3).train()
 

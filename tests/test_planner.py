@@ -288,7 +288,7 @@ def test_a_budget_with_a_feature_cache(share, cache, tmp_path, capsys):
     assert args.feature_cache == cache
     assert ("nothing to keep in a feature cache" in capsys.readouterr().out) == (cache == "none")
     trained.train()
-    assert (trained._cache is None) == (cache == "none")
+    assert ("memory will take" in capsys.readouterr().out) == (cache == "memory")
 
 
 def test_a_budget_that_cannot_be_met_is_refused_before_training(tmp_path):

@@ -21,7 +21,7 @@ def test_rows_and_table(capsys):
     assert "│ 2     │ 75.00%   │ 1.0000 │ 0.2000    │" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("stages", "weight", "method"), [(2, 0.0, "mmst"), (1, 0.0, "end-to-end"), (1, 0.3, "mmst")])
+@pytest.mark.parametrize(("stages", "weight", "method"), [(2, 0.0, "mmst"), (1, 0.3, "end-to-end")])
 def test_results_replace_the_old_file_as_a_whole(stages, weight, method, tmp_path, monkeypatch):
     from test_trainer import trainer
 
