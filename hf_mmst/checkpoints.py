@@ -127,7 +127,7 @@ class StageCheckpoints(Trainer):
         """Weights and heads, as they were saved."""
         self._cut()
         there = os.path.isdir(resume_from_checkpoint)  # if not, the host says so
-        if there:
+        if there and not self._is_of_host(resume_from_checkpoint):
             self._check_stages(resume_from_checkpoint)
         if not (there and self._load_weights(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -141,6 +141,8 @@ class StageCheckpoints(Trainer):
 
     def _go_on(self, checkpoint: str) -> None:
         """Take up the transport weights; say what is other from here on, or why that cannot be."""
+        if self._is_of_host(checkpoint):
+            return
         content = self._check_stages(checkpoint)
         steps = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).max_steps
         refuse_other_length(checkpoint, steps, self._order.total_steps, len(self._order.segments))
@@ -156,9 +158,14 @@ class StageCheckpoints(Trainer):
 
     def _load_best_model(self):
         """Weights and heads of the best checkpoint."""
-        self._check_stages(self.state.best_model_checkpoint)
+        if not self._is_of_host(self.state.best_model_checkpoint):
+            self._check_stages(self.state.best_model_checkpoint)
         if not self._load_weights(self.state.best_model_checkpoint):
             super()._load_best_model()
+
+    def _is_of_host(self, folder: str) -> bool:
+        """Whether a checkpoint was written by plain Trainer, from which a run with one stage may go on."""
+        return self.partition.num_stages == 1 and not os.path.isfile(os.path.join(folder, JSON_NAME))
 
     def _check_stages(self, folder: str) -> dict[str, Any]:
         """What `folder` says of its stages, which must be those of this run."""
@@ -193,7 +200,8 @@ class StageCheckpoints(Trainer):
         """
         if self._wrapper.own_files:
             return False
-        load_own(self.heads, read_tensors(Path(folder) / HEADS_NAME, self.heads.state_dict(), "this run"))
+        if not self._is_of_host(folder):
+            load_own(self.heads, read_tensors(Path(folder) / HEADS_NAME, self.heads.state_dict(), "this run"))
         model = self._core()
         if not isinstance(model, PreTrainedModel):
             _check_adapter(folder, model)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.utils.checkpoint import checkpoint
 
-from .attributes import replaced
+from .attributes import not_caching, replaced
 from .partition import Partition
 from .residency import Residency, Shelf
 
@@ -49,11 +49,7 @@ class CoupledResidency(Residency):
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
         """As [`Residency.streaming`], and in the backward pass, too."""
-        with super().streaming(), contextlib.ExitStack() as stack:
-            for module in self._model.modules():  # keys that are cached would be there twice when a layer is recomputed
-                config = getattr(module, "config", None)
-                if getattr(config, "use_cache", False):
-                    stack.enter_context(replaced(config, "use_cache", False))
+        with super().streaming(), not_caching(self._model), contextlib.ExitStack() as stack:
             for name in self._partition.layers:
                 layer: Any = self._model.get_submodule(name)
                 # The host would recompute it once more; where a stage learns from its own loss, that is done here, too.

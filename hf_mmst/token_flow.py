@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .attributes import not_caching
 from .examples import ExampleInputs
 from .hidden_states import call_with, hidden_states_of, with_hidden_states
 from .partition import Partition
@@ -45,29 +46,21 @@ def attends_causally(model: nn.Module, layers: Sequence[str], example: ExampleIn
     if next(model.parameters()).is_meta:
         return any(getattr(part, "is_causal", False) is True for module in modules for part in module.modules())
     example = example or ExampleInputs.made_up(model)
-    config: Any = getattr(model, "config", None)
-    caches = getattr(config, "use_cache", False)
     calls: list[tuple[nn.Module, tuple, dict[str, Any], Any]] = []
-    hooks = [module.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True) for module in modules]
-    try:
-        if caches:
-            config.use_cache = False  # a layer that is run again would find its own keys
-        with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), not_caching(model):
+        hooks = [module.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True) for module in modules]
+        try:
             model(**example.on(model))
+        finally:
             for hook in hooks:
                 hook.remove()
-            causal = False
-            for layer, args, kwargs, output in calls:
-                changed = _earlier_tokens_change(layer, args, kwargs, output, example.values.get("attention_mask"))
-                if changed:
-                    return False
-                causal |= changed is False
-            return causal
-    finally:
-        if caches:
-            config.use_cache = True
-        for hook in hooks:
-            hook.remove()
+        causal = False
+        for layer, args, kwargs, output in calls:
+            changed = _earlier_tokens_change(layer, args, kwargs, output, example.values.get("attention_mask"))
+            if changed:
+                return False
+            causal |= changed is False
+        return causal
 
 
 def ignores_padding(model: nn.Module, partition: Partition, example: ExampleInputs | None = None) -> bool:

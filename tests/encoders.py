@@ -288,7 +288,7 @@ REFUSED = {
             tf.T5Config(
                 vocab_size=99,
                 d_model=32,
-                num_layers=2,
+                num_layers=4,
                 num_heads=4,
                 d_ff=64,
                 d_kv=8,

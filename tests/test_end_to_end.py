@@ -155,7 +155,7 @@ def collate(samples):
     return {**batch, "return_loss": True} if "pixel_values" in batch and "input_ids" in batch else batch
 
 
-def run(folder, name, cls=MMSTTrainer, **settings):
+def run(folder, name, cls=MMSTTrainer, resume=None, **settings):
     build, sample, _ = MODELS[name]
     labels = {"label_names": ["target"]} if build is TextAndNumbers else {}
     settings = {"max_steps": 2, "per_device_train_batch_size": 2, "remove_unused_columns": False, **labels, **settings}
@@ -163,7 +163,7 @@ def run(folder, name, cls=MMSTTrainer, **settings):
     set_seed(0)
     data = [sample(i) for i in range(8)]
     trained = cls(build(), args, train_dataset=data, eval_dataset=data, data_collator=collate)
-    trained.train()
+    trained.train(resume_from_checkpoint=resume)
     return trained
 
 
@@ -185,6 +185,14 @@ def test_the_numbers_are_those_of_plain_trainer(name, tmp_path):
     assert losses(coupled) == (losses(plain) if exact else pytest.approx(losses(plain), rel=1e-6))
     for key, tensor in weights(plain.model).items():
         torch.testing.assert_close(weights(coupled.model)[key], tensor, rtol=0, atol=0 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["video", "a module"])
+def test_one_stage_goes_on_from_a_checkpoint_of_plain_trainer(name, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    plain = run(tmp_path, name, Trainer, **settings)
+    resumed = run(tmp_path, name, num_stages=1, resume=str(tmp_path / "checkpoint-1"), **settings)
+    assert_same(weights(resumed.model), weights(plain.model))
 
 
 @pytest.mark.parametrize("name", ["a decoder", "images and texts", "a module"])
