@@ -46,7 +46,7 @@ def test_without_an_evaluation_there_are_no_numbers(tmp_path):
 
 
 def test_end_to_end_has_no_table_of_stages(tmp_path):
-    done = run(tmp_path, num_stages=1, transport_weight=0.0)
+    done = run(tmp_path, num_stages=1)
     done.evaluate()
     done.create_model_card(model_name="whole")
     text = (tmp_path / "README.md").read_text()
