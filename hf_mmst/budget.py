@@ -84,9 +84,13 @@ def simulation_of(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) 
 
 
 def _inputs_of(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch, if its shapes are all that a simulation needs of it."""
     for name, value in batch.items():
         if isinstance(value, list | tuple | dict):
-            raise NotImplementedError(f"{name} is a {type(value).__name__}, not a tensor.")
+            raise ValueError(
+                f"{name} is a {type(value).__name__}, not a tensor, so that no step can be followed without data. "
+                "Choose num_stages and stage_order yourself, and leave memory_budget unset."
+            )
     return batch
 
 

@@ -56,6 +56,8 @@ class StageCut(Trainer):
         if args.memory_budget is None or self.train_dataset is None:
             return None
         model, batch = self._core(), self._first_batch(args.per_device_train_batch_size)
+        if batch is None:
+            return None  # without samples, the host does not begin to train
         found = plan_for(args, model, batch, bool(objective_of(model) or self.compute_loss_func))
         if args.place_model_on_device:
             self._move_model_to_device(self.model, args.device)

@@ -306,7 +306,10 @@ class Simulation:
             ) from error
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
         if not torch.is_tensor(loss) or loss.dim() > 0:
-            raise NotImplementedError(f"{type(model).__name__} makes no loss of {', '.join(self.inputs)}.")
+            raise ValueError(
+                f"{type(model).__name__} makes no loss of {', '.join(self.inputs)}, so that it cannot be planned. "
+                "Pass a batch with labels, or choose num_stages and stage_order yourself."
+            )
         return loss
 
     def _criterion(self, logits: torch.Tensor) -> torch.Tensor:
