@@ -74,12 +74,12 @@ def first_batch(dataset: Iterable, num_samples: int, collate: Callable[[list], A
     """
     The first samples of a dataset in a batch, over again if there are fewer; `None` if there are none.
 
-    No random state is changed. What a dataset without a length yields, it has to yield again.
+    No random state is changed. A dataset that is its own iterator is left alone: what it yields, it does not yield again.
     """
     with unchanged_chance():
         sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         rows: Any = (dataset[i] for i in range(len(dataset))) if sized else iter(dataset)  # type: ignore[arg-type, index]
-        samples = list(itertools.islice(rows, num_samples))
+        samples = [] if rows is dataset else list(itertools.islice(rows, num_samples))
         return collate((samples * num_samples)[:num_samples]) if samples else None
 
 

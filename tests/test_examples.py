@@ -134,6 +134,9 @@ def test_looking_at_samples_leaves_chance_alone():
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     assert len(first_batch(Noisy(), 2, list)) == 2  # a single sample comes twice
     assert first_batch([], 2, list) is None
+    once = iter([1, 2, 3])
+    assert first_batch(once, 2, list) is None
+    assert [*once] == [1, 2, 3]
     assert drawn() == expected
 
 
