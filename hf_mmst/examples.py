@@ -74,7 +74,7 @@ def first_batch(dataset: Iterable, num_samples: int, collate: Callable[[list], A
     """
     The first samples of a dataset in a batch, over again if there are fewer; `None` if there are none.
 
-    No random state is changed. A dataset that is its own iterator is left alone: what it yields, it does not yield again.
+    No random state is changed. A dataset that is its own iterator is left alone, for it does not yield a sample again.
     """
     with unchanged_chance():
         sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")

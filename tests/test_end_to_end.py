@@ -205,6 +205,12 @@ def test_a_budget_for_what_cannot_be_planned_is_refused(tmp_path):
         run(tmp_path, "detection", memory_budget="1GiB", num_stages=None)
 
 
+def test_a_budget_without_samples_is_refused(tmp_path):
+    args = arguments(tmp_path, memory_budget="1GiB", num_stages=None)
+    with pytest.raises(ValueError, match="memory_budget.* planned with the first samples .* leave memory_budget unset"):
+        MMSTTrainer(MODELS["questions"][0](), args, train_dataset=[])
+
+
 def test_layers_that_share_weights_do_not_rest_apart(tmp_path):
     build, sample, _ = MODELS["questions"]
     model = build()
