@@ -58,8 +58,8 @@ class StageCut(Trainer):
         model, batch = self._core(), self._first_batch(args.per_device_train_batch_size)
         if batch is None:
             raise ValueError(
-                f'memory_budget="{args.memory_budget}" is planned with the first samples of train_dataset, but there are '
-                "none, or none that could be read again. Pass a dataset with samples, or leave memory_budget unset."
+                f'memory_budget="{args.memory_budget}" is planned with the first samples of train_dataset, but there '
+                "are none, or none that could be read again. Pass a dataset with samples, or leave memory_budget unset."
             )
         found = plan_for(args, model, batch, bool(objective_of(model) or self.compute_loss_func))
         if args.place_model_on_device:
