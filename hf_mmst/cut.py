@@ -135,7 +135,9 @@ class StageCut(Trainer):
             layers = find_layers(model)
         except ValueError as error:
             if args.stage_order == "coupled":
-                raise ValueError(f'{error} Leave stage_order="coupled", which keeps one layer on the device.') from None
+                raise ValueError(
+                    f'{error} Leave stage_order unset then, for "coupled" keeps one layer of several on the device.'
+                ) from None
             if self._has_stages:
                 raise
             return Partition(((),)), []  # nothing is cut, so any model will do

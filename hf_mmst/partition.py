@@ -128,8 +128,9 @@ def find_layers(model: nn.Module) -> list[str]:
         rows = _sequence_of_modules(model)
     if not candidates and not rows:
         raise ValueError(
-            f"No list of layers was found in {type(model).__name__}, so it has no encoder to cut into stages. Pass a "
-            "model with an encoder, such as AutoModelForImageClassification or AutoModelForSequenceClassification."
+            f"No list of layers was found in {type(model).__name__}, so it has no encoder to cut into stages. Set "
+            "num_stages to 1, or pass a model with an encoder, such as AutoModelForImageClassification or "
+            "AutoModelForSequenceClassification."
         )
     if candidates:
         trunk = max(candidates, key=lambda name: _num_parameters(candidates[name]))

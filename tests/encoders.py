@@ -13,6 +13,7 @@ PYRAMID = {**FOUR, "num_attention_heads": [1, 1, 2, 2], "image_size": 32}
 SHIFTED = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2, 2], "num_heads": [2, 4, 4]}
 SHIFTED |= {"window_size": 4, "num_labels": 5}
 BIAS = {"use_relative_position_bias": True, "layer_scale_init_value": 0.1}
+T5 = {"vocab_size": 99, "d_model": 32, "num_heads": 4, "d_ff": 64, "d_kv": 8, "decoder_start_token_id": 0}
 TOWER = {name: value for name, value in VISION.items() if name != "num_labels"}
 PAIR = {"vision_config": TOWER, "text_config": {**WIDTH, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}}
 DEBERTA = {"relative_attention": True, "max_relative_positions": -1}
@@ -284,18 +285,7 @@ REFUSED = {
         "attend causally",
     ),
     "T5": (
-        lambda: tf.T5ForSequenceClassification(
-            tf.T5Config(
-                vocab_size=99,
-                d_model=32,
-                num_layers=4,
-                num_heads=4,
-                d_ff=64,
-                d_kv=8,
-                decoder_start_token_id=0,
-                eos_token_id=0,
-            )
-        ),
+        lambda: tf.T5ForSequenceClassification(tf.T5Config(**T5, num_layers=4, eos_token_id=0)),
         "its longest list of layers is a decoder",
         "attend causally",
     ),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as tf
-from encoders import FOUR, TOWER, Vgg
+from encoders import FOUR, T5, TOWER, Vgg
 from test_trainer import arguments, assert_same, losses, weights
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
@@ -68,9 +68,7 @@ MODELS = {
         False,
     ),
     "encoder and decoder": (
-        lambda: tf.T5ForConditionalGeneration(
-            tf.T5Config(vocab_size=99, d_model=32, num_layers=2, num_heads=4, d_ff=64, d_kv=8, decoder_start_token_id=0)
-        ),
+        lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5, num_layers=2)),
         lambda i: text(i, labels=IDS),
         True,
     ),
@@ -229,5 +227,5 @@ def test_single_modules_are_not_recomputed_one_by_one(tmp_path):
 
 
 def test_without_layers_there_is_nothing_that_could_rest(tmp_path):
-    with pytest.raises(ValueError, match=r'No list of layers.*Leave stage_order="coupled"'):
+    with pytest.raises(ValueError, match=r"No list of layers.*Leave stage_order unset"):
         MMSTTrainer(Slope(), arguments(tmp_path, stage_order="coupled"))
