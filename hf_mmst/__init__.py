@@ -6,27 +6,27 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import MMSTConfig as MMSTConfig
-    from .heads import StageHeads as StageHeads
-    from .partition import Partition as Partition
-    from .partition import find_layers as find_layers
-    from .planner import plan as plan
-    from .stages import Stages as Stages
-    from .stages import load_stages as load_stages
-    from .stagewise import Stagewise as Stagewise
-    from .trainer import MMSTTrainer as MMSTTrainer
+    from .cut.partition import Partition as Partition
+    from .cut.partition import find_layers as find_layers
+    from .method.engine import Stagewise as Stagewise
+    from .method.heads import StageHeads as StageHeads
+    from .planning.planner import plan as plan
+    from .records.stages import Stages as Stages
+    from .records.stages import load_stages as load_stages
+    from .trainer.mmst_trainer import MMSTTrainer as MMSTTrainer
     from .trials import pilot as pilot
 
 _MODULE_OF = {
     "MMSTConfig": "config",
-    "MMSTTrainer": "trainer",
-    "Partition": "partition",
-    "StageHeads": "heads",
-    "Stages": "stages",
-    "Stagewise": "stagewise",
-    "find_layers": "partition",
-    "load_stages": "stages",
+    "MMSTTrainer": "trainer.mmst_trainer",
+    "Partition": "cut.partition",
+    "StageHeads": "method.heads",
+    "Stages": "records.stages",
+    "Stagewise": "method.engine",
+    "find_layers": "cut.partition",
+    "load_stages": "records.stages",
     "pilot": "trials",
-    "plan": "planner",
+    "plan": "planning.planner",
 }
 
 __version__ = version("hf-mmst")

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from .budget import simulation_of, ways_of
 from .checks import parse_bytes, whole
 from .config import MMSTConfig
-from .order import Order
-from .simulation import Simulation
-from .trainer import MMSTTrainer
+from .method.order import Order
+from .planning.budget import simulation_of, ways_of
+from .planning.simulation import Simulation
+from .trainer.mmst_trainer import MMSTTrainer
 
 if TYPE_CHECKING:
     from rich.table import Table

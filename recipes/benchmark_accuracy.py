@@ -37,11 +37,11 @@ from transformers import Trainer
 from vit_cifar import load as load_images
 
 from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
-from hf_mmst.images import ImageArguments, ImageModelArguments, image_trainer
-from hf_mmst.memory import PeakMemory
-from hf_mmst.report import write_json
-from hf_mmst.results import provenance
-from hf_mmst.texts import TextArguments, TextModelArguments, load_texts, text_trainer
+from hf_mmst.memory.peaks import PeakMemory
+from hf_mmst.records.results import provenance
+from hf_mmst.tasks.images import ImageArguments, ImageModelArguments, image_trainer
+from hf_mmst.tasks.report import write_json
+from hf_mmst.tasks.texts import TextArguments, TextModelArguments, load_texts, text_trainer
 
 PAPER = {  # as in the paper, whatever the model
     "head_layers": 0,

@@ -43,11 +43,11 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
-from hf_mmst.examples import dummy_inputs
-from hf_mmst.memory import PeakMemory
-from hf_mmst.report import write_json
-from hf_mmst.results import provenance
-from hf_mmst.simulation import Simulation, Way
+from hf_mmst.cut.example_inputs import dummy_inputs
+from hf_mmst.memory.peaks import PeakMemory
+from hf_mmst.planning.simulation import Simulation, Way
+from hf_mmst.records.results import provenance
+from hf_mmst.tasks.report import write_json
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 QUICK = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024}

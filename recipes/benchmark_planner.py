@@ -34,11 +34,11 @@ from transformers import (
 )
 
 from hf_mmst import MMSTConfig, MMSTTrainer
-from hf_mmst.examples import dummy_inputs
-from hf_mmst.report import write_json
-from hf_mmst.residency import Shelf
-from hf_mmst.results import provenance
-from hf_mmst.simulation import FlatMemTracker, Simulation, Way
+from hf_mmst.cut.example_inputs import dummy_inputs
+from hf_mmst.memory.residency import Shelf
+from hf_mmst.planning.simulation import FlatMemTracker, Simulation, Way
+from hf_mmst.records.results import provenance
+from hf_mmst.tasks.report import write_json
 
 SIZE = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 768}
 MODELS = {

@@ -41,10 +41,10 @@ from transformers import (
 )
 
 from hf_mmst import MMSTConfig, MMSTTrainer, Partition, StageHeads, find_layers
-from hf_mmst.memory import PeakMemory
-from hf_mmst.reduction import Reduction
-from hf_mmst.report import write_json
-from hf_mmst.results import provenance
+from hf_mmst.distributed.reduction import Reduction
+from hf_mmst.memory.peaks import PeakMemory
+from hf_mmst.records.results import provenance
+from hf_mmst.tasks.report import write_json
 
 
 class WrapperReduces(MMSTTrainer):

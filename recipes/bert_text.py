@@ -20,11 +20,11 @@ from pathlib import Path
 import datasets
 
 from hf_mmst import MMSTConfig
-from hf_mmst.arguments import parse_arguments
-from hf_mmst.endings import exit_code
-from hf_mmst.offline import announce_fallback, hub_is_reachable
-from hf_mmst.report import train_and_report
-from hf_mmst.texts import DEFAULTS, TextArguments, TextModelArguments, load_texts, text_trainer
+from hf_mmst.cli.arguments import parse_arguments
+from hf_mmst.cli.exit_codes import exit_code
+from hf_mmst.cli.offline import announce_fallback, hub_is_reachable
+from hf_mmst.tasks.report import train_and_report
+from hf_mmst.tasks.texts import DEFAULTS, TextArguments, TextModelArguments, load_texts, text_trainer
 
 HUB_DATASET, HUB_MODEL = "SetFit/20_newsgroups", "google-bert/bert-base-uncased"
 

@@ -18,11 +18,11 @@ from bert_text import bbc_news
 from transformers import AutoTokenizer, DataCollatorWithPadding, default_data_collator
 from vit_cifar import mnist_digits
 
-from hf_mmst.exit_rules import ExitRule, exit_curve
-from hf_mmst.exits import EarlyExit, calibrate
-from hf_mmst.pixels import to_tensors
-from hf_mmst.report import write_json
-from hf_mmst.results import provenance
+from hf_mmst.inference.exit_rules import ExitRule, exit_curve
+from hf_mmst.inference.exits import EarlyExit, calibrate
+from hf_mmst.records.results import provenance
+from hf_mmst.tasks.pixels import to_tensors
+from hf_mmst.tasks.report import write_json
 
 DROPS = (0.0, 0.005, 0.01, 0.02)
 

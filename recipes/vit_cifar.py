@@ -20,11 +20,11 @@ import datasets
 import numpy as np
 
 from hf_mmst import MMSTConfig
-from hf_mmst.arguments import parse_arguments
-from hf_mmst.endings import exit_code
-from hf_mmst.images import DEFAULTS, ImageArguments, ImageModelArguments, image_trainer, load_images
-from hf_mmst.offline import announce_fallback, hub_is_reachable
-from hf_mmst.report import train_and_report
+from hf_mmst.cli.arguments import parse_arguments
+from hf_mmst.cli.exit_codes import exit_code
+from hf_mmst.cli.offline import announce_fallback, hub_is_reachable
+from hf_mmst.tasks.images import DEFAULTS, ImageArguments, ImageModelArguments, image_trainer, load_images
+from hf_mmst.tasks.report import train_and_report
 
 HUB_DATASET = "uoft-cs/cifar10"
 

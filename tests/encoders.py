@@ -6,7 +6,7 @@ from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 from zoo import TEXT, VISION, WIDTH
 
-from hf_mmst.examples import dummy_inputs
+from hf_mmst.cut.example_inputs import dummy_inputs
 
 FOUR = {"depths": [2, 1, 2, 1], "hidden_sizes": [8, 16, 24, 32], "num_labels": 5}
 PYRAMID = {**FOUR, "num_attention_heads": [1, 1, 2, 2], "image_size": 32}

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from hub_server import Hub
 
-from hf_mmst.report import write_json
-from hf_mmst.results import provenance
+from hf_mmst.records.results import provenance
+from hf_mmst.tasks.report import write_json
 
 ROOT = Path(__file__).parents[1]
 DATA = "from vit_cifar import mnist_digits; [d.to_parquet(f'digits/{s}.parquet') for s, d in mnist_digits().items()]"

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, set_seed
 from zoo import Samples, make
 
 from hf_mmst import MMSTConfig, MMSTTrainer
-from hf_mmst.heads import HEADS
+from hf_mmst.method.heads import HEADS
 
 RUNS = {
     "bert": {

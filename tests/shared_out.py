@@ -93,7 +93,7 @@ def pass_on(folder):
     """Batches that each take 0.1 s, through all processes; returns the seconds for 15 of them."""
     from datetime import timedelta
 
-    from hf_mmst.relay import Relay
+    from hf_mmst.distributed.relay import Relay
 
     relay = Relay(torch.device("cpu"), timedelta(seconds=60))
     relay.gather(None)

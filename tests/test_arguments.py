@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hf_mmst.arguments import parse_arguments
+from hf_mmst.cli.arguments import parse_arguments
 
 
 @dataclass

@@ -10,8 +10,8 @@ from test_trainer import arguments, trainer
 from transformers import Trainer, ViTForImageClassification
 from zoo import make
 
-from hf_mmst.card import CardContent, model_card, task_of, write_card
-from hf_mmst.results import command_line, split_metrics
+from hf_mmst.records.card import CardContent, model_card, task_of, write_card
+from hf_mmst.records.results import command_line, split_metrics
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 
@@ -66,8 +66,8 @@ def test_a_card_that_fails_is_a_warning(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     said = []
-    monkeypatch.setattr("hf_mmst.publishing.write_card", full)
-    monkeypatch.setattr("hf_mmst.publishing.logger.warning", said.append)
+    monkeypatch.setattr("hf_mmst.trainer.publishing.write_card", full)
+    monkeypatch.setattr("hf_mmst.trainer.publishing.logger.warning", said.append)
     run(tmp_path).create_model_card()
     (line,) = said
     assert "wrote no model card (OSError" in line
@@ -85,7 +85,7 @@ def test_a_dataset_from_the_hub_is_named(tmp_path, monkeypatch):
 
 
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_mmst.card.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_mmst.records.card.find_spec", lambda name: None)
     done = run(tmp_path)
     done.evaluate()
     done.create_model_card()

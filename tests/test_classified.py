@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_mmst.classified import split_off
-from hf_mmst.images import load_images
-from hf_mmst.splits import SplitArguments, choose_splits
-from hf_mmst.texts import TextArguments, load_texts
+from hf_mmst.tasks.classified import split_off
+from hf_mmst.tasks.images import load_images
+from hf_mmst.tasks.splits import SplitArguments, choose_splits
+from hf_mmst.tasks.texts import TextArguments, load_texts
 
 HEADER = "sentence,label\n"
 ROWS = "a cat,no\na dog,yes\n" * 10

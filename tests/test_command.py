@@ -14,9 +14,9 @@ from transformers import AutoModelForImageClassification
 from zoo import make
 
 from hf_mmst import MMSTConfig
-from hf_mmst.command import main
-from hf_mmst.endings import exit_code
-from hf_mmst.texts import TextArguments, TextModelArguments, load_texts, text_trainer
+from hf_mmst.cli.command import main
+from hf_mmst.cli.exit_codes import exit_code
+from hf_mmst.tasks.texts import TextArguments, TextModelArguments, load_texts, text_trainer
 
 QUICK = ["--max_steps", "2", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "--num_stages", "2"]
 
@@ -223,7 +223,7 @@ def test_the_environment(capsys):
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["eval", "--help"]])
 def test_help_imports_nothing_heavy(words):
     code = (
-        "import sys\nfrom hf_mmst.command import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "import sys\nfrom hf_mmst.cli.command import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'transformers', 'datasets', 'rich', 'numpy', 'huggingface_hub'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
     )

@@ -15,15 +15,15 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
 from hf_mmst import MMSTConfig, MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages, plan
-from hf_mmst.budget import planned_peak
-from hf_mmst.exit_rules import ExitRule
-from hf_mmst.exits import EarlyExit
-from hf_mmst.heads import ConvHead
-from hf_mmst.images import ImageModelArguments, _build
-from hf_mmst.partition import run_ends
-from hf_mmst.probe import check_cut, profile_layers
-from hf_mmst.stages import save_stages
-from hf_mmst.transport import TransportWeights
+from hf_mmst.cut.partition import run_ends
+from hf_mmst.cut.probe import check_cut, profile_layers
+from hf_mmst.inference.exit_rules import ExitRule
+from hf_mmst.inference.exits import EarlyExit
+from hf_mmst.method.heads import ConvHead
+from hf_mmst.method.transport import TransportWeights
+from hf_mmst.planning.budget import planned_peak
+from hf_mmst.records.stages import save_stages
+from hf_mmst.tasks.images import ImageModelArguments, _build
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 WEIGHTS = [0.5, 0.5, 0.5]
@@ -312,7 +312,7 @@ def test_the_table_is_what_was_tested():
 
 def test_a_run_that_cannot_be_planned_says_why(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_mmst.budget.logger.warning", said.append)
+    monkeypatch.setattr("hf_mmst.planning.budget.logger.warning", said.append)
     model = build("DeBERTa")
     args = MMSTConfig(str(tmp_path), num_stages=2, use_cpu=True)
     assert planned_peak(args, model, inputs(model)) is None

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from zoo import TEXT, WIDTH
 
 from hf_mmst import MMSTTrainer, find_layers
-from hf_mmst.examples import ExampleInputs, first_batch
-from hf_mmst.token_flow import attends_causally
+from hf_mmst.cut.example_inputs import ExampleInputs, first_batch
+from hf_mmst.cut.token_flow import attends_causally
 
 
 def siglip2():

@@ -16,11 +16,11 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor, pip
 from zoo import batch, make
 
 from hf_mmst import Partition, StageHeads, find_layers
-from hf_mmst.exit_rules import ExitRule, HeadLogits, exit_curve, temperature
-from hf_mmst.exits import EarlyExit, calibrate
-from hf_mmst.stages import Stages, save_stages
-from hf_mmst.transport import TransportWeights
-from hf_mmst.truncation import truncate
+from hf_mmst.inference.exit_rules import ExitRule, HeadLogits, exit_curve, temperature
+from hf_mmst.inference.exits import EarlyExit, calibrate
+from hf_mmst.inference.truncation import truncate
+from hf_mmst.method.transport import TransportWeights
+from hf_mmst.records.stages import Stages, save_stages
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["vit", "dinov2", "swin", "beit", "bert", "roberta", "distilbert"]

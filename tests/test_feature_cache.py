@@ -16,8 +16,8 @@ from transformers import T5Config, T5ForTokenClassification, set_seed
 from zoo import Samples, make
 
 from hf_mmst import MMSTTrainer, feature_cache
-from hf_mmst.feature_cache import FeatureStore, FixedViews, KeyedCollator, upstream_hash
-from hf_mmst.partition import Partition
+from hf_mmst.cut.partition import Partition
+from hf_mmst.memory.feature_cache import FeatureStore, FixedViews, KeyedCollator, upstream_hash
 
 IDENTITY = {"model": "of a test"}
 T5 = {"vocab_size": 99, "d_model": 32, "num_layers": 4, "num_heads": 4, "d_ff": 64, "d_kv": 8, "num_labels": 5}

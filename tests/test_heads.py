@@ -8,8 +8,8 @@ from transformers import BertForSequenceClassification, set_seed
 from zoo import make
 
 from hf_mmst import load_stages
-from hf_mmst.partition import find_layers, last_norm
-from hf_mmst.token_flow import own_pooling
+from hf_mmst.cut.partition import find_layers, last_norm
+from hf_mmst.cut.token_flow import own_pooling
 
 
 def pretrained(folder, name="vit"):

@@ -5,18 +5,18 @@ import gc
 import pytest
 import torch
 
-from hf_mmst import memory
-from hf_mmst.memory import PeakMemory, TurnPeaks
+from hf_mmst.memory import peaks
+from hf_mmst.memory.peaks import PeakMemory, TurnPeaks
 
 MIB = 2**20
 
 
 def can_reset():
     try:
-        memory._CLEAR_REFS.write_text("5")
+        peaks._CLEAR_REFS.write_text("5")
     except OSError:
         return False
-    return memory._highest_bytes() > 0
+    return peaks._highest_bytes() > 0
 
 
 needs_reset = pytest.mark.skipif(
@@ -44,10 +44,10 @@ def test_a_peak_within_another_does_not_hide_it():
 @pytest.mark.parametrize("status", ["VmRSS only", "missing"])
 def test_a_system_that_cannot_reset_the_peak(status, monkeypatch, tmp_path):
     """What lasts to a read is seen."""
-    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
-    monkeypatch.setattr(memory, "_highest_bytes", lambda: 0)
+    monkeypatch.setattr(peaks, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    monkeypatch.setattr(peaks, "_highest_bytes", lambda: 0)
     if status == "missing":
-        monkeypatch.setattr(memory, "_STATUS", tmp_path / "missing" / "status")
+        monkeypatch.setattr(peaks, "_STATUS", tmp_path / "missing" / "status")
     gc.collect()
     with PeakMemory() as peak:
         tensor = held(200)

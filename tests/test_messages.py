@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForQuestionAnswering, TrainingArguments
 from zoo import TEXT, Samples, make
 
 from hf_mmst import MMSTConfig, MMSTTrainer, find_layers, load_stages
-from hf_mmst.command import main
+from hf_mmst.cli.command import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

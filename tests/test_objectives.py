@@ -29,13 +29,13 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from zoo import DECODER, NUM_LABELS, TEXT, TOKENS, Samples, batch, make
 
 from hf_mmst import MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_layers, load_stages, plan
-from hf_mmst.exits import EarlyExit
-from hf_mmst.heads import OwnHead, PoolingHead, TokenHead
-from hf_mmst.hidden_states import hidden_states_of
-from hf_mmst.objectives import objective_of
-from hf_mmst.probe import check_cut, profile_layers
-from hf_mmst.simulation import Simulation, Way
-from hf_mmst.truncation import truncate
+from hf_mmst.cut.hidden_states import hidden_states_of
+from hf_mmst.cut.objectives import objective_of
+from hf_mmst.cut.probe import check_cut, profile_layers
+from hf_mmst.inference.exits import EarlyExit
+from hf_mmst.inference.truncation import truncate
+from hf_mmst.method.heads import OwnHead, PoolingHead, TokenHead
+from hf_mmst.planning.simulation import Simulation, Way
 
 TIED = ("bert-mlm", "gpt2")
 

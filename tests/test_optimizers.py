@@ -10,7 +10,7 @@ from transformers.optimization import Adafactor, AdafactorSchedule, GreedyLR
 from zoo import make
 
 from hf_mmst import MMSTTrainer
-from hf_mmst.learning_rates import join_groups
+from hf_mmst.method.learning_rates import join_groups
 
 SETTINGS = {"adafactor": {"optim": "adafactor"}, "8-bit Adam": {"optim": "adamw_8bit"}}
 

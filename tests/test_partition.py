@@ -17,7 +17,7 @@ from transformers import (
 from zoo import MODELS, NUM_LAYERS, TEXT, make
 
 from hf_mmst import MMSTConfig, MMSTTrainer, Partition, find_layers
-from hf_mmst.probe import profile_layers
+from hf_mmst.cut.probe import profile_layers
 
 
 @pytest.mark.parametrize("name", MODELS)

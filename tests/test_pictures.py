@@ -10,8 +10,8 @@ from test_trainer import trainer, weights
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback
 
-from hf_mmst.pictures import PICTURE_NAME, PictureCallback, draw_training, pixels, stage_curves, write_picture
-from hf_mmst.report import write_results
+from hf_mmst.records.pictures import PICTURE_NAME, PictureCallback, draw_training, pixels, stage_curves, write_picture
+from hf_mmst.tasks.report import write_results
 
 HISTORY = [
     {"step": 2, "loss": 2.0, "stage_1_loss": 1.0, "stage_1_transport": 0.1},
@@ -60,7 +60,7 @@ def test_long_logs_are_thinned_to_means():
 
 def test_a_file_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_mmst.pictures.logger.warning", said.append)
+    monkeypatch.setattr("hf_mmst.records.pictures.logger.warning", said.append)
     assert write_picture(tmp_path, HISTORY, PEAKS) == tmp_path / PICTURE_NAME
     assert (tmp_path / PICTURE_NAME).read_bytes().startswith(b"\x89PNG")
     assert write_picture(tmp_path, []) is None
@@ -68,7 +68,7 @@ def test_a_file_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     assert said == []
     assert write_picture(tmp_path / "file", HISTORY) is None
     assert "wrote no training.png (FileExistsError" in said[0]
-    monkeypatch.setattr("hf_mmst.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_mmst.records.pictures.find_spec", lambda name: None)
     assert write_picture(tmp_path, HISTORY) is None
 
 
@@ -113,7 +113,7 @@ class Full(TensorBoardCallback):
 
 def test_a_logger_that_fails_is_one_warning(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_mmst.pictures.logger.warning", said.append)
+    monkeypatch.setattr("hf_mmst.records.pictures.logger.warning", said.append)
     for name in ("on_train_begin", "on_log", "on_train_end"):
         monkeypatch.setattr(Full, name, getattr(TrainerCallback, name))
     run = trainer(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, extra={"callbacks": [Full()]})

@@ -10,8 +10,8 @@ from PIL import Image
 from zoo import make
 
 from hf_mmst import MMSTConfig
-from hf_mmst.images import ImageArguments, ImageModelArguments, image_trainer
-from hf_mmst.pixels import decoded
+from hf_mmst.tasks.images import ImageArguments, ImageModelArguments, image_trainer
+from hf_mmst.tasks.pixels import decoded
 
 SIDE = 8
 RAMP = np.linspace(0, 255, SIDE * SIDE).round().astype(np.uint8).reshape(SIDE, SIDE)

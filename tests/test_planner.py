@@ -13,11 +13,11 @@ from transformers import BertConfig, ViTConfig
 from zoo import make
 
 from hf_mmst import MMSTTrainer, plan
-from hf_mmst.command import CHOICES, main
+from hf_mmst.cli.command import CHOICES, main
 from hf_mmst.config import parse_bytes
-from hf_mmst.examples import dummy_inputs
-from hf_mmst.planned import batch_of
-from hf_mmst.simulation import PRECISIONS, Simulation, Way
+from hf_mmst.cut.example_inputs import dummy_inputs
+from hf_mmst.planning.meta_models import batch_of
+from hf_mmst.planning.simulation import PRECISIONS, Simulation, Way
 
 SMALL = ViTConfig(
     hidden_size=192,
@@ -208,7 +208,7 @@ def test_only_rivals_fit():
 def test_the_command_says_what_it_takes_without_loading_torch():
     code = """
 import sys
-from hf_mmst.command import main
+from hf_mmst.cli.command import main
 try:
     main(["plan", "--help"])
 except SystemExit as end:

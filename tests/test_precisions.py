@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from transformers import Trainer
 from zoo import Samples, make
 
-from hf_mmst.stepping import parameters_by_stage
+from hf_mmst.method.stepping import parameters_by_stage
 
 CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(),

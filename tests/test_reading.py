@@ -13,10 +13,10 @@ from torch import nn
 from zoo import make
 
 from hf_mmst import load_stages
-from hf_mmst.exit_rules import ExitRule
-from hf_mmst.exits import EarlyExit
-from hf_mmst.results import read_results
-from hf_mmst.stages import read_stages
+from hf_mmst.inference.exit_rules import ExitRule
+from hf_mmst.inference.exits import EarlyExit
+from hf_mmst.records.results import read_results
+from hf_mmst.records.stages import read_stages
 
 READ = {
     "stages.json": load_stages,

@@ -15,7 +15,7 @@ from pushes import TEXTS, tokenizer
 from transformers import AutoTokenizer
 from zoo import Samples, make
 
-from hf_mmst.command import main
+from hf_mmst.cli.command import main
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(python|bash)\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)

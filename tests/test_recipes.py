@@ -22,7 +22,7 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 from zoo import make
 
 from hf_mmst import MMSTConfig
-from hf_mmst.images import ImageArguments, ImageModelArguments, image_trainer
+from hf_mmst.tasks.images import ImageArguments, ImageModelArguments, image_trainer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 QUICK = ["--max_steps", "4", "--num_train_epochs", "1", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_mmst.report import StageRow, print_stage_table, stage_rows, write_results
+from hf_mmst.tasks.report import StageRow, print_stage_table, stage_rows, write_results
 
 METRICS = {
     "eval_accuracy": 0.75,

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 from zoo import make
 
-from hf_mmst.residency import Shelf
+from hf_mmst.memory.residency import Shelf
 
 RESTING = [order for order in ORDERS if order != "simultaneous"]
 MIXED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True}

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from hf_mmst.run_folder import RunFolder
+from hf_mmst.records.run_folder import RunFolder
 
 FILES = {"model", "optimizer", "state"}
 

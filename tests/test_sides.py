@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_mmst import Partition, StageHeads, Stagewise
-from hf_mmst.probe import check_cut, trace_stages
+from hf_mmst.cut.probe import check_cut, trace_stages
 
 WEIGHTS = [0.5, 0.5]
 

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from transformers import BertForSequenceClassification
 
 from hf_mmst import MMSTConfig, Stagewise, load_stages
-from hf_mmst.shares import is_released, share_out, take_share
-from hf_mmst.stepping import parameters_by_stage
+from hf_mmst.distributed.shares import is_released, share_out, take_share
+from hf_mmst.method.stepping import parameters_by_stage
 
 WORKER = Path(__file__).with_name("shared_out.py")
 SAVING = {

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from zoo import MODELS, NUM_LABELS, batch, make
 
 from hf_mmst import Partition, StageHeads, Stagewise, find_layers
-from hf_mmst.probe import profile_layers
+from hf_mmst.cut.probe import profile_layers
 
 
 def build(name, num_stages=3, norm="relative", head_layers=0, **kwargs):

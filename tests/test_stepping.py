@@ -9,7 +9,7 @@ from transformers import TrainerCallback, set_seed
 from zoo import MODELS, make
 
 from hf_mmst import MMSTTrainer
-from hf_mmst.stepping import clip_by_stage, parameters_by_stage
+from hf_mmst.method.stepping import clip_by_stage, parameters_by_stage
 
 
 def run(folder, name="bert", extra=None, **kwargs):

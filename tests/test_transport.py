@@ -8,8 +8,8 @@ import pytest
 import torch
 from reference import plain_transport
 
-from hf_mmst.order import Order
-from hf_mmst.transport import TransportWeights, movement, transport
+from hf_mmst.method.order import Order
+from hf_mmst.method.transport import TransportWeights, movement, transport
 
 
 @pytest.mark.parametrize(("shape", "masked"), [((4, 7, 16), False), ((4, 7, 16), True), ((3, 16, 5, 5), False)])

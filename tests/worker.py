@@ -11,7 +11,7 @@ from transformers import TrainerCallback, set_seed
 from zoo import Samples, make
 
 from hf_mmst import MMSTConfig, MMSTTrainer
-from hf_mmst.reduction import Reduction
+from hf_mmst.distributed.reduction import Reduction
 
 ACCUMULATION = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
 SEQUENTIAL = {"stage_order": "sequential", "max_steps": 12, "weight_decay": 0.1}

@@ -1,0 +1,220 @@
+"""The command `hf-mmst`: words -> a plan, a training run, an evaluation, a description of this machine, or a card."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+
+from .exit_codes import OneLineParser, exit_code
+
+CHOICES = ("auto", "fp32", "bf16", "fp16")
+TASKS = ("images", "texts")
+RUNS = {
+    "train": "train a classifier of images or texts, evaluate and save it",
+    "pilot": "short trials of settings, on a part of the samples to train on; prints the best to paste",
+}
+ABOUT_TASKS = """
+Flags of `hf-mmst train | pilot images | texts` are those of MMSTConfig, such as --num_stages, --stage_order,
+--learning_rate, --output_dir, --push_to_hub, and those of the task:
+
+  --dataset_name        a name on the Hub, a folder, or a CSV, TSV, JSON or parquet file
+  --model_name_or_path  a name on the Hub or a folder (images: a ViT from scratch without it)
+  --config FILE.yaml    the same flags as `field: value` lines; flags on the command line go before them
+
+Those of pilot are also --num_trials, --trial_steps and --trial_samples; trials have to fit --memory_budget.
+`hf-mmst train images --help` lists them all. On several GPUs: accelerate launch -m hf_mmst.cli.command train images ...
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """
+    `hf-mmst plan | pilot | train | eval | env | card`; each says more with `--help`.
+
+    Args:
+        args (`Sequence[str]`, *optional*): the command line; `sys.argv[1:]` by default.
+
+    Returns:
+        `int`: 0; 1 if no plan or trial fits; 2 for arguments that cannot be.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    if len(words) > 1 and words[0] in RUNS and words[1] in TASKS:  # the flags of the task are its own parser's
+        return exit_code(f"hf-mmst {words[0]} {words[1]}", lambda: _run(words[0], words[1], words[2:]))
+    given = _parser().parse_args(words)
+    return exit_code(f"hf-mmst {given.command}", lambda: given.run(given))
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser("hf-mmst", description="Train large encoders in a fraction of the memory.")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="plan | pilot | train | eval | env | card")
+
+    plan = commands.add_parser(
+        "plan", help="estimate the memory of ways of training a model, without allocating it, and choose one"
+    )
+    plan.set_defaults(run=_plan)
+    plan.add_argument("model", help="a name on the Hub, or a folder with a config.json")
+    plan.add_argument("--batch-size", type=int, default=8, help="samples at once on one device (default: 8)")
+    plan.add_argument("--budget", help="memory of the device, such as 4GiB; without it nothing is chosen")
+    shape = plan.add_mutually_exclusive_group()
+    shape.add_argument("--image-size", type=int, help="side of an image, in pixels; the model's own by default")
+    shape.add_argument("--seq-len", type=int, help="tokens of a text; by default 128, or the model's positions")
+    plan.add_argument(
+        "--precision",
+        choices=CHOICES,
+        default="fp32",
+        help="autocast, if not fp32 (default); auto: bf16 where that takes less compute in the budget",
+    )
+    plan.add_argument("--num-stages", type=int, help="the only number of stages to try")
+    plan.add_argument("--layers", action="store_true", help="show what each layer takes, too")
+
+    for name, text in RUNS.items():
+        run = commands.add_parser(
+            name, help=text, epilog=ABOUT_TASKS, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        run.add_argument("task", choices=TASKS, help="what is classified")
+
+    evaluate = commands.add_parser("eval", help="accuracy, loss and transport of each stage of a trained model")
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("model", help="a folder written by training, or the name of one on the Hub")
+    evaluate.add_argument("dataset", help="a name on the Hub, a folder, or (texts) a file; its test split is used")
+    evaluate.add_argument("--batch-size", type=int, default=32, help="samples at once (default: 32)")
+    evaluate.add_argument("--max-samples", type=int, help="evaluate on this many samples at most")
+    evaluate.add_argument("--max-seq-length", type=int, default=128, help="tokens of a text at most (default: 128)")
+    evaluate.add_argument("--json", help="write the metrics to this file, too")
+
+    environment = commands.add_parser("env", help="versions and devices, for a report of an error")
+    environment.set_defaults(run=_environment)
+
+    card = commands.add_parser("card", help="make a model card of the results of a run")
+    card.set_defaults(run=_card)
+    card.add_argument("results", help="results.json of the run")
+    card.add_argument("--name", help="how the model is loaded; the folder's name by default")
+    card.add_argument("--output-dir", help="where README.md and stages.png go; beside the results by default")
+    return parser
+
+
+def _plan(given: argparse.Namespace) -> int:
+    import gc
+
+    gc.disable()  # looking for cycles would take a tenth of the time
+    try:
+        from ..planning.planner import plan
+
+        found = plan(
+            given.model,
+            given.batch_size,
+            given.budget,
+            given.precision,
+            num_stages=given.num_stages,
+            seq_len=given.seq_len,
+            image_size=given.image_size,
+        )
+    finally:
+        gc.enable()
+    console = _console()
+    if given.layers:
+        console.print(found.layer_table())
+    console.print(found.table())
+    console.print(found.reason, highlight=False, soft_wrap=True)
+    if found.chosen is not None:
+        console.print(found.config(), highlight=False, soft_wrap=True)
+    return int(found.budget is not None and found.chosen is None)
+
+
+@contextlib.contextmanager
+def _no_bars_in_logs() -> Iterator[None]:
+    """Progress bars of loading are for a terminal; elsewhere they would bury what is said."""
+    import datasets
+    from transformers.utils import logging
+
+    with contextlib.ExitStack() as restored:
+        if not sys.stderr.isatty() and not datasets.are_progress_bars_disabled():
+            datasets.disable_progress_bars()
+            restored.callback(datasets.enable_progress_bars)
+        if not sys.stderr.isatty() and logging.is_progress_bar_enabled():
+            logging.disable_progress_bar()
+            restored.callback(logging.enable_progress_bar)
+        yield
+
+
+@_no_bars_in_logs()
+def _run(command: str, task: str, flags: Sequence[str]) -> int:
+    from .runs import train, try_settings
+
+    if command == "train":
+        train(task, flags)
+        return 0
+    found = try_settings(task, flags)
+    console = _console()
+    console.print(found.table())
+    if found.chosen is None:
+        ran = any(trial.metric is not None for trial in found.trials)
+        console.print(
+            f"{found.metric_name} of no trial is a number. Set learning_rate to less."
+            if ran
+            else "No trial fits in memory_budget. Set it to more, or per_device_train_batch_size to less."
+        )
+        return 1
+    console.print(found.config(), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _console():
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    return console
+
+
+@_no_bars_in_logs()
+def _evaluate(given: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ..records.results import stage_rows
+    from ..tasks.report import print_stage_table, write_json
+    from .runs import evaluate
+
+    metrics = evaluate(given.model, given.dataset, given.batch_size, given.max_samples, given.max_seq_length)
+    print_stage_table(stage_rows(metrics))
+    print(f"accuracy {metrics['eval_accuracy']:.2%}, loss {metrics['eval_loss']:.4f}")
+    if given.json is not None:
+        write_json(Path(given.json), metrics)
+    return 0
+
+
+def _environment(_given: argparse.Namespace) -> int:
+    import platform
+
+    import torch
+
+    from ..records.results import package_versions
+    from .offline import hub_is_reachable
+
+    lines = {"python": platform.python_version(), "system": platform.platform(), **package_versions()}
+    lines["processors"] = str(torch.get_num_threads())
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        lines[f"cuda:{index}"] = f"{device.name}, {device.total_memory / 2**30:.1f} GiB"
+    lines["hub"] = "reachable" if hub_is_reachable() else "cannot be reached"
+    for name, value in lines.items():
+        print(f"- {name}: {value}")
+    return 0
+
+
+def _card(given: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ..records.card import CardContent, write_card
+    from ..records.results import read_results
+
+    path = Path(given.results)
+    folder = path.parent if given.output_dir is None else Path(given.output_dir)
+    name = given.name or folder.resolve().name
+    content = CardContent.from_results(read_results(path), name)
+    print(f"written to {write_card(folder, content)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

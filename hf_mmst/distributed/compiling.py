@@ -1,0 +1,67 @@
+"""A model's layers -> the same, compiled one by one, so that stages can still end between them."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from torch import nn
+
+from ..config import MMSTConfig
+from ..cut.attributes import replaced
+
+
+def take_compilation(accelerator: Any) -> dict[str, Any] | None:
+    """
+    Take the compilation of the model out of the accelerator's hands: compiled as a whole, a model would be traced with
+    the hooks of one step, and silently leave stages untrained in the next.
+
+    Returns:
+        `dict`, *optional*: arguments of [`~torch.compile`], backend and mode among them, if it is switched on.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return None
+    accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
+    return plugin.to_kwargs()
+
+
+def refuse_compilation(args: MMSTConfig, compilation: dict[str, Any]) -> None:
+    """
+    Refuse what cannot be compiled.
+
+    Raises:
+        `ValueError`: saying what to set.
+    """
+    if args.stage_residency != "stage":
+        return
+    if args.coupled_laps or args.stage_order == "coupled":
+        setting = f"coupled_laps={args.coupled_laps}" if args.coupled_laps else 'stage_order="coupled"'
+        raise ValueError(
+            f"{setting} brings layers to the device while they are recomputed, which cannot be compiled. Set "
+            "torch_compile=False (dynamo_backend to no in the accelerate configuration), or another stage_order."
+        )
+    if compilation.get("mode") in ("reduce-overhead", "max-autotune"):
+        raise ValueError(
+            f"The mode {compilation['mode']} of torch.compile needs weights that stay where they are, but with "
+            'stage_residency="stage" they move. Set torch_compile_mode to "default" or '
+            '"max-autotune-no-cudagraphs", or stage_residency="all".'
+        )
+
+
+@contextlib.contextmanager
+def compiled(layers: Iterable[nn.Module], **kwargs: Any) -> Iterator[None]:
+    """
+    Within this context, the forward passes of `layers` are compiled, each by itself.
+
+    Hooks on the layers stay outside, and names of parameters stay what they are. Layers of one kind share their code.
+
+    Args:
+        layers (`Iterable[nn.Module]`): the layers.
+        kwargs: of [`~torch.compile`].
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(replaced(layer, "forward", torch.compile(layer.forward, **kwargs)))
+        yield

@@ -1,0 +1,113 @@
+"""The arguments of a run -> what it takes in device memory, and, with `memory_budget`, how it is trained in that."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from ..config import MMSTConfig
+from .planner import LOCAL_ORDERS, Row, plan
+from .simulation import Peak, Simulation, Way
+
+logger = logging.get_logger(__name__)
+
+
+def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any], has_local_losses: bool = True) -> Row:
+    """
+    Plan for `args.memory_budget`, and write the settings into `args`; the budget is taken out, for it has been spent.
+
+    A `num_stages` that the user has set is kept: the coupled order, which has no stages, is not chosen then.
+
+    Args:
+        args ([`MMSTConfig`]), model (`nn.Module`), batch (`Mapping[str, Any]`): what is trained, on batches like it.
+        has_local_losses (`bool`): whether stages can learn; if not, the model is trained end to end.
+
+    Raises:
+        `ValueError`: if nothing fits, saying what would.
+    """
+    precision, device = _precision_and_device(args)
+    steps_at_once = args.gradient_accumulation_steps == 1 and args.world_size == 1 and not args.fp16
+    num_stages = None if args.chooses_stages or not has_local_losses else args.num_stages
+    couples = args.world_size == 1 and not args.fp16 and args.feature_cache == "none" and num_stages in (None, 1)
+    try:
+        found = plan(
+            model,
+            _inputs_of(batch),
+            args.memory_budget,
+            precision=precision,
+            device=device,
+            num_stages=num_stages,
+            without=([*LOCAL_ORDERS] if not has_local_losses else [])
+            + (["stage_clipping"] if not steps_at_once else [])
+            + (["stage_residency"] if args.world_size > 1 else [])
+            + (["coupled"] if not couples else []),
+            head_layers=args.head_layers,
+        )
+    except RuntimeError as error:  # which fake tensors raise where data decides
+        raise ValueError(
+            f'memory_budget="{args.memory_budget}", but a {type(model).__name__} cannot be followed on tensors without '
+            f"data ({error}). Choose num_stages and stage_order yourself, and leave memory_budget unset."
+        ) from error
+    if found.chosen is None:
+        given = "" if num_stages is None else f", num_stages={num_stages}"
+        hint = " Or leave num_stages unset, so that it is planned, too." if given else ""
+        raise ValueError(f'memory_budget="{args.memory_budget}"{given}: {found.reason}{hint}')
+    if args.process_index == 0:
+        print(f"hf_mmst: {found.reason} {found.config()}")
+    args.memory_budget = None
+    for name, value in found.settings.items():
+        setattr(args, name, value)
+    if args.stage_order != "sequential" and args.feature_cache != "none":
+        args.feature_cache = "none"
+        if args.process_index == 0:
+            print("hf_mmst: all stages learn on each batch, so there is nothing to keep in a feature cache")
+    args.check_stages()
+    return found.chosen
+
+
+def planned_peak(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Peak | None:
+    """What the run that `args` describe takes; `None` for a cut by names, or a model that cannot be simulated."""
+    if args.stage_boundaries is not None:
+        return None
+    try:
+        simulation = simulation_of(args, model, batch)
+        return max((simulation.peak(way) for way in ways_of(args, len(simulation.ends))), key=lambda peak: peak.total)
+    except (ValueError, RuntimeError, NotImplementedError) as error:  # fake tensors raise these where data decides
+        logger.warning(f"hf_mmst has no plan of this run to compare with ({type(error).__name__}: {error})")
+        return None
+
+
+def simulation_of(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Simulation:
+    """The simulation of a run with these arguments and batches like this one."""
+    return Simulation(model, _inputs_of(batch), *_precision_and_device(args), args.head_layers)
+
+
+def _inputs_of(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch, if its shapes are all that a simulation needs of it."""
+    for name, value in batch.items():
+        if isinstance(value, list | tuple | dict):
+            raise ValueError(
+                f"{name} is a {type(value).__name__}, not a tensor, so that no step can be followed without data. "
+                "Choose num_stages and stage_order yourself, and leave memory_budget unset."
+            )
+    return batch
+
+
+def _precision_and_device(args: MMSTConfig) -> tuple[str, str]:
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    return precision, "cuda" if args.device.type == "cuda" else "cpu"
+
+
+def ways_of(args: MMSTConfig, num_layers: int) -> list[Way]:
+    """The ways in which a run with these arguments trains, in its turns, a model of that many layers."""
+    checkpointing = bool(args.activation_checkpointing)
+    local = Way(
+        num_stages=args.stages_of(num_layers),
+        stage_order="sequential" if args.stage_order == "multi_lap" else args.stage_order,
+        stage_residency=args.stage_residency,
+        stage_clipping=args.stage_clipping,
+        activation_checkpointing=checkpointing,
+    )
+    resident = Way(stage_order="coupled") if args.stage_residency == "stage" else None
+    return [local, resident or Way(activation_checkpointing=checkpointing)] if args.coupled_laps else [local]

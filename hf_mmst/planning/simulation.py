@@ -1,0 +1,424 @@
+"""A way of training -> the most device memory that a step of it holds, found on tensors that have no data."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..cut.copies import copied
+from ..cut.example_inputs import ExampleInputs
+from ..cut.hidden_states import hidden_states_of
+from ..cut.objectives import CLASSES, objective_of
+from ..cut.partition import Partition, find_layers, run_ends, tied_parameters
+from ..cut.probe import LayerProfile, on_meta, profile_layers
+from ..memory.coupled import CoupledResidency
+from ..memory.residency import Residency, Shelf
+from ..method.engine import Stagewise
+from ..method.heads import StageHeads, num_head_layers
+from ..method.stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Way:
+    """
+    A way of training.
+
+    Attributes:
+        num_stages (`int`): K; 1 is end-to-end training.
+        stage_order (`str`): `"simultaneous"`, `"sequential"` or `"coupled"`.
+        stage_residency (`str`): `"all"` or `"stage"`.
+        feature_cache (`str`): `"none"` or `"disk"`.
+        stage_clipping (`bool`): whether stages step by themselves.
+        activation_checkpointing (`bool`): whether activations within a stage are recomputed.
+        lora (`bool`): whether adapters of rank 16 learn in the place of the layers (PEFT).
+    """
+
+    num_stages: int = 1
+    stage_order: str = "simultaneous"
+    stage_residency: str = "all"
+    feature_cache: str = "none"
+    stage_clipping: bool = False
+    activation_checkpointing: bool = False
+    lora: bool = False
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes in device memory when they are most: of weights, of optimizer states, and of all together."""
+
+    weights: int
+    states: int
+    total: int
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes of one layer in end-to-end training: weights, gradients, AdamW's states, saved activations, output."""
+
+    name: str
+    weights: int
+    gradients: int
+    states: int
+    activations: int
+    output: int
+
+
+class Simulation:
+    """
+    A copy of a model without data, whose training steps are run to watch the memory that they would take.
+
+    What runs is the model's own forward and backward and this package's own engine, on PyTorch's fake tensors; the
+    optimizer is fused AdamW. Kernels' workspaces, the caching allocator's reserve and the device's context come on top.
+
+    Args:
+        model (`nn.Module`): the model; on the meta device or any other.
+        inputs (`Mapping[str, Any]`): a batch, with labels if the model learns from them; of tensors only shapes count.
+        precision (`str`): `"fp32"`, or autocast to `"bf16"` or `"fp16"`.
+        device (`str`): where tensors are counted; `"cuda"` only where there is one.
+        head_layers (`int`, *optional*): see [`MMSTConfig`].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        precision: str = "fp32",
+        device: str = "cpu",
+        head_layers: int | None = None,
+    ):
+        self.device, self.dtype = device, PRECISIONS[precision]
+        self.config: Any = getattr(model, "config", None)
+        self.objective = objective_of(model) or CLASSES
+        self.layers = find_layers(model)
+        self.ends = run_ends(model, self.layers)
+        tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+        self.num_samples = len(tensors.get("labels", next(iter(tensors.values()))))
+        self.given, self.example = model, ExampleInputs.of_batch(model, inputs, self.num_samples)
+        self._head_layers = head_layers
+        self._mode = FakeTensorMode()
+        self._states = WeakTensorKeyDictionary()
+        self.model = self._without_data(model)
+        if getattr(self.config, "use_cache", False):
+            cast(Any, self.model.config).use_cache = False  # as in training
+        with self._mode:
+            self.inputs = {**inputs, **{name: self._fake(value) for name, value in tensors.items()}}
+            # On the CPU the batch that the data loader has ready is in the same memory.
+            self._ready = [self._fake(value) for value in tensors.values()] if device == "cpu" else []
+
+    @functools.cached_property
+    def profile(self) -> list[LayerProfile]:
+        """What each layer costs and puts out."""
+        return profile_layers(self.given, self.layers, self.example)
+
+    @functools.cached_property
+    def head_layers(self) -> int:
+        """Number of layers of the auxiliary heads."""
+        widths, blocks = [layer.width for layer in self.profile], len(self.ends) == len(self.layers)
+        return num_head_layers(self._head_layers, self.given, widths, blocks)
+
+    def partition(self, num_stages: int) -> Partition:
+        """The cut into stages of about equal cost."""
+        costs = [layer.flops for layer in self.profile] if num_stages < len(self.ends) else None
+        return Partition.by_cost(self.layers, num_stages, costs, self.ends)
+
+    def peak(self, way: Way) -> Peak:
+        """The most memory that a step takes, over the stages if they learn one at a time."""
+        if way.lora:
+            return self._end_to_end(self._with_adapters(), way)
+        if way.stage_order == "coupled":
+            return self._coupled()
+        if way.num_stages == 1:
+            return self._end_to_end(self.model, way)
+        partition = self.partition(way.num_stages)
+        if way.stage_order == "simultaneous":
+            return self._stagewise(partition, range(way.num_stages), way)
+        weights = [sum(self._weights(name) for name in stage) for stage in partition.stages]
+        some = {0, weights.index(max(weights)), way.num_stages - 1}  # the others are alike
+        return max((self._stagewise(partition, [k], way) for k in some), key=lambda peak: peak.total)
+
+    @functools.cached_property
+    def by_layer(self) -> list[LayerMemory]:
+        """What each layer takes, and its activations in end-to-end training."""
+        begin: dict[str, int] = {}
+        saved: dict[str, int] = {}
+        output: dict[str, int] = {}
+        tracker = FlatMemTracker()
+
+        def held():
+            # Before anything is held there is no entry: the first layer may be the first to allocate.
+            return tracker.get_tracker_snapshot("current").get(torch.device(self.device), {}).get("Total", 0)
+
+        def before(name, *_):
+            begin[name] = held()
+
+        def after(name, _module, _args, out):
+            saved[name], output[name] = held() - begin[name], hidden_states_of(out).nbytes
+
+        with contextlib.ExitStack() as stack:
+            for name in self.layers:
+                layer = self.model.get_submodule(name)
+                stack.callback(layer.register_forward_pre_hook(functools.partial(before, name)).remove)
+                stack.callback(layer.register_forward_hook(functools.partial(after, name)).remove)
+            with self._mode, tracker, self._autocast():
+                self.model(**self.inputs)
+        found = []
+        for name in self.layers:
+            learning = sum(p.nbytes for p in self.model.get_submodule(name).parameters() if p.requires_grad)
+            found.append(LayerMemory(name, self._weights(name), learning, 2 * learning, saved[name], output[name]))
+        return found
+
+    def _end_to_end(self, model: nn.Module, way: Way) -> Peak:
+        with self._mode, self._checkpointing(model, way):
+            parameters = list(model.parameters())
+            optimizer = self._with_states([p for p in parameters if p.requires_grad])
+            tracker = self._tracker(parameters, optimizer)
+            with tracker:
+                with self._autocast():
+                    loss = self._loss(model)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+            return self._read(tracker, parameters, optimizer)
+
+    def _stagewise(self, partition: Partition, stages: Sequence[int], way: Way) -> Peak:
+        layers = {layer.name: layer for layer in self.profile}
+        with self._mode, self._checkpointing(self.model, way), contextlib.ExitStack() as stack:
+            with torch.device(self.device), _default_dtype(self.model):
+                ends = [layers[name] for name in partition.boundaries[:-1]]
+                heads = StageHeads(
+                    [end.width for end in ends],
+                    self.config.num_labels,
+                    maps=[end.is_map for end in ends],
+                    kind=self.objective.head,
+                )
+            last = self.layers[len(self.layers) - self.head_layers :]
+            heads.layers = nn.ModuleList(self._without_data(self.model.get_submodule(name)) for name in last)
+            engine = Stagewise(self.model, partition, heads)
+            shared = parameters_by_stage(self.model, partition, heads)
+            common = shared_parameters(self.model, partition, heads)
+            everything = [p for own in shared for p in own]
+            learned = everything
+            if way.stage_residency == "all" and stages[-1] < way.num_stages - 1:
+                learned = [*(p for own in shared[: stages[-1] + 1] for p in own), *common]
+            optimizer = self._with_states([p for p in learned if p.requires_grad])
+            if self.objective.head == "own" and stages[0] > 0:
+                for parameter in tied_parameters(self.model, partition.layers):
+                    stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                    parameter.requires_grad_(False)
+            given = self._input_of(engine, stages[0]) if way.feature_cache != "none" and stages[0] > 0 else None
+            if way.stage_residency == "stage":
+                residency = stack.enter_context(self._residency(_Resident, partition, optimizer))
+                residency.activate(stages)
+                learning = [*shared[stages[0]]]
+                if stages[0] < way.num_stages - 1:
+                    learning += common
+                learning = [parameter for parameter in learning if parameter.requires_grad]
+                for parameter in learning:  # its states have come with an earlier step
+                    parameter.grad = torch.empty_like(parameter)
+                residency.take_states()
+                for parameter in learning:
+                    parameter.grad = None
+            tracker = self._tracker(everything, optimizer, *([] if given is None else given[1:]))
+            early = way.stage_clipping and len(stages) > 1
+            with tracker:
+                with (
+                    self._autocast(),
+                    engine.step(
+                        criterion=self._criterion,
+                        weights=[0.3] * partition.num_stages,
+                        stages=stages,
+                        mask=self.inputs.get("attention_mask"),
+                        learned=lambda k, sides: step_stage(optimizer, shared, k, 1.0) if early and not sides else None,
+                        given=given,
+                    ) as step,
+                ):
+                    loss = self._loss(self.model)
+                (loss + 0.3 * step.transport).backward()
+                del loss, step
+                clip_by_stage(shared, 1.0)
+                optimizer.step()
+            return self._read(tracker, everything, optimizer)
+
+    def _coupled(self) -> Peak:
+        partition = Partition((tuple(self.layers),))
+        with self._mode, contextlib.ExitStack() as stack:
+            parameters = list(self.model.parameters())
+            optimizer = self._with_states([p for p in parameters if p.requires_grad])
+            residency = stack.enter_context(self._residency(_Coupled, partition, optimizer))
+            tracker = self._tracker(parameters, optimizer)
+            with tracker:
+                with self._autocast():
+                    loss = self._loss(self.model)
+                loss.backward()
+                del loss
+                residency.settle()
+                residency.clip(1.0)
+                residency.step(optimizer)
+                optimizer.step()
+            return self._read(tracker, parameters, optimizer)
+
+    @contextlib.contextmanager
+    def _residency(self, kind: Any, partition: Partition, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+        """A residency of the simulated model, with all layers and optimizer states at rest to begin with."""
+        before = {parameter: parameter.data for parameter in self.model.parameters()}
+        residency = kind(self.model, partition, torch.device(self.device), "")
+        residency.watch(optimizer)
+        residency.rest()
+        try:
+            with residency.streaming():
+                yield residency
+        finally:
+            for parameter, data in before.items():
+                parameter.data = data
+
+    def _tracker(self, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer, *others: torch.Tensor):
+        """A tracker that knows what is in memory when a step begins."""
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        inputs = [value for value in self.inputs.values() if torch.is_tensor(value)]
+        begin = [*weights, *self.model.buffers(), *states, *inputs, *self._ready, *others]
+        tracker = FlatMemTracker()
+        tracker.track_external(*begin)
+        return tracker
+
+    def _input_of(self, engine: Stagewise, stage: int) -> tuple[int, torch.Tensor]:
+        """The input of a stage, after a step that shows the engine what the layers before it return."""
+        with engine.step(self._criterion, [0.0] * engine.partition.num_stages, [stage]) as step, self._autocast():
+            self.model(**self.inputs)
+        assert step.features is not None
+        return stage, step.features
+
+    def _loss(self, model: nn.Module) -> torch.Tensor:
+        try:
+            outputs = model(**self.inputs)
+        except RuntimeError as error:
+            raise ValueError(
+                f"The forward pass of {type(model).__name__} depends on data, so that it cannot be followed on tensors "
+                f"without data ({error}). It can be trained in stages, but not planned."
+            ) from error
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+        if not torch.is_tensor(loss) or loss.dim() > 0:
+            raise ValueError(
+                f"{type(model).__name__} makes no loss of {', '.join(self.inputs)}, so that it cannot be planned. "
+                "Pass a batch with labels, or choose num_stages and stage_order yourself."
+            )
+        return loss
+
+    def _criterion(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.objective.loss(logits, self.inputs["labels"], self.config)
+
+    def _read(self, tracker: MemTracker, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Peak:
+        total = tracker.get_tracker_snapshot("peak")[torch.device(self.device)]["Total"]
+        for parameter in weights:
+            parameter.grad = None
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        held = [sum(t.untyped_storage().nbytes() for t in group) for group in (weights, states)]
+        return Peak(held[0], held[1], total)
+
+    def _with_states(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        for parameter in parameters:
+            if parameter not in self._states:  # those of the model serve all ways: no step changes them
+                first, second = torch.empty_like(parameter), torch.empty_like(parameter)
+                self._states[parameter] = {"step": first.new_zeros(()), "exp_avg": first, "exp_avg_sq": second}
+            optimizer.state[parameter] = {**self._states[parameter]}
+        return optimizer
+
+    def _weights(self, name: str) -> int:
+        return sum(p.nbytes for p in self.model.get_submodule(name).parameters())
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+    def _with_adapters(self) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        model = on_meta(self.model)
+        head = [name for name, _ in model.named_children() if name not in (model.base_model_prefix, "dropout")]
+        config = LoraConfig(r=16, target_modules="all-linear", exclude_modules=head, modules_to_save=head)
+        return self._without_data(get_peft_model(model, config))
+
+    def _without_data(self, model: nn.Module) -> nn.Module:
+        with self._mode:
+            return copied(model, training=True, like=self._fake)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device, dtype=self.dtype)
+
+    @contextlib.contextmanager
+    def _checkpointing(self, model: Any, way: Way) -> Iterator[None]:
+        if not way.activation_checkpointing:
+            yield
+            return
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        try:
+            yield
+        finally:
+            model.activation_checkpointing_disable()
+
+
+class FlatMemTracker(MemTracker):
+    """PyTorch's tracker without its account by modules, which a backward pass within a forward pass would upset."""
+
+    def __init__(self):
+        super().__init__()
+        self._mod_tracker: Any = _NoModules()
+
+
+class _NoModules:
+    parents: frozenset = frozenset()
+    is_bw = False
+
+    def register_user_hooks(self, *_args, **_kwargs): ...
+
+    def clear_user_hooks(self): ...
+
+    def get_known_fqn(self, _module): ...
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_): ...
+
+
+class _Nowhere(Shelf):
+    """A shelf in no memory at all."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device, folder: str):
+        alike = {(tensor.shape, tensor.dtype): tensor for tensor in tensors}
+        made = {kind: tensor.new_empty(()).expand(tensor.shape) for kind, tensor in alike.items()}
+        self.device, self.tensors = device, [made[tensor.shape, tensor.dtype] for tensor in tensors]
+
+    def take(self) -> list[torch.Tensor]:
+        return [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for tensor in self.tensors]
+
+    def put(self, tensors: Sequence[torch.Tensor]) -> None: ...
+
+    def let_go(self) -> None: ...
+
+
+class _Resident(Residency):
+    shelf = _Nowhere
+
+
+class _Coupled(CoupledResidency):
+    shelf = _Nowhere
+
+
+@contextlib.contextmanager
+def _default_dtype(model: nn.Module) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(next(p.dtype for p in model.parameters() if p.is_floating_point()))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
