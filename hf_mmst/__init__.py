@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from .config import MMSTConfig as MMSTConfig
     from .cut.partition import Partition as Partition
     from .cut.partition import find_layers as find_layers
+    from .inference.exits import EarlyExit as EarlyExit
+    from .inference.exits import calibrate as calibrate
+    from .inference.truncation import truncate as truncate
     from .method.engine import Stagewise as Stagewise
     from .method.heads import StageHeads as StageHeads
     from .planning.planner import plan as plan
@@ -17,16 +20,19 @@ if TYPE_CHECKING:
     from .trials import pilot as pilot
 
 _MODULE_OF = {
+    "EarlyExit": "inference.exits",
     "MMSTConfig": "config",
     "MMSTTrainer": "trainer.mmst_trainer",
     "Partition": "cut.partition",
     "StageHeads": "method.heads",
     "Stages": "records.stages",
     "Stagewise": "method.engine",
+    "calibrate": "inference.exits",
     "find_layers": "cut.partition",
     "load_stages": "records.stages",
     "pilot": "trials",
     "plan": "planning.planner",
+    "truncate": "inference.truncation",
 }
 
 __version__ = version("hf-mmst")

@@ -18,8 +18,8 @@ from bert_text import bbc_news
 from transformers import AutoTokenizer, DataCollatorWithPadding, default_data_collator
 from vit_cifar import mnist_digits
 
+from hf_mmst import EarlyExit, calibrate
 from hf_mmst.inference.exit_rules import ExitRule, exit_curve
-from hf_mmst.inference.exits import EarlyExit, calibrate
 from hf_mmst.records.results import provenance
 from hf_mmst.tasks.pixels import to_tensors
 from hf_mmst.tasks.report import write_json

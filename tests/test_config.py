@@ -36,16 +36,19 @@ OWN_FIELDS = {
 
 def test_the_public_names():
     assert hf_mmst.__all__ == [
+        "EarlyExit",
         "MMSTConfig",
         "MMSTTrainer",
         "Partition",
         "StageHeads",
         "Stages",
         "Stagewise",
+        "calibrate",
         "find_layers",
         "load_stages",
         "pilot",
         "plan",
+        "truncate",
     ]
     for name in hf_mmst.__all__:
         assert getattr(hf_mmst, name).__doc__

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from encoders import REFUSED
-from test_coupled import run as coupled
-from test_trainer import arguments, own_loss, trainer
+from runs import arguments, own_loss, trainer
+from runs import run_coupled as coupled
 from transformers import BertConfig, BertForQuestionAnswering, TrainingArguments
 from zoo import TEXT, Samples, make
 

@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import Dataset
-from test_trainer import accuracy, arguments
+from runs import accuracy, arguments
 from zoo import Samples, make
 
 from hf_mmst import pilot

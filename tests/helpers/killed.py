@@ -1,0 +1,54 @@
+"""A run that saves at each step, resumes from what is there, and is killed from outside. Arguments: folder, kind."""
+
+import os
+import sys
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+KINDS = {
+    "simultaneous": {"max_steps": 12},
+    "resident": {
+        "max_steps": 24,
+        "stage_order": "sequential",
+        "stage_residency": "stage",
+        "feature_cache": "disk",
+        "dropout": True,
+    },
+}
+PROCESSES = {  # one or two
+    "max_steps": 36,
+    "stage_order": "sequential",
+    "transport_schedule": "adaptive",
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", "1")),
+}
+
+
+class Says(TrainerCallback):
+    """Says on a line of its own that training begins."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        print("begins", flush=True)
+
+
+def run(folder, kind, *callbacks):
+    from runs import trainer
+
+    settings = {"save_strategy": "steps", "save_steps": 1, **(KINDS | {"processes": PROCESSES})[kind]}
+    trained = trainer(folder, extra={"callbacks": [Says(), *callbacks]}, **settings)
+    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    trained.train(resume_from_checkpoint=last)
+    return trained
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    from hf_mmst.memory import feature_cache
+
+    feature_cache.SHARD_BYTES = 1  # each batch of features is written at once
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]), sys.argv[2])

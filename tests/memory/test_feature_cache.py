@@ -1,0 +1,372 @@
+"""Cached features: the numbers of recomputed ones, without the work; and never those of anything else."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from encoders import MODELS, build
+from runs import ORDERS, InterruptAt, arguments, assert_same, losses, trainer, weights
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from transformers import T5Config, T5ForTokenClassification, set_seed
+from zoo import Samples, make
+
+from hf_mmst import MMSTTrainer
+from hf_mmst.cut.partition import Partition
+from hf_mmst.memory import feature_cache
+from hf_mmst.memory.feature_cache import FeatureStore, FixedViews, KeyedCollator, upstream_hash
+
+IDENTITY = {"model": "of a test"}
+T5 = {"vocab_size": 99, "d_model": 32, "num_layers": 4, "num_heads": 4, "d_ff": 64, "d_kv": 8, "num_labels": 5}
+
+
+def run(folder, name="vit", model=None, cache="disk", order="sequential", extra=None, **kwargs):
+    set_seed(0)
+    settings = {"dropout": True, "num_train_epochs": 4, **ORDERS[order], **kwargs}
+    return trainer(folder, name, model, feature_cache=cache, extra=extra, **settings)
+
+
+class Noisy(Samples):
+    """A dataset with random augmentation."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return {**sample, "pixel_values": sample["pixel_values"] + torch.rand(())}
+
+
+def count_runs(model, name):
+    """A list that gets an entry for each sample that passes through the named layer."""
+    runs = []
+    model.get_submodule(name).register_forward_pre_hook(lambda _m, args: runs.extend(args[0]))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [("vit", "sequential"), ("vit", "multi_lap"), ("bert", "multi_lap"), ("swin", "sequential")]
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"stage_residency": "stage", "gradient_accumulation_steps": 2, "bf16": True, "activation_checkpointing": True},
+    ],
+)
+def test_the_numbers_are_those_of_recomputed_features(name, order, settings, tmp_path, capsys):
+    trained = {}
+    if name == "swin":  # its blocks are checkpointed together, stage boundaries and all, which is refused
+        settings = {**settings, "activation_checkpointing": False}
+    for cache in ("none", "disk", "memory"):
+        trained[cache] = run(tmp_path / cache, name, None, cache, order, **settings)
+        runs = count_runs(trained[cache].model, trained[cache].partition.layers[0])
+        trained[cache].train()
+        trained[cache].runs = len(runs)
+    for cache in ("disk", "memory"):
+        assert_same(weights(trained[cache].model), weights(trained["none"].model))
+        assert_same(weights(trained[cache].heads), weights(trained["none"].heads))
+        assert losses(trained[cache]) == losses(trained["none"])
+        assert trained[cache].runs < trained["none"].runs
+    assert not list((tmp_path / "disk").glob("feature_cache*"))
+    assert "for the features of 32 samples" in capsys.readouterr().out
+
+
+def test_layers_before_run_once_per_sample(tmp_path):
+    trained = run(tmp_path, num_train_epochs=5)
+    first, second, third = (trained.partition.stages[k][0] for k in range(3))
+    runs = {name: count_runs(trained.model, name) for name in (first, second, third)}
+    trained.train()
+    # Five epochs of its own, one for the next stage; a stage is entered from what is kept of the one before.
+    assert {name: len(found) / 32 for name, found in runs.items()} == {first: 6, second: 6, third: 5}
+
+
+def test_texts_padded_to_the_longest_of_their_batch(tmp_path):
+    """Up to rounding: with another padding, matrix products may be summed in another order."""
+
+    def collate(samples):
+        found = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+        longest = int(found["attention_mask"].sum(1).max())
+        return {key: value[:, :longest] if value.dim() == 2 else value for key, value in found.items()}
+
+    trained = {}
+    for cache in ("none", "disk"):
+        folder, extra = tmp_path / cache, {"data_collator": collate}
+        trained[cache] = run(folder, "bert", None, cache, extra=extra, per_device_train_batch_size=4)
+        runs = count_runs(trained[cache].model, trained[cache].partition.layers[0])
+        trained[cache].train()
+    assert len(runs) == 5 * 32
+    for found, expected in zip(
+        weights(trained["disk"].model).values(), weights(trained["none"].model).values(), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["FNet", "Funnel"])
+def test_padding_that_makes_a_difference_is_kept(name, tmp_path):
+    """Where tokens depend on padding, a sample is found again where it is padded to the same length."""
+    trained = {}
+    for cache in ("none", "memory"):
+        trained[cache] = run(tmp_path / cache, "bert", build(name), cache, num_stages=2, num_train_epochs=2)
+        trained[cache].train()
+    assert_same(weights(trained["memory"].model), weights(trained["none"].model))
+    assert losses(trained["memory"]) == losses(trained["none"])
+
+    def collate(samples):
+        longest = max(int(sample["input_ids"].count_nonzero()) for sample in samples)
+        whole = {k: torch.stack([sample[k] for sample in samples]) for k in samples[0]}
+        return {k: tensor[:, :longest] if tensor.dim() == 2 else tensor for k, tensor in whole.items()}
+
+    settings = {"extra": {"data_collator": collate}, "num_stages": 2, "per_device_train_batch_size": 2}
+    with pytest.raises(ValueError, match="or padded to other lengths than before.*pad all to one length"):
+        run(tmp_path, "bert", build(name), "memory", **settings, num_train_epochs=2).train()
+
+
+@pytest.mark.parametrize(
+    ("models", "name"), [(MODELS, "WavLM"), ({"T5": lambda: T5ForTokenClassification(T5Config(**T5))}, "T5")]
+)
+def test_layers_that_hand_on_more_than_hidden_states_are_refused(models, name, tmp_path):
+    args = arguments(tmp_path, stage_order="sequential", feature_cache="memory", num_stages=2)
+    with pytest.raises(ValueError, match='needs more of it than its hidden states. Set .*, or feature_cache="none"'):
+        MMSTTrainer(build(name, models), args)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_repeat_augmentation(workers, tmp_path):
+    trained = {}
+    for cache in ("none", "disk"):
+        settings = {"data": Noisy("vit"), "cache_views": 2, "dataloader_num_workers": workers}
+        trained[cache] = run(tmp_path / cache, "vit", None, cache, **settings)
+        runs = count_runs(trained[cache].model, trained[cache].partition.layers[0])
+        trained[cache].train()
+    assert len(runs) == (4 + 2) * 32
+    assert_same(weights(trained["disk"].model), weights(trained["none"].model))
+
+
+def test_views_differ_and_leave_the_generators_alone():
+    views = FixedViews(Noisy("vit"), 2, seed=0)
+    set_seed(1)
+    expected = torch.rand(3)
+    set_seed(1)
+    seen = []
+    for epoch in range(4):
+        views.epoch = epoch
+        seen.append(views[3]["pixel_values"])
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_random_samples_are_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="gives the same samples differently each time.*Set cache_views"):
+        run(tmp_path, data=Noisy("vit")).train()
+
+
+def test_samples_that_turn_random_are_refused(tmp_path):
+    class Later(Samples):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            sample = super().__getitem__(index)
+            return {**sample, "pixel_values": sample["pixel_values"] + (self.reads > 200) * torch.rand(())}
+
+    with pytest.raises(ValueError, match="More than 32 different samples"):
+        run(tmp_path, data=Later("vit")).train()
+
+
+def test_a_stream_has_no_samples_to_find_again(tmp_path):
+    stream = Dataset.from_list([dict(Samples("vit", 1)[0])]).with_format("torch").to_iterable_dataset()
+    with pytest.raises(ValueError, match='has no length.*Set feature_cache="none"'):
+        run(tmp_path, data=stream, max_steps=3).train()
+
+
+@pytest.mark.parametrize("settings", [{"feature_cache": "memory"}, {"cache_views": 2}])
+def test_a_custom_loader_does_not_mark_samples(settings, tmp_path):
+    class Own(MMSTTrainer):
+        def get_train_dataloader(self):
+            return DataLoader(self.train_dataset, batch_size=8)
+
+    args = arguments(tmp_path, stage_order="sequential", **settings)
+    with pytest.raises(ValueError, match="get_train_dataloader of Own does not call that of MMSTTrainer"):
+        Own(make("vit"), args, train_dataset=Samples("vit")).train()
+
+
+@pytest.mark.parametrize("stop", [6, 21, 37])
+def test_resume_is_bitwise_the_uninterrupted_run(stop, tmp_path, capsys):
+    settings = {"save_strategy": "steps", "save_steps": stop}
+    straight = run(tmp_path / "straight", **settings)
+    straight.train()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", extra={"callbacks": [InterruptAt(stop)]}, **settings).train()
+    capsys.readouterr()
+    resumed = run(tmp_path / "stopped", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert ("are in" in capsys.readouterr().out) == (stop > 16)
+    assert_same(weights(resumed.model), weights(straight.model))
+
+
+def store(folder, capacity=8, identity=IDENTITY):
+    return FeatureStore(identity, capacity, folder)
+
+
+def filled(folder):
+    found = store(folder)
+    for begin in (0, 3):
+        found.add(range(begin, begin + 3), None, torch.arange(begin * 8.0, begin * 8 + 24).view(3, 2, 4))
+        found.flush()
+    return found
+
+
+def test_what_is_on_disk_is_found_again(tmp_path):
+    filled(tmp_path / "a")
+    again = store(tmp_path / "a")
+    assert len(again) == 6
+    assert torch.equal(again.get([4, 0], None), torch.arange(48.0).view(6, 2, 4)[[4, 0]])
+    assert again.get([0, 7], None) is None
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert manifest["model"] == IDENTITY["model"]
+    assert [shard["samples"] for shard in manifest["shards"]] == [3, 3]
+
+
+def test_a_mask_says_which_tokens_are_kept(tmp_path):
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    features = torch.randn(2, 3, 4).bfloat16()
+    found = store(tmp_path)
+    found.add([1, 2], mask, features)
+    found.flush()
+    again = found.get([2, 1], torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0]]))
+    assert torch.equal(again[0, :3], features[1])
+    assert torch.equal(again[1, 1:3], features[0, :2])
+    assert not again[1, [0, 3]].any()
+
+
+def truncate(folder):
+    with open(folder / "features-00001.safetensors", "rb+") as file:
+        file.truncate(100)
+
+
+def flip(folder):
+    """One bit of the last feature."""
+    path = folder / "features-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def rewrite(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (truncate, "features-00001.safetensors is not as it was written"),
+        (flip, "features-00001.safetensors is not as it was written"),
+        (lambda folder: (folder / "manifest.json").write_text("[1]"), "it is [1], not an object"),
+        (lambda folder: rewrite(folder, shards={}), "shards is {}, not a list"),
+        (lambda folder: rewrite(folder, shards=[{"file": 1}]), "shards[0].samples is missing"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "Expecting property name"),
+        (lambda folder: (folder / "manifest.json").unlink(), "No such file"),
+        (lambda folder: (folder / "features-00000.safetensors").unlink(), "No such file"),
+    ],
+)
+def test_what_is_spoilt_is_computed_anew(spoil, said, tmp_path, capsys):
+    filled(tmp_path / "a")
+    spoil(tmp_path / "a")
+    assert len(store(tmp_path / "a")) == 0
+    assert said in capsys.readouterr().out
+    assert len(filled(tmp_path / "a")) == 6
+
+
+def test_features_of_other_weights_are_not_used(tmp_path, capsys):
+    filled(tmp_path / "a")
+    assert len(store(tmp_path / "a", identity={"model": "another"})) == 0
+    assert "other weights" in capsys.readouterr().out
+
+
+def test_what_a_crash_left_beside_is_not_used(tmp_path):
+    filled(tmp_path / "a")
+    tensors = {"features": torch.ones(2, 4), "keys": torch.tensor([7]), "lengths": torch.tensor([2])}
+    save_file(tensors, tmp_path / "a" / "features-00002.safetensors")
+    again = store(tmp_path / "a")
+    assert again.get([7], None) is None
+    again.add([7], None, torch.zeros(1, 2, 4))
+    again.flush()
+    assert torch.equal(store(tmp_path / "a").get([7], None), torch.zeros(1, 2, 4))
+
+
+def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path, monkeypatch):
+    found = filled(tmp_path / "a")
+    found.add([6], None, torch.ones(1, 2, 4))
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"features of 1 more samples.*No space left.*Set output_dir"):
+            found.flush()
+    assert {path.name[0] for path in (tmp_path / "a").iterdir()} == {"f", "m"}
+    assert len(store(tmp_path / "a")) == 6
+
+
+@pytest.mark.parametrize("cache", ["disk", "memory"])
+def test_too_little_room_is_said_before_it_starts(cache, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000, "available": 1000})()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(feature_cache.psutil, "virtual_memory", lambda: usage)
+    with pytest.raises(ValueError, match=r"features of 32 samples are more than .* free.*Set output_dir"):
+        run(tmp_path, cache=cache).train()
+
+
+def test_keys_follow_content_and_not_padding():
+    def stacked(samples):
+        return {k: torch.stack([sample[k] for sample in samples]) for k in samples[0]}
+
+    collate = KeyedCollator(stacked, ["labels"], without_padding=True)
+    samples = [Samples("bert")[i] for i in range(4)]
+    keys = collate(samples)["feature_keys"]
+    assert len(keys.unique()) == 4
+    changed = [{**sample, "labels": sample["labels"] + 1} for sample in samples]
+    assert torch.equal(collate(changed)["feature_keys"], keys)
+    for sample in changed:
+        sample["attention_mask"] = torch.cat([sample["attention_mask"], torch.zeros(2, dtype=torch.long)])
+        sample["input_ids"] = torch.cat([sample["input_ids"], torch.ones(2, dtype=torch.long)])
+    assert torch.equal(collate(changed)["feature_keys"], keys)
+    kept = KeyedCollator(stacked, ["labels"], without_padding=False)
+    assert not torch.equal(kept(changed)["feature_keys"], kept(samples)["feature_keys"])
+    changed[1]["input_ids"][0] += 1
+    assert (collate(changed)["feature_keys"] != keys).tolist() == [False, True, False, False]
+
+
+def test_the_hash_is_of_what_comes_before():
+    model = make("bert")
+    layers = [f"bert.encoder.layer.{i}" for i in range(4)]
+    partition = Partition(tuple((name,) for name in layers))
+    before = [upstream_hash(model, partition, k) for k in range(1, 4)]
+    with torch.no_grad():
+        model.classifier.bias += 1
+    assert upstream_hash(model, partition, 3) == before[2]
+    with torch.no_grad():
+        model.get_submodule(layers[1]).output.dense.bias += 1
+    after = [upstream_hash(model, partition, k) for k in range(1, 4)]
+    assert after[1] != before[1]
+    assert after[2] != before[2]
+    with torch.no_grad():
+        model.bert.embeddings.LayerNorm.bias += 1
+    assert upstream_hash(model, partition, 1) != after[0]
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='Set stage_order to "sequential" or "multi_lap"'):
+        arguments(tmp_path, feature_cache="disk")
+    with pytest.raises(ValueError, match="Set feature_cache to one of none, disk, memory"):
+        arguments(tmp_path, feature_cache="ram", stage_order="sequential")
+    with pytest.raises(ValueError, match="Set cache_views to 1 or more"):
+        arguments(tmp_path, cache_views=0)
+    with pytest.raises(ValueError, match="Set dataloader_persistent_workers=False"):
+        arguments(tmp_path, cache_views=1, dataloader_persistent_workers=True, dataloader_num_workers=1)

@@ -1,0 +1,328 @@
+"""The planner: within 3 % of what real training takes, and never a way that does not fit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from benchmark_planner import BATCH, COMBINATIONS, Zeros, measured_bytes, simulation
+from benchmark_planner import make as build
+from runs import arguments as given
+from transformers import BertConfig, ViTConfig
+from zoo import make
+
+from hf_mmst import MMSTTrainer, plan
+from hf_mmst.cli.command import CHOICES, main
+from hf_mmst.config import parse_bytes
+from hf_mmst.cut.example_inputs import dummy_inputs
+from hf_mmst.planning.meta_models import batch_of
+from hf_mmst.planning.simulation import PRECISIONS, Simulation, Way
+
+SMALL = ViTConfig(
+    hidden_size=192,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=768,
+    image_size=96,
+    num_labels=5,
+)
+
+
+@pytest.mark.parametrize(("name", "precision", "way", "head_layers"), COMBINATIONS[1::2])
+def test_within_3_percent_of_real_training(name, precision, way, head_layers, tmp_path):
+    """PyTorch's own account of the real tensors of a real run, from the optimizer states to the last gradient."""
+    model = build(name)
+    planned = simulation(model, precision, head_layers).peak(way).total
+    assert planned == pytest.approx(measured_bytes(model, precision, way, head_layers, str(tmp_path)), rel=0.03)
+
+
+def test_layers_are_accounted_for():
+    model = build("vit")
+    found = simulation(model, "fp32").by_layer
+    assert [layer.name for layer in found] == [f"vit.layers.{i}" for i in range(6)]
+    first = found[0]
+    assert first.weights == sum(p.nbytes for p in model.vit.layers[0].parameters())
+    assert first.gradients == first.weights == first.states // 2
+    assert first.output == BATCH * 37 * 192 * 4
+    assert first.activations > 10 * first.output
+
+
+def test_a_budget_chooses_the_least_compute_that_fits():
+    everything = {row.way: row for row in plan(SMALL, 64).rows}
+    peaks = sorted({row.peak.total for row in everything.values()})[::2]
+    assert len(peaks) > 2
+    compute, orders = [], set()
+    for peak in peaks:
+        found = plan(SMALL, 64, int(peak * 1.06))
+        if found.chosen is not None:
+            assert found.chosen.peak.total * 1.05 <= peak * 1.06
+            assert found.settings.items() <= {**vars(found.chosen.way)}.items()
+            assert "fits in" in found.reason
+            assert all(f"{name}={value!r}" in found.config() for name, value in found.settings.items())
+            orders.add(found.chosen.way.stage_order)
+            compute.append(found.chosen.compute)
+    assert compute == sorted(compute, reverse=True)
+    assert len({*compute}) > 1
+    assert {"simultaneous", "coupled"} <= orders
+
+
+def test_a_budget_that_cannot_be_met_says_what_can():
+    found = plan(SMALL, 8, "1MiB")
+    assert found.chosen is None
+    assert found.settings == {}
+    least = min(row.peak.total for row in found.rows if row.way.num_stages > 1 or row.way.stage_order == "coupled")
+    need = -(-int(least * 1.05) // 2**20)
+    assert f"needs {need} MiB" in found.reason
+    assert f"{need - 1} MiB more" in found.reason
+    assert plan(SMALL, 8, f"{need + 1}MiB").chosen is not None
+
+
+def test_nothing_is_allocated_and_the_model_is_as_it_came():
+    model = make("bert")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan(model, 4, "1GiB", "bf16", seq_len=32)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not model.is_activation_checkpointing
+    huge = BertConfig(hidden_size=8192, num_hidden_layers=4, num_attention_heads=64, intermediate_size=32768)
+    assert plan(huge, 4, seq_len=32).rows[0].peak.total > 40 * 2**30
+
+
+def test_swin_is_planned_without_checkpointing():
+    """Its blocks are checkpointed together, stage boundaries and all."""
+    found = plan(build("swin").config, 8, "1MiB")
+    assert not any(row.way.activation_checkpointing for row in found.rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("4GiB", 4 * 2**30), ("500 MB", 500_000_000), (1024, 1024), ("1.5k", 1500), ("2 TiB", 2 * 2**40), ("7b", 7)],
+)
+def test_bytes_are_read(value, expected):
+    assert parse_bytes("budget", value) == expected
+
+
+@pytest.mark.parametrize("value", ["", "4 GiB per GPU", "-1", 0, "GiB", "nan", True])
+def test_what_is_no_number_of_bytes_is_refused(value):
+    with pytest.raises(ValueError, match='Set budget to one with a unit, as in "4GiB"'):
+        parse_bytes("budget", value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("vit", {"precision": "int4"}, "precision='int4' is not known. Set precision to one of auto, fp32, bf16, fp16"),
+        ("vit", {"num_stages": 5}, "more than the 4 layers"),
+        ("vit", {"num_stages": 0}, "num_stages=0 is not a whole number of at least 1"),
+        ("vit", {"batch": 0}, "batch_size=0 is not a whole number of at least 1"),
+        ("vit", {"batch": "8"}, "batch_size='8' is not a whole number"),
+        ("vit", {"batch": {"pixel_values": None}, "image_size": 32}, "image_size=32, but the batch has its own"),
+        ("vit", {"device": "tpu"}, "device='tpu' is not known. Set device to one of cpu, cuda"),
+        (
+            "vit",
+            {"without": ["x"]},
+            "without='x' is not known. Set without to one of simultaneous, sequential, coupled",
+        ),
+        ("vit", {"head_layers": -1}, "head_layers=-1 is not a whole number"),
+        ("vit", {"seq_len": 8}, "seq_len=8 is for models that take input_ids.*Leave seq_len unset"),
+        ("vit", {"image_size": 0}, "image_size=0 is not a whole number of at least 1"),
+        ("vit", {"image_size": 7}, "image_size=7 is none that ViTForImageClassification can take.*Kernel size"),
+        ("vit", {"image_size": 64}, "image_size=64 is none that .* doesn't match model"),
+        ("bert", {"image_size": 32}, "image_size=32 is for models that take pixel_values.*Leave image_size unset"),
+        ("bert", {"seq_len": -1}, "seq_len=-1 is not a whole number of at least 1"),
+        ("bert", {"seq_len": 65}, "positions for 64 tokens. Set seq_len to 64 or less"),
+        ("roberta", {"seq_len": 64}, "positions for 63 tokens. Set seq_len to 63 or less"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(name, given, message):
+    with pytest.raises(ValueError, match=message):
+        plan(make(name), **{"batch": 8, **given})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="device='cuda', but PyTorch finds no GPU here. Set device to cpu"):
+        plan(SMALL, 8, device="cuda")
+
+
+@pytest.mark.parametrize("name", ["", "/nowhere", "./nowhere", "a/b/c", "a b"])
+def test_a_model_that_is_not_there_is_refused(name):
+    with pytest.raises(ValueError, match=f"model='{name}' is neither a folder nor a name on the Hub. Set model to"):
+        plan(name, 8)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("bert", 64), ("roberta", 63), ("distilbert", 128), ("gpt2", 64)])
+def test_texts_are_as_long_as_there_are_positions(name, tokens):
+    model = make(name)
+    assert batch_of(model, 2, None, None)["input_ids"].shape == (2, tokens)
+    model(torch.zeros((1, tokens), dtype=torch.long) + 5)
+    if tokens < 128:
+        with pytest.raises((RuntimeError, IndexError)):
+            model(torch.zeros((1, tokens + 1), dtype=torch.long) + 5)
+
+
+def test_the_config_to_paste_is_the_whole_plan():
+    assert {row.way.num_stages for row in plan(SMALL, 8, num_stages=1).rows} == {1}
+    found = plan(SMALL, 64, "1GiB", "bf16", num_stages=3)
+    assert found.config() == 'MMSTConfig("output", num_stages=3, per_device_train_batch_size=64, bf16=True)'
+    assert "times that of end-to-end training" in found.reason
+    resident = plan(SMALL, 64, "70MiB", num_stages=3, without=["coupled", "stage_clipping"])
+    assert resident.chosen.way.stage_residency == "stage"
+    assert f"{resident.chosen.compute:.2f} times" in resident.reason
+    assert f"{resident.chosen.resting_bytes / 2**20:,.0f} MiB at rest" in resident.reason
+    assert "bf16" not in resident.config()
+
+
+def test_precision_is_chosen_where_it_is_left_open():
+    only = {precision: plan(SMALL, 64, None, precision, num_stages=2) for precision in ("fp32", "bf16")}
+    simultaneous = {precision: found.rows[-1].peak.total for precision, found in only.items()}
+    assert simultaneous["bf16"] < simultaneous["fp32"]
+    between = (simultaneous["bf16"] + simultaneous["fp32"]) // 2
+    assert plan(SMALL, 64, "4GiB", "auto").precision == "fp32"
+    found = plan(SMALL, 64, int(1.06 * between), "auto", num_stages=2)
+    assert (found.precision, found.chosen.way.num_stages) == ("bf16", 2)
+    assert "bf16=True" in found.config()
+    assert plan(SMALL, 64, "1MiB", "auto").chosen is None
+
+
+def test_one_layer_resident_is_among_the_ways():
+    found = plan(SMALL, 64)
+    (row,) = [row for row in found.rows if row.way.stage_order == "coupled"]
+    assert row.name == "end to end, one layer resident"
+    assert row.compute == pytest.approx(4 / 3)
+    assert row.resting_bytes > 3 * found.layers[0].weights * 3
+    assert plan(SMALL, 64, int(1.06 * row.peak.total)).chosen.way == row.way
+
+
+def test_only_rivals_fit():
+    (lora,) = [row for row in plan(SMALL, 8, num_stages=2).rows if row.way.lora]
+    found = plan(
+        SMALL, 8, int(1.06 * lora.peak.total), num_stages=2, without=["coupled", "stage_residency", "stage_clipping"]
+    )
+    assert found.chosen is None
+    assert "No way of this package fits in" in found.reason
+    assert lora.name in found.reason
+
+
+def test_the_command_says_what_it_takes_without_loading_torch():
+    code = """
+import sys
+from hf_mmst.cli.command import main
+try:
+    main(["plan", "--help"])
+except SystemExit as end:
+    print(end.code, {"torch", "transformers", "rich"} & set(sys.modules))
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--seq-len" in said
+    assert said.endswith("0 set()\n")
+    assert ("auto", *PRECISIONS) == CHOICES
+
+
+def test_the_command(tmp_path, capsys):
+    SMALL.save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--batch-size", "64", "--budget", "100MiB", "--layers"]) == 0
+    out = capsys.readouterr().out
+    assert "end to end, checkpointing" in out
+    assert "LoRA" in out
+    assert """MMSTConfig("output", stage_order='coupled', per_device_train_batch_size=64)""" in out
+    assert "vit.layers.2" in out
+    assert main(["plan", str(tmp_path), "--budget", "1MiB"]) == 1
+    assert "Nothing fits" in capsys.readouterr().out
+    assert main(["plan", str(tmp_path), "--budget", "much"]) == 2
+    assert "'much' is not a number of bytes" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert main(["plan", str(tmp_path)]) in (1, 2)
+
+
+def test_what_is_moved_is_counted():
+    rows = {row.name: row for row in plan(SMALL, 8).rows}
+    weights = rows["end to end, one layer resident"].resting_bytes // 4  # beside gradients and AdamW's two states
+    assert rows["end to end, one layer resident"].moved_bytes == (4 + 5 + 4) * weights
+    assert rows["K = 3, one stage resident"].moved_bytes == pytest.approx(weights / 3, rel=0.01)
+    assert rows["K = 3, one stage resident, features cached"].moved_bytes == 0
+    assert rows["end to end"].moved_bytes == 0
+
+
+def arguments(folder, **settings):
+    """Without a number of stages, so that it is planned."""
+    return given(folder, **{"num_stages": None, **settings})
+
+
+@pytest.mark.parametrize(
+    "way",
+    [Way(2), Way(stage_order="coupled"), Way(6, "sequential", "stage")],
+)
+def test_a_budget_in_the_arguments_plans_before_training(way, tmp_path, capsys):
+    model, order = build("vit"), way.stage_order
+    size = 32 if order == "simultaneous" else 64
+    batch = {**dummy_inputs(model, size), "labels": torch.zeros(size, dtype=torch.long)}
+    budget = str(int(1.06 * Simulation(model, batch).peak(way).total))
+    args = arguments(tmp_path, memory_budget=budget, per_device_train_batch_size=size, max_steps=6)
+    trained = MMSTTrainer(model, args, train_dataset=Zeros(model))
+    assert args.stage_order == order
+    assert args.memory_budget is None
+    assert trained.partition.num_stages == (1 if order == "coupled" else args.num_stages)
+    trained.train()
+    said = capsys.readouterr().out
+    assert "fits in" in said
+    assert "hf_mmst: planned" in said
+    turns = {f"stage_{k + 1}_peak_bytes" for k in range(args.num_stages)}
+    expected = turns if order == "sequential" else {"peak_bytes"}
+    assert trained.peaks.by_name.keys() == expected
+    assert all(value > 0 for value in trained.peaks.by_name.values())
+    logged = [key for entry in trained.state.log_history for key in entry if "peak" in key]
+    assert {*logged} == expected
+
+
+@pytest.mark.parametrize(("share", "cache"), [(0.9, "none"), (0.35, "memory")])
+def test_a_budget_with_a_feature_cache(share, cache, tmp_path, capsys):
+    """The cache is used where stages learn in turn, as the plan may choose."""
+    model = build("vit")
+    whole = simulation(model, "fp32").peak(Way()).total
+    args = arguments(
+        tmp_path, memory_budget=str(int(share * whole)), per_device_train_batch_size=BATCH, feature_cache="memory"
+    )
+    trained = MMSTTrainer(model, args, train_dataset=Zeros(model))
+    assert args.feature_cache == cache
+    assert ("nothing to keep in a feature cache" in capsys.readouterr().out) == (cache == "none")
+    trained.train()
+    assert ("memory will take" in capsys.readouterr().out) == (cache == "memory")
+
+
+def test_a_budget_that_cannot_be_met_is_refused_before_training(tmp_path):
+    model = build("vit")
+    args = arguments(tmp_path, memory_budget="1MiB", per_device_train_batch_size=BATCH)
+    with pytest.raises(ValueError, match=r'memory_budget="1MiB": Nothing fits in 1 MiB.*Set the budget to \d+MiB'):
+        MMSTTrainer(model, args, train_dataset=Zeros(model))
+
+
+def test_a_number_of_stages_is_kept_in_a_budget(tmp_path):
+    settings = {"per_device_train_batch_size": 64, "num_stages": 3}
+    batch = {**dummy_inputs(make("vit"), 64), "labels": torch.zeros(64, dtype=torch.long)}
+    simulated = Simulation(make("vit"), batch)
+    tight = simulated.peak(Way(3, "sequential", "stage", activation_checkpointing=True)).total  # would be coupled
+    for budget, order in (("1GiB", "simultaneous"), (str(int(1.06 * tight)), "sequential")):
+        args = arguments(tmp_path, memory_budget=budget, **settings)
+        trained = MMSTTrainer(make("vit"), args, train_dataset=Zeros(make("vit")))
+        assert args.num_stages == trained.partition.num_stages == 3
+        assert args.stage_order == order
+    args = arguments(tmp_path, memory_budget="1KiB", **settings)
+    with pytest.raises(ValueError, match='memory_budget="1KiB", num_stages=3: Nothing fits.*Or leave num_stages unset'):
+        MMSTTrainer(make("vit"), args, train_dataset=Zeros(make("vit")))
+
+
+def test_a_budget_for_what_cannot_step_at_once(tmp_path):
+    model = build("vit")
+    args = arguments(tmp_path, memory_budget="40MiB", per_device_train_batch_size=BATCH, gradient_accumulation_steps=2)
+    MMSTTrainer(model, args, train_dataset=Zeros(model))
+    assert not args.stage_clipping
+
+
+def test_a_budget_and_an_order_are_refused(tmp_path):
+    for settings in ({"stage_order": "sequential"}, {"stage_boundaries": ["vit.layers.1"]}, {"coupled_laps": 1}):
+        with pytest.raises(ValueError, match="Leave stage_order, coupled_laps and stage_boundaries unset, or memory_b"):
+            arguments(tmp_path, memory_budget="1GiB", **settings)
+    with pytest.raises(ValueError, match='Set memory_budget to one with a unit, as in "4GiB"'):
+        arguments(tmp_path, memory_budget="lots")
