@@ -1,15 +1,13 @@
 """What the user says: TrainingArguments plus the fields of stage-wise training, each checked at once."""
 
 import contextlib
-import os
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from accelerate import PartialState
 from transformers import TrainingArguments
-from transformers.training_args import OptimizerNames
 
 from .checks import check_fields, number, parse_bytes, positive, whole
+from .conflicts import refuse_conflicts
 
 StageOrder = Literal["simultaneous", "sequential", "multi_lap", "coupled"]
 HeadPooling = Literal["auto", "mean", "cls"]
@@ -272,136 +270,9 @@ class MMSTConfig(TrainingArguments):
     def check_stages(self) -> None:
         """Check the fields of stage-wise training; called again when a hyper-parameter search has set one."""
         check_fields(self, OWN_FIELDS)
-        if self.num_laps > 1 and self.stage_order != "multi_lap":
-            raise ValueError(
-                f'num_laps={self.num_laps} has no effect with stage_order="{self.stage_order}". Set '
-                'stage_order="multi_lap", or num_laps=1.'
-            )
-        if self.coupled_laps and self.stage_order == "coupled":
-            raise ValueError(
-                f'coupled_laps={self.coupled_laps} has no effect with stage_order="coupled", which is end to end all '
-                "along. Set coupled_laps=0, or another stage_order."
-            )
         if self.stage_order == "coupled":
             self.stage_residency = "stage"
-        couples = self.coupled_laps > 0 or self.stage_order == "coupled"
-        if self.stage_residency == "stage" and couples and self.fp16:
-            setting = f"coupled_laps={self.coupled_laps}" if self.coupled_laps else 'stage_order="coupled"'
-            raise ValueError(
-                f"{setting} steps each layer by itself, which a gradient scaler cannot follow. Set bf16=True in the "
-                "place of fp16, or another stage_order."
-            )
-        if self.stage_residency == "stage" and self.stage_order == "simultaneous":
-            raise ValueError(
-                'stage_residency="stage" keeps one stage in device memory, but with stage_order="simultaneous" all of '
-                'them learn on each batch. Set stage_order to "sequential" or "multi_lap", or stage_residency="all".'
-            )
-        for name in ("bf16_full_eval", "fp16_full_eval"):
-            if self.stage_residency == "stage" and getattr(self, name):
-                raise ValueError(
-                    f"{name}=True evaluates with all weights in low precision, but layers at rest come to the device "
-                    f"as they are. Set {name}=False: bf16=True evaluates in mixed precision, too."
-                )
-        planned = self.memory_budget is not None  # the order is not known yet
-        if self.feature_cache != "none" and self.stage_order in ("simultaneous", "coupled") and not planned:
-            raise ValueError(
-                f'feature_cache="{self.feature_cache}" keeps what a stage gets while the stages before it rest, but '
-                f'with stage_order="{self.stage_order}" all of them learn on each batch. Set stage_order to '
-                '"sequential" or "multi_lap", or feature_cache="none".'
-            )
-        if self.cache_views is not None and self.dataloader_persistent_workers:
-            raise ValueError(
-                "Persistent workers do not learn which epoch it is, and with it which of the cache_views is due. "
-                "Set dataloader_persistent_workers=False, or leave cache_views unset."
-            )
-        if planned and (self.stage_order != "simultaneous" or self.stage_boundaries is not None or self.coupled_laps):
-            raise ValueError(
-                f'memory_budget="{self.memory_budget}" chooses the order of training and the cut. Leave stage_order, '
-                "coupled_laps and stage_boundaries unset, or memory_budget."
-            )
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started > PartialState().num_processes:
-            raise ValueError(
-                f"{started} processes were started, but each of them would train by itself: without a GPU they find "
-                "each other only if told to use the CPU. Set use_cpu=True, or start one process."
-            )
-        if self.stage_residency == "stage" and self.world_size > 1:
-            raise ValueError(
-                f'stage_residency="stage" is for a single process, but there are {self.world_size}: the wrapper that '
-                'averages their gradients needs all weights on the device. Set stage_residency="all", or start one.'
-            )
-        if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "Reentrant checkpointing would silently stop every stage but the first from learning, because a "
-                "stage's input carries no gradient. Set use_reentrant to False in activation_checkpointing_kwargs."
-            )
-        staged = self.num_stages != 1 or self.stage_boundaries is not None or self.stage_order == "coupled"
-        optim = OptimizerNames(self.optim).value
-        if staged and self.use_cache:
-            raise ValueError(
-                "use_cache=True keeps the keys and values of all layers in memory, and those that are recomputed or of "
-                "heads with layers would be there twice. Set use_cache=False; generate has a setting of its own."
-            )
-        if staged and (optim in ("lomo", "adalomo") or optim.endswith("_layerwise")):
-            raise ValueError(
-                f'optim="{optim}" steps each weight within the backward pass, where the rates of stages '
-                "and heads, clipping and residency do not reach it. Set optim to another, such as adafactor, and "
-                "stage_clipping=True, so that each stage steps right after its backward."
-            )
-        if self.stage_residency == "stage" and self.accelerator_config.dispatch_batches:
-            raise ValueError(
-                'dispatch_batches=True hands out batches on the device, but with stage_residency="stage" nothing is '
-                "moved there beforehand. Leave dispatch_batches unset in accelerator_config."
-            )
-        if self.ddp_static_graph:
-            raise ValueError(
-                "ddp_static_graph=True awaits all gradients at the end of a step, but those of a stage are averaged "
-                "when it has learned. Leave it unset."
-            )
-        if self.stage_parallel:
-            self._check_stage_parallel()
-
-    def _check_stage_parallel(self) -> None:
-        for name, value in _STAGE_PARALLEL.items():
-            found = getattr(self, name)
-            if found and found != value:
-                raise ValueError(
-                    f"{name}={found!r} cannot be combined with stage_parallel=True, where all stages learn on each "
-                    f"batch, each in the process that holds it. Set {name} to {value!r}, or stage_parallel=False."
-                )
-        if not self.stage_clipping and self.max_grad_norm:
-            raise ValueError(
-                f"max_grad_norm={self.max_grad_norm} clips by the norm of the gradients of all stages, but with "
-                "stage_parallel=True the stages are at different batches at any time. Set stage_clipping=True, which "
-                "clips each stage by itself, or max_grad_norm=0."
-            )
-        if self.head_layers:
-            raise ValueError(
-                f"head_layers={self.head_layers} gives the heads of all stages the same layers, but with "
-                "stage_parallel=True each process holds its own stages alone. Set head_layers=0."
-            )
-        if self.distributed_state is None or self.distributed_state.num_processes == 1:
-            raise ValueError(
-                "stage_parallel=True shares out the stages over several processes, but there is one. Start the script "
-                "with `torchrun --nproc_per_node 2` or `accelerate launch --num_processes 2` (2 or more, at most the "
-                "number of stages), or set stage_parallel=False."
-            )
+        refuse_conflicts(self)
 
 
-# What each of these fields must be where processes share out the stages.
-_STAGE_PARALLEL = {
-    "stage_order": "simultaneous",
-    "stage_residency": "all",
-    "feature_cache": "none",
-    "coupled_laps": 0,
-    "memory_budget": None,
-    "fp16": False,
-    "fp16_full_eval": False,
-    "bf16_full_eval": False,
-    "auto_find_batch_size": False,
-    "eval_use_gather_object": False,
-    "deepspeed": None,
-    "fsdp": None,
-    "torch_compile": False,
-}
 OWN_FIELDS = [f.name for f in fields(MMSTConfig)[len(fields(TrainingArguments)) :]]

@@ -45,7 +45,8 @@ from transformers.initialization import no_init_weights
 from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
 from hf_mmst.cut.example_inputs import dummy_inputs
 from hf_mmst.memory.peaks import PeakMemory
-from hf_mmst.planning.simulation import Simulation, Way
+from hf_mmst.planning.simulation import Simulation
+from hf_mmst.planning.ways import Way
 from hf_mmst.records.results import provenance
 from hf_mmst.tasks.report import write_json
 

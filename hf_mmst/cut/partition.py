@@ -1,6 +1,7 @@
 """Model -> names of its layers in order -> Partition: which layers form which stage."""
 
 import difflib
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -35,6 +36,11 @@ class Partition:
     def boundaries(self) -> tuple[str, ...]:
         """Qualified name of each stage's last layer (K names)."""
         return tuple(stage[-1] for stage in self.stages if stage)
+
+    @functools.cached_property
+    def stage_of(self) -> dict[str, int]:
+        """Number, from 0, of the stage of each layer, by the layer's qualified name."""
+        return {name: k for k, stage in enumerate(self.stages) for name in stage}
 
     @classmethod
     def by_cost(

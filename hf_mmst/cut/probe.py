@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .copies import copied
 from .example_inputs import ExampleInputs
-from .hidden_states import hidden_states_of
+from .hidden_states import hidden_states_of, input_hidden_states
 from .partition import Partition, run_ends
 from .tracing import Recorder, Trace
 
@@ -62,7 +62,7 @@ def profile_layers(model: nn.Module, layers: Sequence[str], example: ExampleInpu
     calls: list[str] = []
 
     def enter(name, args, kwargs):
-        got[name] = hidden_states_of(args or tuple(kwargs.values())).shape
+        got[name] = input_hidden_states(args, kwargs).shape
 
     def watch(name, output):
         calls.append(name)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .hidden_states import hidden_states_of
+from .hidden_states import input_hidden_states
 
 _STAGE = "hf_mmst.stage"  # on the nodes of a graph at which the outputs of layers begin
 
@@ -35,7 +35,7 @@ class Sides:
 
     def enter(self, stage: int, args: tuple, kwargs: dict[str, Any], last: bool) -> tuple[tuple, dict[str, Any]]:
         """What a layer of `stage` gets in the place of its arguments; none stands in for them in the `last` stage."""
-        hidden = hidden_states_of(args or tuple(kwargs.values()))
+        hidden = input_hidden_states(args, kwargs)
 
         def entered(value):
             if not torch.is_tensor(value) or value.grad_fn is None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from .attributes import not_caching
 from .example_inputs import ExampleInputs
-from .hidden_states import call_with, hidden_states_of, with_hidden_states
+from .hidden_states import call_with, hidden_states_of, input_hidden_states, with_hidden_states
 from .partition import Partition
 from .probe import evaluating, logits_of, run_example
 
@@ -101,7 +101,7 @@ def _earlier_tokens_change(
     layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, mask: Any
 ) -> bool | None:
     """Whether another last token, of those that count, changes the ones before it; `None` if there are no such ones."""
-    hidden, before = hidden_states_of(args or tuple(kwargs.values())), hidden_states_of(output)
+    hidden, before = input_hidden_states(args, kwargs), hidden_states_of(output)
     if hidden.dim() != 3 or before.shape != hidden.shape:
         return None
     counts = torch.ones(hidden.shape[:2], dtype=torch.bool)

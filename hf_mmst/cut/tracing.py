@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from .hidden_states import hidden_states_of
+from .hidden_states import hidden_states_of, input_hidden_states, without_tensors
 from .partition import Partition
 from .side_inputs import Sides, graph_behind, mark
 
@@ -57,7 +57,6 @@ class Recorder:
 
     def __init__(self, partition: Partition):
         self._partition = partition
-        self._stage_of = {name: stage for stage, names in enumerate(partition.stages) for name in names}
         self._outputs: dict[str, Any] = {}
         self._ends: list[torch.Tensor] = []
         self._begins: dict[int, torch.Tensor] = {}
@@ -66,15 +65,15 @@ class Recorder:
 
     def before(self, name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """To be called before each layer; returns what it is to get."""
-        stage = self._stage_of[name]
-        self._begins.setdefault(stage, hidden_states_of(args or tuple(kwargs.values())))
+        stage = self._partition.stage_of[name]
+        self._begins.setdefault(stage, input_hidden_states(args, kwargs))
         return self._sides.enter(stage, args, kwargs, last=stage == self._partition.num_stages - 1)
 
     def after(self, name: str, output: Any) -> Any:
         """To be called after each layer; returns what is to be handed on, if not `output`."""
-        stage = self._stage_of[name]
+        stage = self._partition.stage_of[name]
         mark(output, stage)
-        self._outputs[name] = tree_map(lambda value: None if torch.is_tensor(value) else value, output)
+        self._outputs[name] = without_tensors(output)
         if name not in self._partition.boundaries[:-1]:
             return None
         hidden = hidden_states_of(output)

@@ -6,47 +6,28 @@ import inspect
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten_with_path, tree_map, tree_map_with_path
 from transformers import (
     AutoConfig,
     AutoModelForAudioClassification,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
 )
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import cached_file
 
-from ..cut.example_inputs import dummy_inputs
-from ..cut.hidden_states import hidden_states_of, with_hidden_states
-from ..cut.partition import Partition
 from ..method.engine import Stagewise
 from ..records import files
 from ..records.reading import damaged, load_whole, read_json
 from ..records.stages import Stages, check_model, checkpoint_folder, load_stages
-from .exit_rules import ExitPoint, ExitRule, HeadLogits, exit_curve, layers_until, temperature
+from .exit_pass import AllHaveLeft, EarlyExitOutput, ExitPass, per_sample_inputs
+from .exit_rules import ExitPoint, ExitRule, HeadLogits, exit_curve, temperature
 
 EXITS_NAME = "exits.json"
-
-
-@dataclass
-class EarlyExitOutput(ModelOutput):
-    """
-    What [`EarlyExit`] returns.
-
-    Attributes:
-        logits (`torch.Tensor`): `[B, num_labels]`, the answer of the stage at which each sample left.
-        exit_stages (`torch.Tensor`): `[B]`, the number of that stage, from 1.
-        layers_run (`torch.Tensor`): `[B]`, the number of layers that ran for each sample, those of heads too.
-    """
-
-    logits: torch.Tensor | None = None
-    exit_stages: torch.Tensor | None = None
-    layers_run: torch.Tensor | None = None
 
 
 class EarlyExit:
@@ -187,29 +168,39 @@ class EarlyExit:
         """Within this context the model's own forward pass exits early, so that pipelines do."""
         own, forward = "forward" in vars(self.model), self.model.forward
         signature = inspect.signature(forward)
-        walks: list[_Walk] = []
+        device = next(self.model.parameters()).device
+        passes: list[ExitPass] = []
 
         @functools.wraps(forward)
         def exiting(*args, **kwargs):
             given = signature.bind(*args, **kwargs).arguments
             given |= given.pop("kwargs", {})
             size = next((len(value) for value in given.values() if torch.is_tensor(value)), 0)
-            walks.append(_Walk(self, size, given.get("attention_mask"), self._per_sample or set()))
+            mask = given.get("attention_mask")
+            passes.append(
+                ExitPass(self.partition, self.heads, self.rule, size, mask, self._per_sample or set(), device)
+            )
             try:
-                walks[-1].leave(self.partition.num_stages - 1, forward(*args, **kwargs).logits.float(), whole=True)
-            except _AllHaveLeft:
+                passes[-1].leave(self.partition.num_stages - 1, forward(*args, **kwargs).logits.float(), whole=True)
+            except AllHaveLeft:
                 pass
             finally:
-                walk = walks.pop()
-            return walk.output()
+                done = passes.pop()
+            return done.output()
+
+        def before_layer(name, *call):
+            return passes[-1].before_layer(name, *call)
+
+        def after_layer(name, *call):
+            return passes[-1].after_layer(name, *call)
 
         with contextlib.ExitStack() as stack:
             if self._per_sample is None:
-                self._per_sample = _per_sample_inputs(self.model, self.partition)
+                self._per_sample = per_sample_inputs(self.model, self.partition)
             for name in self.partition.layers:
                 layer = self.model.get_submodule(name)
-                before = functools.partial(_before_layer, walks, name)
-                after = functools.partial(_after_layer, walks, name)
+                before = functools.partial(before_layer, name)
+                after = functools.partial(after_layer, name)
                 stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(layer.register_forward_hook(after, with_kwargs=True).remove)
             self.model.forward = exiting
@@ -254,101 +245,3 @@ def _refuse_tokens(stages: Stages) -> None:
             "The stages have learned to label or predict tokens. What leaves early is a sample, but its tokens are not "
             "sure at the same stage, and those that stay attend to those that would leave. Use the model by itself."
         )
-
-
-class _AllHaveLeft(Exception):  # noqa: N818 - not an error
-    """Ends a forward pass in which no sample is left."""
-
-
-class _Walk:
-    """One forward pass over `size` samples, of which those in `rows` have not left."""
-
-    def __init__(self, early: EarlyExit, size: int, mask: torch.Tensor | None, per_sample: set[tuple]):
-        self.early, self.size, self.mask, self.per_sample = early, size, mask, per_sample
-        device = next(early.model.parameters()).device
-        self.rows = torch.arange(size, device=device)
-        self.stages = torch.full((size,), early.partition.num_stages - 1, device=device)
-        self.agreed = torch.zeros(size, dtype=torch.long, device=device)
-        self.answers: torch.Tensor | None = None
-
-    def leave(self, stage: int, logits: torch.Tensor, whole: bool = False) -> torch.Tensor:
-        """Let the samples go that are sure enough; returns which of those in the batch stay."""
-        rule, logits = self.early.rule, logits[self.rows] if whole else logits
-        before = None if self.answers is None else self.answers[self.rows]
-        answer = rule.answer(stage, logits, before)
-        if self.answers is None:
-            self.answers = answer.new_zeros(self.size, answer.shape[-1])
-        if before is not None:
-            self.agreed[self.rows] = (self.agreed[self.rows] + 1) * (before.argmax(-1) == answer.argmax(-1))
-        self.answers[self.rows] = answer
-        left = torch.ones_like(self.rows, dtype=torch.bool)
-        if not whole:
-            left = rule.leaves(stage, answer, self.agreed[self.rows])
-        self.stages[self.rows[left]] = stage
-        self.rows = self.rows[~left]
-        return ~left
-
-    def select(self, name: str, path: tuple, value: Any, hidden: torch.Tensor) -> Any:
-        """The rows of a layer's input that belong to samples that are left."""
-        if not torch.is_tensor(value) or value is hidden or len(self.rows) == self.size:
-            return value
-        return value[self.rows] if (name, path) in self.per_sample and len(value) == self.size else value
-
-    def output(self) -> EarlyExitOutput:
-        """What was found."""
-        head_layers = self.early.rule.asks_heads * len(self.early.heads.layers)
-        until = torch.tensor(layers_until(self.early.partition, head_layers), device=self.stages.device)
-        return EarlyExitOutput(logits=self.answers, exit_stages=self.stages + 1, layers_run=until[self.stages])
-
-
-def _before_layer(walks: list[_Walk], name: str, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    hidden = _hidden_of(args, kwargs)
-    return tree_map_with_path(lambda path, value: walks[-1].select(name, path, value, hidden), (args, kwargs))
-
-
-def _after_layer(walks: list[_Walk], name: str, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-    walk = walks[-1]
-    partition, heads = walk.early.partition, walk.early.heads
-    if name == partition.layers[-1]:  # what comes after the layers sees all samples again; of some nothing is read
-        hidden = hidden_states_of(output)
-        padded = hidden.new_zeros(walk.size, *hidden.shape[1:])
-        padded[walk.rows] = hidden
-        return with_hidden_states(output, hidden if len(walk.rows) == walk.size else padded)
-    if name not in partition.boundaries or not walk.early.rule.asks_heads:
-        return None
-    stage, hidden = partition.boundaries.index(name), hidden_states_of(output)
-    mask = None if walk.mask is None else walk.mask[walk.rows]
-    fits = mask is not None and hidden.dim() == 3 and mask.shape == hidden.shape[:2]
-    stay = walk.leave(stage, heads(stage, hidden, mask if fits else None, args, kwargs).float())
-    if not stay.any():
-        raise _AllHaveLeft
-    if stay.all():
-        return None
-    return tree_map(lambda value: value[stay] if torch.is_tensor(value) else value, output)
-
-
-def _per_sample_inputs(model: nn.Module, partition: Partition) -> set[tuple]:
-    """Where, in the inputs of which layers, there are tensors with a row for each sample: those that grow with it."""
-    sizes: list[dict[tuple, int]] = []
-
-    def watch(name, _module, args, kwargs):
-        leaves, _ = tree_flatten_with_path((args, kwargs))
-        sizes[-1].update({(name, path): len(leaf) for path, leaf in leaves if torch.is_tensor(leaf) and leaf.dim()})
-
-    device = next(model.parameters()).device
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        for name in partition.layers:
-            hook = functools.partial(watch, name)
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
-        for size in (2, 3):
-            sizes.append({})
-            inputs = dummy_inputs(model, size, device)
-            if "input_ids" in inputs:  # with padding, for models leave a mask out that hides nothing
-                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-                inputs["attention_mask"][:, -1] = 0
-            model(**inputs)
-    return {where for where, size in sizes[0].items() if size == 2 and sizes[1].get(where) == 3}
-
-
-def _hidden_of(args: tuple, kwargs: dict) -> torch.Tensor:
-    return hidden_states_of(args or tuple(kwargs.values()))

@@ -1,7 +1,8 @@
 """A layer's input and output -> how far the layer moves the representation, and what weight that has in the loss."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -182,3 +183,22 @@ class TransportWeights:
             self._current[stage] = self.weight / self._multipliers[stage]
         elif 0 < moved < math.inf:
             self._current[stage] = self.ADAPTIVE_SHARE * self.weight * loss / moved
+
+
+@dataclass
+class RunTracker:
+    """Follows the representation through runs of modules: where a run began, and its last output of the same shape."""
+
+    ends: Collection[str]
+    _begin: torch.Tensor | None = None
+    _end: torch.Tensor | None = None
+
+    def until(self, name: str, x: torch.Tensor, y: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """After a module: from where to where its run has moved, if it ends here and has kept the shape up to there."""
+        self._begin = x if self._begin is None else self._begin
+        self._end = y if y.shape == self._begin.shape else self._end
+        if name not in self.ends:
+            return []
+        found = [] if self._end is None else [(self._begin, self._end)]
+        self._begin = self._end = None
+        return found

@@ -7,8 +7,10 @@ from torch import nn
 from transformers.utils import logging
 
 from ..config import MMSTConfig
-from .planner import LOCAL_ORDERS, Row, plan
-from .simulation import Peak, Simulation, Way
+from .planner import LOCAL_ORDERS, plan
+from .plans import Row
+from .simulation import Peak, Simulation
+from .ways import Way
 
 logger = logging.get_logger(__name__)
 

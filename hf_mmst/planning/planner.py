@@ -3,9 +3,8 @@
 import math
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,120 +14,17 @@ from ..checks import one_of, parse_bytes, whole
 from ..cut.objectives import objective_of
 from ..cut.partition import checkpoints_across
 from ..cut.token_flow import attends_causally
+from .costs import compute_of, elsewhere_of
 from .meta_models import batch_of, model_of
-from .simulation import PRECISIONS, LayerMemory, Peak, Simulation, Way
+from .plans import Plan, Row, reason_for
+from .simulation import Peak, Simulation
+from .ways import PRECISIONS, Way
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-HEADROOM = 1.05  # of a peak, for what is not counted in tensors
 LOCAL_ORDERS = ("simultaneous", "sequential")  # in which stages learn from losses of their own
 AVOIDABLE = (
     *(*LOCAL_ORDERS, "coupled"),
     *("stage_order", "stage_residency", "stage_clipping", "activation_checkpointing"),
 )
-EPOCHS = 3  # of each stage, over which a feature cache pays off
-
-
-@dataclass(frozen=True)
-class Row:
-    """
-    What one way of training takes.
-
-    Attributes:
-        name (`str`): in words.
-        way ([`Way`]): its settings.
-        peak ([`Peak`]): bytes in device memory.
-        compute (`float`): floating-point operations per epoch of every stage, as a ratio to end-to-end training; about
-            the ratio of the times.
-        resting_bytes (`int`): bytes of weights and optimizer states that rest in host memory (CUDA) or on disk (CPU).
-        moved_bytes (`int`): bytes that come from there or go there in a step, on average over the stages.
-        cache_bytes (`int`): bytes of the feature cache on disk, for each sample.
-    """
-
-    name: str
-    way: Way
-    peak: Peak
-    compute: float
-    resting_bytes: int = 0
-    moved_bytes: int = 0
-    cache_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """
-    What was found.
-
-    Attributes:
-        rows (`list[Row]`): the ways of training that were tried.
-        layers (`list[LayerMemory]`): what each layer takes in end-to-end training.
-        budget (`int`, *optional*): bytes.
-        chosen (`Row`, *optional*): of the ways of this package the one with the least compute that fits, if any.
-        reason (`str`): why it was chosen, or what is missing.
-        precision (`str`): `"fp32"`, `"bf16"` or `"fp16"`: that of all rows.
-        batch_size (`int`): samples on one device, in all rows.
-    """
-
-    rows: list[Row]
-    layers: list[LayerMemory]
-    budget: int | None
-    chosen: Row | None
-    reason: str
-    precision: str
-    batch_size: int
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The fields of [`MMSTConfig`] that make the chosen way; empty if none was."""
-        return {} if self.chosen is None else _settings(self.chosen.way)
-
-    def table(self) -> "Table":
-        """The rows, as a table of the rich library."""
-        from rich.table import Table
-
-        numbers = (
-            "peak MiB",
-            "weights",
-            "states",
-            "the rest",
-            "time",
-            "MiB at rest",
-            "MiB moved/step",
-            "cache MiB/sample",
-        )
-        title = (
-            f"Memory in MiB and time as a ratio to end to end, {self.batch_size} samples at once in {self.precision}"
-        )
-        table = Table("", "way of training", *numbers, title=title)
-        for row in self.rows:
-            peak = row.peak
-            rest = peak.total - peak.weights - peak.states
-            mib = [f"{value / 2**20:,.0f}" for value in (peak.total, peak.weights, peak.states, rest)]
-            elsewhere = [f"{n / 2**20:,.0f}" if n else "-" for n in (row.resting_bytes, row.moved_bytes)]
-            cache = f"{row.cache_bytes / 2**20:,.2f}" if row.cache_bytes else "-"
-            mark = ">" if row is self.chosen else "" if _fits(row, self.budget) else "x"
-            table.add_row(mark, row.name, *mib, f"{row.compute:.2f}", *elsewhere, cache)
-        return table
-
-    def layer_table(self) -> "Table":
-        """What each layer takes in end-to-end training, in MiB, as a table of the rich library."""
-        from rich.table import Table
-
-        table = Table("layer", "weights", "gradients", "states", "activations")
-        for layer in self.layers:
-            sizes = layer.weights, layer.gradients, layer.states, layer.activations
-            table.add_row(layer.name, *(f"{size / 2**20:,.1f}" for size in sizes))
-        return table
-
-    def config(self) -> str:
-        """The chosen settings, to be pasted; empty if none was chosen."""
-        if self.chosen is None:
-            return ""
-        settings = {**self.settings, "per_device_train_batch_size": self.batch_size}
-        if self.precision != "fp32":
-            settings[self.precision] = True
-        return f'MMSTConfig("output", {", ".join(f"{name}={value!r}" for name, value in settings.items())})'
 
 
 def plan(
@@ -207,7 +103,7 @@ def plan(
             return False
         if way not in rows:
             rows[way] = _row(simulation, way)
-        return _fits(rows[way], limit)
+        return rows[way].fits(limit)
 
     for way in _rivals(simulation):
         fits(way)
@@ -216,7 +112,7 @@ def plan(
     chosen = None
     least: list[Way] = []
     for family in _families(simulation):
-        if {family.stage_order, *_settings(family)} & without:
+        if {family.stage_order, *family.settings} & without:
             continue
         if chosen is not None:
             break
@@ -243,7 +139,7 @@ def plan(
             rows[cached] = _row(simulation, cached, rows[way].peak)  # what is read takes the place of what was computed
     found = sorted(rows.values(), key=lambda row: (row.way.num_stages > 1, -row.peak.total))
     best = None if chosen is None else rows[chosen]
-    reason = _reason(found, limit, best)
+    reason = reason_for(found, limit, best)
     return Plan(found, simulation.by_layer, limit, best, reason, precision, simulation.num_samples)
 
 
@@ -296,91 +192,5 @@ def _held(simulation: Simulation, way: Way) -> int:
 
 
 def _row(simulation: Simulation, way: Way, peak: Peak | None = None) -> Row:
-    return Row(_name(way), way, peak or simulation.peak(way), _compute(simulation, way), *_elsewhere(simulation, way))
-
-
-def _name(way: Way) -> str:
-    words = ["LoRA (r = 16)" if way.lora else "end to end"] if way.num_stages == 1 else [f"K = {way.num_stages}"]
-    if way.stage_order == "coupled":
-        words.append("one layer resident")
-    if way.num_stages > 1:
-        words.append("one stage resident" if way.stage_residency == "stage" else "all stages at once")
-    if way.stage_clipping:
-        words.append("each steps by itself")
-    if way.feature_cache != "none":
-        words.append("features cached")
-    if way.activation_checkpointing:
-        words.append("checkpointing")
-    return ", ".join(words)
-
-
-def _compute(simulation: Simulation, way: Way) -> float:
-    """Forward passes are counted once, backward passes twice, or once where only activations need gradients."""
-    passes = (2 if way.lora else 3) + (way.activation_checkpointing or way.stage_order == "coupled")
-    if way.stage_order != "sequential":
-        return passes / 3
-    costs = {layer.name: layer.flops for layer in simulation.profile}
-    stages = [sum(costs[name] for name in stage) for stage in simulation.partition(way.num_stages).stages]
-    before = [sum(stages[:k]) for k in range(way.num_stages)]
-    again = sum(before) if way.feature_cache == "none" else sum(stages[:-1]) / EPOCHS
-    return (passes + again / sum(stages)) / 3
-
-
-def _elsewhere(simulation: Simulation, way: Way) -> tuple[int, int, int]:
-    """Bytes at rest, bytes moved in a step, and bytes of the feature cache for each sample."""
-    resting = moved = cache = 0
-    layers = {layer.name: layer for layer in simulation.by_layer} if way.stage_order != "simultaneous" else {}
-    if way.stage_residency == "stage":
-        resting = sum(layer.weights + layer.states for layer in layers.values())
-    if way.stage_order == "coupled":
-        resting = sum(layer.weights + layer.gradients + layer.states for layer in layers.values())
-        # Weights in the forward and backward pass, to the step and back; gradients five times, as they are clipped.
-        moved = sum(4 * layer.weights + 5 * layer.gradients + 2 * layer.states for layer in layers.values())
-    elif resting and way.feature_cache == "none":
-        stages = simulation.partition(way.num_stages).stages
-        after = [(way.num_stages - 1 - k) * layers[name].weights for k, stage in enumerate(stages) for name in stage]
-        moved = sum(after) // way.num_stages
-    if way.feature_cache != "none":
-        boundaries = simulation.partition(way.num_stages).boundaries[:-1]
-        cache = 2 * max(layers[name].output for name in boundaries) // simulation.num_samples
-    return resting, moved, cache
-
-
-def _settings(way: Way) -> dict[str, Any]:
-    plain = Way()
-    names = [field.name for field in fields(Way) if field.name != "lora"]
-    return {name: getattr(way, name) for name in names if getattr(way, name) != getattr(plain, name)}
-
-
-def _fits(row: Row, limit: int | None) -> bool:
-    return limit is None or row.peak.total * HEADROOM <= limit
-
-
-def _reason(rows: list[Row], limit: int | None, chosen: Row | None) -> str:
-    if limit is None:
-        return "No budget was given, so nothing was chosen."
-    plain = [row for row in rows if row.way.num_stages == 1 and row.way.stage_order != "coupled"]
-    fitting = [row.name for row in plain if _fits(row, limit)]
-    if chosen is None and fitting:
-        return f"No way of this package fits in {limit / 2**20:,.0f} MiB. These do: {'; '.join(fitting)}."
-    ours = [row for row in rows if row not in plain]
-    if chosen is None and not ours:
-        return (
-            "No way of this package is for this run: stages cannot learn, for the layers attend causally or the task "
-            "has no local loss, and the coupled order is ruled out. Leave memory_budget unset."
-        )
-    if chosen is None:
-        least = min(ours, key=lambda row: row.peak.total)
-        need = math.ceil(least.peak.total * HEADROOM / 2**20)
-        return (
-            f"Nothing fits in {limit / 2**20:,.0f} MiB. The least of this package's ways, {least.name}, needs {need:,} "
-            f"MiB, with 5 % for what is not in tensors: {need - limit / 2**20:,.0f} MiB more. Set the budget to "
-            f"{need}MiB, or use a smaller batch or lower precision."
-        )
-    others = f" So do, without stages: {'; '.join(fitting)}." if fitting else " End-to-end training does not."
-    elsewhere = f", and has {chosen.resting_bytes / 2**20:,.0f} MiB at rest" if chosen.resting_bytes else ""
-    return (
-        f"{chosen.name} fits in {limit / 2**20:,.0f} MiB with {chosen.peak.total / 2**20:,.0f} MiB and 5 % to spare, "
-        f"at the least compute of this package's ways that do: {chosen.compute:.2f} times that of end-to-end "
-        f"training{elsewhere}.{others}"
-    )
+    found = peak or simulation.peak(way)
+    return Row(way.name, way, found, compute_of(simulation, way), *elsewhere_of(simulation, way))

@@ -14,41 +14,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..cut.copies import copied
 from ..cut.example_inputs import ExampleInputs
-from ..cut.hidden_states import hidden_states_of
 from ..cut.objectives import CLASSES, objective_of
 from ..cut.partition import Partition, find_layers, run_ends, tied_parameters
 from ..cut.probe import LayerProfile, on_meta, profile_layers
-from ..memory.coupled import CoupledResidency
-from ..memory.residency import Residency, Shelf
 from ..method.engine import Stagewise
 from ..method.heads import StageHeads, num_head_layers
 from ..method.stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Way:
-    """
-    A way of training.
-
-    Attributes:
-        num_stages (`int`): K; 1 is end-to-end training.
-        stage_order (`str`): `"simultaneous"`, `"sequential"` or `"coupled"`.
-        stage_residency (`str`): `"all"` or `"stage"`.
-        feature_cache (`str`): `"none"` or `"disk"`.
-        stage_clipping (`bool`): whether stages step by themselves.
-        activation_checkpointing (`bool`): whether activations within a stage are recomputed.
-        lora (`bool`): whether adapters of rank 16 learn in the place of the layers (PEFT).
-    """
-
-    num_stages: int = 1
-    stage_order: str = "simultaneous"
-    stage_residency: str = "all"
-    feature_cache: str = "none"
-    stage_clipping: bool = False
-    activation_checkpointing: bool = False
-    lora: bool = False
+from .layer_memory import LayerMemory, memory_by_layer
+from .ways import PRECISIONS, Way
+from .without_data import CoupledWithoutData, FlatMemTracker, ResidencyWithoutData
 
 
 @dataclass(frozen=True)
@@ -58,18 +32,6 @@ class Peak:
     weights: int
     states: int
     total: int
-
-
-@dataclass(frozen=True)
-class LayerMemory:
-    """Bytes of one layer in end-to-end training: weights, gradients, AdamW's states, saved activations, output."""
-
-    name: str
-    weights: int
-    gradients: int
-    states: int
-    activations: int
-    output: int
 
 
 class Simulation:
@@ -148,33 +110,12 @@ class Simulation:
     @functools.cached_property
     def by_layer(self) -> list[LayerMemory]:
         """What each layer takes, and its activations in end-to-end training."""
-        begin: dict[str, int] = {}
-        saved: dict[str, int] = {}
-        output: dict[str, int] = {}
-        tracker = FlatMemTracker()
+        with self._mode:
+            return memory_by_layer(self.model, self.layers, self._forward, self.device)
 
-        def held():
-            # Before anything is held there is no entry: the first layer may be the first to allocate.
-            return tracker.get_tracker_snapshot("current").get(torch.device(self.device), {}).get("Total", 0)
-
-        def before(name, *_):
-            begin[name] = held()
-
-        def after(name, _module, _args, out):
-            saved[name], output[name] = held() - begin[name], hidden_states_of(out).nbytes
-
-        with contextlib.ExitStack() as stack:
-            for name in self.layers:
-                layer = self.model.get_submodule(name)
-                stack.callback(layer.register_forward_pre_hook(functools.partial(before, name)).remove)
-                stack.callback(layer.register_forward_hook(functools.partial(after, name)).remove)
-            with self._mode, tracker, self._autocast():
-                self.model(**self.inputs)
-        found = []
-        for name in self.layers:
-            learning = sum(p.nbytes for p in self.model.get_submodule(name).parameters() if p.requires_grad)
-            found.append(LayerMemory(name, self._weights(name), learning, 2 * learning, saved[name], output[name]))
-        return found
+    def _forward(self) -> None:
+        with self._autocast():
+            self.model(**self.inputs)
 
     def _end_to_end(self, model: nn.Module, way: Way) -> Peak:
         with self._mode, self._checkpointing(model, way):
@@ -216,7 +157,7 @@ class Simulation:
                     parameter.requires_grad_(False)
             given = self._input_of(engine, stages[0]) if way.feature_cache != "none" and stages[0] > 0 else None
             if way.stage_residency == "stage":
-                residency = stack.enter_context(self._residency(_Resident, partition, optimizer))
+                residency = stack.enter_context(self._residency(ResidencyWithoutData, partition, optimizer))
                 residency.activate(stages)
                 learning = [*shared[stages[0]]]
                 if stages[0] < way.num_stages - 1:
@@ -253,7 +194,7 @@ class Simulation:
         with self._mode, contextlib.ExitStack() as stack:
             parameters = list(self.model.parameters())
             optimizer = self._with_states([p for p in parameters if p.requires_grad])
-            residency = stack.enter_context(self._residency(_Coupled, partition, optimizer))
+            residency = stack.enter_context(self._residency(CoupledWithoutData, partition, optimizer))
             tracker = self._tracker(parameters, optimizer)
             with tracker:
                 with self._autocast():
@@ -364,54 +305,6 @@ class Simulation:
             yield
         finally:
             model.activation_checkpointing_disable()
-
-
-class FlatMemTracker(MemTracker):
-    """PyTorch's tracker without its account by modules, which a backward pass within a forward pass would upset."""
-
-    def __init__(self):
-        super().__init__()
-        self._mod_tracker: Any = _NoModules()
-
-
-class _NoModules:
-    parents: frozenset = frozenset()
-    is_bw = False
-
-    def register_user_hooks(self, *_args, **_kwargs): ...
-
-    def clear_user_hooks(self): ...
-
-    def get_known_fqn(self, _module): ...
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_): ...
-
-
-class _Nowhere(Shelf):
-    """A shelf in no memory at all."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device, folder: str):
-        alike = {(tensor.shape, tensor.dtype): tensor for tensor in tensors}
-        made = {kind: tensor.new_empty(()).expand(tensor.shape) for kind, tensor in alike.items()}
-        self.device, self.tensors = device, [made[tensor.shape, tensor.dtype] for tensor in tensors]
-
-    def take(self) -> list[torch.Tensor]:
-        return [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for tensor in self.tensors]
-
-    def put(self, tensors: Sequence[torch.Tensor]) -> None: ...
-
-    def let_go(self) -> None: ...
-
-
-class _Resident(Residency):
-    shelf = _Nowhere
-
-
-class _Coupled(CoupledResidency):
-    shelf = _Nowhere
 
 
 @contextlib.contextmanager

@@ -17,10 +17,11 @@ from ..cut.objectives import objective_of
 from ..distributed.compiling import compiled, take_compilation
 from ..distributed.reduction import Reduction
 from ..memory.coupled import CoupledResidency
-from ..memory.feature_cache import KEYS, FeatureCache, FixedViews, KeyedCollator, check_fixed, upstream_hash
+from ..memory.feature_cache import FeatureCache, upstream_hash
 from ..memory.peaks import TurnPeaks
-from ..method.engine import StageStep
+from ..memory.sample_keys import KEYS, FixedViews, KeyedCollator, check_fixed
 from ..method.stepping import clip_by_stage, step_stage, steps_elementwise
+from ..method.training_pass import StageStep
 from .evaluation import StageEvaluation
 from .optimization import StageOptimization
 from .publishing import StageCards

@@ -21,8 +21,9 @@ from ..config import MMSTConfig
 from ..cut.partition import Partition
 from ..distributed.relay import Relay
 from ..distributed.shares import Share, is_released, take_share
-from ..method.engine import StageView, Stagewise
+from ..method.engine import Stagewise
 from ..method.heads import HEADS, StageHeads
+from ..method.observing_pass import StageView
 from ..method.order import Segment
 from ..method.transport import TransportWeights
 from .evaluation import StageScores

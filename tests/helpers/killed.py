@@ -47,8 +47,8 @@ def run(folder, kind, *callbacks):
 if __name__ == "__main__":
     from pathlib import Path
 
-    from hf_mmst.memory import feature_cache
+    from hf_mmst.memory import feature_store
 
-    feature_cache.SHARD_BYTES = 1  # each batch of features is written at once
+    feature_store.SHARD_BYTES = 1  # each batch of features is written at once
     torch.set_num_threads(1)
     run(Path(sys.argv[1]), sys.argv[2])

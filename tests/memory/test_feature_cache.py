@@ -17,8 +17,10 @@ from zoo import Samples, make
 
 from hf_mmst import MMSTTrainer
 from hf_mmst.cut.partition import Partition
-from hf_mmst.memory import feature_cache
-from hf_mmst.memory.feature_cache import FeatureStore, FixedViews, KeyedCollator, upstream_hash
+from hf_mmst.memory import feature_store
+from hf_mmst.memory.feature_cache import upstream_hash
+from hf_mmst.memory.feature_store import FeatureStore
+from hf_mmst.memory.sample_keys import FixedViews, KeyedCollator
 
 IDENTITY = {"model": "of a test"}
 T5 = {"vocab_size": 99, "d_model": 32, "num_layers": 4, "num_heads": 4, "d_ff": 64, "d_kv": 8, "num_labels": 5}
@@ -318,7 +320,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path, monkeypatch):
 def test_too_little_room_is_said_before_it_starts(cache, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000, "available": 1000})()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(feature_cache.psutil, "virtual_memory", lambda: usage)
+    monkeypatch.setattr(feature_store.psutil, "virtual_memory", lambda: usage)
     with pytest.raises(ValueError, match=r"features of 32 samples are more than .* free.*Set output_dir"):
         run(tmp_path, cache=cache).train()
 

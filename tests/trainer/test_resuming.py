@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from zoo import Samples, make
 
 from hf_mmst import MMSTTrainer
-from hf_mmst.memory.feature_cache import FeatureStore
+from hf_mmst.memory.feature_store import FeatureStore
 
 RESIDENT = {"stage_order": "sequential", "stage_residency": "stage"}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "num_stages": 2}

@@ -1,0 +1,146 @@
+"""Which settings of a run exclude each other, and what to set instead."""
+
+import os
+from typing import Any
+
+from accelerate import PartialState
+from transformers.training_args import OptimizerNames
+
+# What each of these fields must be where processes share out the stages.
+_STAGE_PARALLEL = {
+    "stage_order": "simultaneous",
+    "stage_residency": "all",
+    "feature_cache": "none",
+    "coupled_laps": 0,
+    "memory_budget": None,
+    "fp16": False,
+    "fp16_full_eval": False,
+    "bf16_full_eval": False,
+    "auto_find_batch_size": False,
+    "eval_use_gather_object": False,
+    "deepspeed": None,
+    "fsdp": None,
+    "torch_compile": False,
+}
+
+
+def refuse_conflicts(args: Any) -> None:
+    """
+    Check the fields of an [`MMSTConfig`] against each other.
+
+    Raises:
+        `ValueError`: for fields that exclude each other, saying which to set to what.
+    """
+    if args.num_laps > 1 and args.stage_order != "multi_lap":
+        raise ValueError(
+            f'num_laps={args.num_laps} has no effect with stage_order="{args.stage_order}". Set '
+            'stage_order="multi_lap", or num_laps=1.'
+        )
+    if args.coupled_laps and args.stage_order == "coupled":
+        raise ValueError(
+            f'coupled_laps={args.coupled_laps} has no effect with stage_order="coupled", which is end to end all '
+            "along. Set coupled_laps=0, or another stage_order."
+        )
+    couples = args.coupled_laps > 0 or args.stage_order == "coupled"
+    if args.stage_residency == "stage" and couples and args.fp16:
+        setting = f"coupled_laps={args.coupled_laps}" if args.coupled_laps else 'stage_order="coupled"'
+        raise ValueError(
+            f"{setting} steps each layer by itself, which a gradient scaler cannot follow. Set bf16=True in the "
+            "place of fp16, or another stage_order."
+        )
+    if args.stage_residency == "stage" and args.stage_order == "simultaneous":
+        raise ValueError(
+            'stage_residency="stage" keeps one stage in device memory, but with stage_order="simultaneous" all of '
+            'them learn on each batch. Set stage_order to "sequential" or "multi_lap", or stage_residency="all".'
+        )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if args.stage_residency == "stage" and getattr(args, name):
+            raise ValueError(
+                f"{name}=True evaluates with all weights in low precision, but layers at rest come to the device "
+                f"as they are. Set {name}=False: bf16=True evaluates in mixed precision, too."
+            )
+    planned = args.memory_budget is not None  # the order is not known yet
+    if args.feature_cache != "none" and args.stage_order in ("simultaneous", "coupled") and not planned:
+        raise ValueError(
+            f'feature_cache="{args.feature_cache}" keeps what a stage gets while the stages before it rest, but '
+            f'with stage_order="{args.stage_order}" all of them learn on each batch. Set stage_order to '
+            '"sequential" or "multi_lap", or feature_cache="none".'
+        )
+    if args.cache_views is not None and args.dataloader_persistent_workers:
+        raise ValueError(
+            "Persistent workers do not learn which epoch it is, and with it which of the cache_views is due. "
+            "Set dataloader_persistent_workers=False, or leave cache_views unset."
+        )
+    if planned and (args.stage_order != "simultaneous" or args.stage_boundaries is not None or args.coupled_laps):
+        raise ValueError(
+            f'memory_budget="{args.memory_budget}" chooses the order of training and the cut. Leave stage_order, '
+            "coupled_laps and stage_boundaries unset, or memory_budget."
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > PartialState().num_processes:
+        raise ValueError(
+            f"{started} processes were started, but each of them would train by itself: without a GPU they find "
+            "each other only if told to use the CPU. Set use_cpu=True, or start one process."
+        )
+    if args.stage_residency == "stage" and args.world_size > 1:
+        raise ValueError(
+            f'stage_residency="stage" is for a single process, but there are {args.world_size}: the wrapper that '
+            'averages their gradients needs all weights on the device. Set stage_residency="all", or start one.'
+        )
+    if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "Reentrant checkpointing would silently stop every stage but the first from learning, because a "
+            "stage's input carries no gradient. Set use_reentrant to False in activation_checkpointing_kwargs."
+        )
+    staged = args.num_stages != 1 or args.stage_boundaries is not None or args.stage_order == "coupled"
+    optim = OptimizerNames(args.optim).value
+    if staged and args.use_cache:
+        raise ValueError(
+            "use_cache=True keeps the keys and values of all layers in memory, and those that are recomputed or of "
+            "heads with layers would be there twice. Set use_cache=False; generate has a setting of its own."
+        )
+    if staged and (optim in ("lomo", "adalomo") or optim.endswith("_layerwise")):
+        raise ValueError(
+            f'optim="{optim}" steps each weight within the backward pass, where the rates of stages '
+            "and heads, clipping and residency do not reach it. Set optim to another, such as adafactor, and "
+            "stage_clipping=True, so that each stage steps right after its backward."
+        )
+    if args.stage_residency == "stage" and args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            'dispatch_batches=True hands out batches on the device, but with stage_residency="stage" nothing is '
+            "moved there beforehand. Leave dispatch_batches unset in accelerator_config."
+        )
+    if args.ddp_static_graph:
+        raise ValueError(
+            "ddp_static_graph=True awaits all gradients at the end of a step, but those of a stage are averaged "
+            "when it has learned. Leave it unset."
+        )
+    if args.stage_parallel:
+        _refuse_beside_stage_parallel(args)
+
+
+def _refuse_beside_stage_parallel(args: Any) -> None:
+    for name, value in _STAGE_PARALLEL.items():
+        found = getattr(args, name)
+        if found and found != value:
+            raise ValueError(
+                f"{name}={found!r} cannot be combined with stage_parallel=True, where all stages learn on each "
+                f"batch, each in the process that holds it. Set {name} to {value!r}, or stage_parallel=False."
+            )
+    if not args.stage_clipping and args.max_grad_norm:
+        raise ValueError(
+            f"max_grad_norm={args.max_grad_norm} clips by the norm of the gradients of all stages, but with "
+            "stage_parallel=True the stages are at different batches at any time. Set stage_clipping=True, which "
+            "clips each stage by itself, or max_grad_norm=0."
+        )
+    if args.head_layers:
+        raise ValueError(
+            f"head_layers={args.head_layers} gives the heads of all stages the same layers, but with "
+            "stage_parallel=True each process holds its own stages alone. Set head_layers=0."
+        )
+    if args.distributed_state is None or args.distributed_state.num_processes == 1:
+        raise ValueError(
+            "stage_parallel=True shares out the stages over several processes, but there is one. Start the script "
+            "with `torchrun --nproc_per_node 2` or `accelerate launch --num_processes 2` (2 or more, at most the "
+            "number of stages), or set stage_parallel=False."
+        )

@@ -1,0 +1,38 @@
+"""What a way of training costs beside device memory: compute, and bytes that rest elsewhere."""
+
+from .simulation import Simulation
+from .ways import Way
+
+EPOCHS = 3  # of each stage, over which a feature cache pays off
+
+
+def compute_of(simulation: Simulation, way: Way) -> float:
+    """Forward passes are counted once, backward passes twice, or once where only activations need gradients."""
+    passes = (2 if way.lora else 3) + (way.activation_checkpointing or way.stage_order == "coupled")
+    if way.stage_order != "sequential":
+        return passes / 3
+    costs = {layer.name: layer.flops for layer in simulation.profile}
+    stages = [sum(costs[name] for name in stage) for stage in simulation.partition(way.num_stages).stages]
+    before = [sum(stages[:k]) for k in range(way.num_stages)]
+    again = sum(before) if way.feature_cache == "none" else sum(stages[:-1]) / EPOCHS
+    return (passes + again / sum(stages)) / 3
+
+
+def elsewhere_of(simulation: Simulation, way: Way) -> tuple[int, int, int]:
+    """Bytes at rest, bytes moved in a step, and bytes of the feature cache for each sample."""
+    resting = moved = cache = 0
+    layers = {layer.name: layer for layer in simulation.by_layer} if way.stage_order != "simultaneous" else {}
+    if way.stage_residency == "stage":
+        resting = sum(layer.weights + layer.states for layer in layers.values())
+    if way.stage_order == "coupled":
+        resting = sum(layer.weights + layer.gradients + layer.states for layer in layers.values())
+        # Weights in the forward and backward pass, to the step and back; gradients five times, as they are clipped.
+        moved = sum(4 * layer.weights + 5 * layer.gradients + 2 * layer.states for layer in layers.values())
+    elif resting and way.feature_cache == "none":
+        stages = simulation.partition(way.num_stages).stages
+        after = [(way.num_stages - 1 - k) * layers[name].weights for k, stage in enumerate(stages) for name in stage]
+        moved = sum(after) // way.num_stages
+    if way.feature_cache != "none":
+        boundaries = simulation.partition(way.num_stages).boundaries[:-1]
+        cache = 2 * max(layers[name].output for name in boundaries) // simulation.num_samples
+    return resting, moved, cache

@@ -1,0 +1,67 @@
+"""The memory of each layer in end-to-end training, measured in a forward pass of a model without data."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..cut.hidden_states import hidden_states_of
+from .without_data import FlatMemTracker
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes of one layer in end-to-end training: weights, gradients, AdamW's states, saved activations, output."""
+
+    name: str
+    weights: int
+    gradients: int
+    states: int
+    activations: int
+    output: int
+
+
+def memory_by_layer(
+    model: nn.Module, layers: Sequence[str], forward: Callable[[], object], device: str
+) -> list[LayerMemory]:
+    """
+    What each layer takes, and its activations in end-to-end training.
+
+    Args:
+        model (`nn.Module`): a model of fake tensors.
+        layers (`Sequence[str]`): qualified names of its layers.
+        forward (`Callable`): runs its forward pass once.
+        device (`str`): where tensors are counted.
+    """
+    begin: dict[str, int] = {}
+    saved: dict[str, int] = {}
+    output: dict[str, int] = {}
+    tracker = FlatMemTracker()
+
+    def held():
+        # Before anything is held there is no entry: the first layer may be the first to allocate.
+        return tracker.get_tracker_snapshot("current").get(torch.device(device), {}).get("Total", 0)
+
+    def before(name, *_):
+        begin[name] = held()
+
+    def after(name, _module, _args, out):
+        saved[name], output[name] = held() - begin[name], hidden_states_of(out).nbytes
+
+    with contextlib.ExitStack() as stack:
+        for name in layers:
+            layer = model.get_submodule(name)
+            stack.callback(layer.register_forward_pre_hook(functools.partial(before, name)).remove)
+            stack.callback(layer.register_forward_hook(functools.partial(after, name)).remove)
+        with tracker:
+            forward()
+    found = []
+    for name in layers:
+        parameters = [*model.get_submodule(name).parameters()]
+        weights = sum(p.nbytes for p in parameters)
+        learning = sum(p.nbytes for p in parameters if p.requires_grad)
+        found.append(LayerMemory(name, weights, learning, 2 * learning, saved[name], output[name]))
+    return found

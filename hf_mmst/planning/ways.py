@@ -1,0 +1,57 @@
+"""Ways of training a model, as settings."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Way:
+    """
+    A way of training.
+
+    Attributes:
+        num_stages (`int`): K; 1 is end-to-end training.
+        stage_order (`str`): `"simultaneous"`, `"sequential"` or `"coupled"`.
+        stage_residency (`str`): `"all"` or `"stage"`.
+        feature_cache (`str`): `"none"` or `"disk"`.
+        stage_clipping (`bool`): whether stages step by themselves.
+        activation_checkpointing (`bool`): whether activations within a stage are recomputed.
+        lora (`bool`): whether adapters of rank 16 learn in the place of the layers (PEFT).
+    """
+
+    num_stages: int = 1
+    stage_order: str = "simultaneous"
+    stage_residency: str = "all"
+    feature_cache: str = "none"
+    stage_clipping: bool = False
+    activation_checkpointing: bool = False
+    lora: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of [`MMSTConfig`] that make this way, but those at their defaults."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name != "lora" and getattr(self, field.name) != field.default
+        }
+
+    @property
+    def name(self) -> str:
+        """The way in words."""
+        words = ["LoRA (r = 16)" if self.lora else "end to end"] if self.num_stages == 1 else [f"K = {self.num_stages}"]
+        if self.stage_order == "coupled":
+            words.append("one layer resident")
+        if self.num_stages > 1:
+            words.append("one stage resident" if self.stage_residency == "stage" else "all stages at once")
+        if self.stage_clipping:
+            words.append("each steps by itself")
+        if self.feature_cache != "none":
+            words.append("features cached")
+        if self.activation_checkpointing:
+            words.append("checkpointing")
+        return ", ".join(words)

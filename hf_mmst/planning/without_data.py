@@ -1,0 +1,58 @@
+"""What a simulation puts in the place of memory: a tracker of tensors without data, and shelves that hold none."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from ..memory.coupled import CoupledResidency
+from ..memory.residency import Residency, Shelf
+
+
+class FlatMemTracker(MemTracker):
+    """PyTorch's tracker without its account by modules, which a backward pass within a forward pass would upset."""
+
+    def __init__(self):
+        super().__init__()
+        self._mod_tracker: Any = _NoModules()
+
+
+class _NoModules:
+    parents: frozenset = frozenset()
+    is_bw = False
+
+    def register_user_hooks(self, *_args, **_kwargs): ...
+
+    def clear_user_hooks(self): ...
+
+    def get_known_fqn(self, _module): ...
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_): ...
+
+
+class _Nowhere(Shelf):
+    """A shelf in no memory at all."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device, folder: str):
+        alike = {(tensor.shape, tensor.dtype): tensor for tensor in tensors}
+        made = {kind: tensor.new_empty(()).expand(tensor.shape) for kind, tensor in alike.items()}
+        self.device, self.tensors = device, [made[tensor.shape, tensor.dtype] for tensor in tensors]
+
+    def take(self) -> list[torch.Tensor]:
+        return [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for tensor in self.tensors]
+
+    def put(self, tensors: Sequence[torch.Tensor]) -> None: ...
+
+    def let_go(self) -> None: ...
+
+
+class ResidencyWithoutData(Residency):
+    shelf = _Nowhere
+
+
+class CoupledWithoutData(CoupledResidency):
+    shelf = _Nowhere
