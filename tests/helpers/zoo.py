@@ -116,3 +116,11 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {key: column[index] for key, column in self.columns.items()}
+
+
+class Noisy(Samples):
+    """Images with random augmentation."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return {**sample, "pixel_values": sample["pixel_values"] + torch.rand(())}

@@ -1,8 +1,5 @@
 """Cached features: the numbers of recomputed ones, without the work; and never those of anything else."""
 
-import errno
-import json
-import os
 import shutil
 
 import pytest
@@ -10,19 +7,15 @@ import torch
 from datasets import Dataset
 from encoders import MODELS, build
 from runs import ORDERS, InterruptAt, arguments, assert_same, losses, trainer, weights
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import T5Config, T5ForTokenClassification, set_seed
-from zoo import Samples, make
+from zoo import Noisy, Samples, make
 
 from hf_mmst import MMSTTrainer
 from hf_mmst.cut.partition import Partition
 from hf_mmst.memory import feature_store
 from hf_mmst.memory.feature_cache import upstream_hash
-from hf_mmst.memory.feature_store import FeatureStore
-from hf_mmst.memory.sample_keys import FixedViews, KeyedCollator
 
-IDENTITY = {"model": "of a test"}
 T5 = {"vocab_size": 99, "d_model": 32, "num_layers": 4, "num_heads": 4, "d_ff": 64, "d_kv": 8, "num_labels": 5}
 
 
@@ -30,14 +23,6 @@ def run(folder, name="vit", model=None, cache="disk", order="sequential", extra=
     set_seed(0)
     settings = {"dropout": True, "num_train_epochs": 4, **ORDERS[order], **kwargs}
     return trainer(folder, name, model, feature_cache=cache, extra=extra, **settings)
-
-
-class Noisy(Samples):
-    """A dataset with random augmentation."""
-
-    def __getitem__(self, index):
-        sample = super().__getitem__(index)
-        return {**sample, "pixel_values": sample["pixel_values"] + torch.rand(())}
 
 
 def count_runs(model, name):
@@ -146,21 +131,6 @@ def test_views_repeat_augmentation(workers, tmp_path):
     assert_same(weights(trained["disk"].model), weights(trained["none"].model))
 
 
-def test_views_differ_and_leave_the_generators_alone():
-    views = FixedViews(Noisy("vit"), 2, seed=0)
-    set_seed(1)
-    expected = torch.rand(3)
-    set_seed(1)
-    seen = []
-    for epoch in range(4):
-        views.epoch = epoch
-        seen.append(views[3]["pixel_values"])
-    assert torch.equal(torch.rand(3), expected)
-    assert torch.equal(seen[0], seen[2])
-    assert torch.equal(seen[1], seen[3])
-    assert not torch.equal(seen[0], seen[1])
-
-
 def test_random_samples_are_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="gives the same samples differently each time.*Set cache_views"):
         run(tmp_path, data=Noisy("vit")).train()
@@ -210,112 +180,6 @@ def test_resume_is_bitwise_the_uninterrupted_run(stop, tmp_path, capsys):
     assert_same(weights(resumed.model), weights(straight.model))
 
 
-def store(folder, capacity=8, identity=IDENTITY):
-    return FeatureStore(identity, capacity, folder)
-
-
-def filled(folder):
-    found = store(folder)
-    for begin in (0, 3):
-        found.add(range(begin, begin + 3), None, torch.arange(begin * 8.0, begin * 8 + 24).view(3, 2, 4))
-        found.flush()
-    return found
-
-
-def test_what_is_on_disk_is_found_again(tmp_path):
-    filled(tmp_path / "a")
-    again = store(tmp_path / "a")
-    assert len(again) == 6
-    assert torch.equal(again.get([4, 0], None), torch.arange(48.0).view(6, 2, 4)[[4, 0]])
-    assert again.get([0, 7], None) is None
-    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
-    assert manifest["model"] == IDENTITY["model"]
-    assert [shard["samples"] for shard in manifest["shards"]] == [3, 3]
-
-
-def test_a_mask_says_which_tokens_are_kept(tmp_path):
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    features = torch.randn(2, 3, 4).bfloat16()
-    found = store(tmp_path)
-    found.add([1, 2], mask, features)
-    found.flush()
-    again = found.get([2, 1], torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0]]))
-    assert torch.equal(again[0, :3], features[1])
-    assert torch.equal(again[1, 1:3], features[0, :2])
-    assert not again[1, [0, 3]].any()
-
-
-def truncate(folder):
-    with open(folder / "features-00001.safetensors", "rb+") as file:
-        file.truncate(100)
-
-
-def flip(folder):
-    """One bit of the last feature."""
-    path = folder / "features-00001.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1
-    path.write_bytes(content)
-
-
-def rewrite(folder, **changes):
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (truncate, "features-00001.safetensors is not as it was written"),
-        (flip, "features-00001.safetensors is not as it was written"),
-        (lambda folder: (folder / "manifest.json").write_text("[1]"), "it is [1], not an object"),
-        (lambda folder: rewrite(folder, shards={}), "shards is {}, not a list"),
-        (lambda folder: rewrite(folder, shards=[{"file": 1}]), "shards[0].samples is missing"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "Expecting property name"),
-        (lambda folder: (folder / "manifest.json").unlink(), "No such file"),
-        (lambda folder: (folder / "features-00000.safetensors").unlink(), "No such file"),
-    ],
-)
-def test_what_is_spoilt_is_computed_anew(spoil, said, tmp_path, capsys):
-    filled(tmp_path / "a")
-    spoil(tmp_path / "a")
-    assert len(store(tmp_path / "a")) == 0
-    assert said in capsys.readouterr().out
-    assert len(filled(tmp_path / "a")) == 6
-
-
-def test_features_of_other_weights_are_not_used(tmp_path, capsys):
-    filled(tmp_path / "a")
-    assert len(store(tmp_path / "a", identity={"model": "another"})) == 0
-    assert "other weights" in capsys.readouterr().out
-
-
-def test_what_a_crash_left_beside_is_not_used(tmp_path):
-    filled(tmp_path / "a")
-    tensors = {"features": torch.ones(2, 4), "keys": torch.tensor([7]), "lengths": torch.tensor([2])}
-    save_file(tensors, tmp_path / "a" / "features-00002.safetensors")
-    again = store(tmp_path / "a")
-    assert again.get([7], None) is None
-    again.add([7], None, torch.zeros(1, 2, 4))
-    again.flush()
-    assert torch.equal(store(tmp_path / "a").get([7], None), torch.zeros(1, 2, 4))
-
-
-def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path, monkeypatch):
-    found = filled(tmp_path / "a")
-    found.add([6], None, torch.ones(1, 2, 4))
-
-    def full(_descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=r"features of 1 more samples.*No space left.*Set output_dir"):
-            found.flush()
-    assert {path.name[0] for path in (tmp_path / "a").iterdir()} == {"f", "m"}
-    assert len(store(tmp_path / "a")) == 6
-
-
 @pytest.mark.parametrize("cache", ["disk", "memory"])
 def test_too_little_room_is_said_before_it_starts(cache, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000, "available": 1000})()
@@ -323,26 +187,6 @@ def test_too_little_room_is_said_before_it_starts(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_store.psutil, "virtual_memory", lambda: usage)
     with pytest.raises(ValueError, match=r"features of 32 samples are more than .* free.*Set output_dir"):
         run(tmp_path, cache=cache).train()
-
-
-def test_keys_follow_content_and_not_padding():
-    def stacked(samples):
-        return {k: torch.stack([sample[k] for sample in samples]) for k in samples[0]}
-
-    collate = KeyedCollator(stacked, ["labels"], without_padding=True)
-    samples = [Samples("bert")[i] for i in range(4)]
-    keys = collate(samples)["feature_keys"]
-    assert len(keys.unique()) == 4
-    changed = [{**sample, "labels": sample["labels"] + 1} for sample in samples]
-    assert torch.equal(collate(changed)["feature_keys"], keys)
-    for sample in changed:
-        sample["attention_mask"] = torch.cat([sample["attention_mask"], torch.zeros(2, dtype=torch.long)])
-        sample["input_ids"] = torch.cat([sample["input_ids"], torch.ones(2, dtype=torch.long)])
-    assert torch.equal(collate(changed)["feature_keys"], keys)
-    kept = KeyedCollator(stacked, ["labels"], without_padding=False)
-    assert not torch.equal(kept(changed)["feature_keys"], kept(samples)["feature_keys"])
-    changed[1]["input_ids"][0] += 1
-    assert (collate(changed)["feature_keys"] != keys).tolist() == [False, True, False, False]
 
 
 def test_the_hash_is_of_what_comes_before():
