@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from .config import MMSTConfig as MMSTConfig
     from .cut.partition import Partition as Partition
     from .cut.partition import find_layers as find_layers
-    from .inference.exits import EarlyExit as EarlyExit
-    from .inference.exits import calibrate as calibrate
+    from .inference.early_exit import EarlyExit as EarlyExit
+    from .inference.early_exit import calibrate as calibrate
     from .inference.truncation import truncate as truncate
     from .method.engine import Stagewise as Stagewise
     from .method.heads import StageHeads as StageHeads
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from .trials import pilot as pilot
 
 _MODULE_OF = {
-    "EarlyExit": "inference.exits",
+    "EarlyExit": "inference.early_exit",
     "MMSTConfig": "config",
     "MMSTTrainer": "trainer.mmst_trainer",
     "Partition": "cut.partition",
     "StageHeads": "method.heads",
     "Stages": "records.stages",
     "Stagewise": "method.engine",
-    "calibrate": "inference.exits",
+    "calibrate": "inference.early_exit",
     "find_layers": "cut.partition",
     "load_stages": "records.stages",
     "pilot": "trials",

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from transformers import TrainingArguments
 
-from .checks import check_fields, number, parse_bytes, positive, whole
-from .conflicts import refuse_conflicts
+from .field_checks import check_fields, number, parse_bytes, positive, whole
+from .field_conflicts import refuse_conflicts
 
 StageOrder = Literal["simultaneous", "sequential", "multi_lap", "coupled"]
 HeadPooling = Literal["auto", "mean", "cls"]

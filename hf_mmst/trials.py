@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from .checks import parse_bytes, whole
 from .config import MMSTConfig
+from .field_checks import parse_bytes, whole
 from .method.order import Order
 from .planning.budget import simulation_of, ways_of
 from .planning.simulation import Simulation

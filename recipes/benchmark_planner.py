@@ -36,9 +36,9 @@ from transformers import (
 from hf_mmst import MMSTConfig, MMSTTrainer
 from hf_mmst.cut.example_inputs import dummy_inputs
 from hf_mmst.memory.residency import Shelf
+from hf_mmst.planning.fake_memory import FlatMemTracker
 from hf_mmst.planning.simulation import Simulation
 from hf_mmst.planning.ways import Way
-from hf_mmst.planning.without_data import FlatMemTracker
 from hf_mmst.records.results import provenance
 from hf_mmst.tasks.report import write_json
 

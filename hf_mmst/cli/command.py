@@ -138,7 +138,7 @@ def _no_bars_in_logs() -> Iterator[None]:
 
 @_no_bars_in_logs()
 def _run(command: str, task: str, flags: Sequence[str]) -> int:
-    from .runs import train, try_settings
+    from .train_and_evaluate import train, try_settings
 
     if command == "train":
         train(task, flags)
@@ -173,7 +173,7 @@ def _evaluate(given: argparse.Namespace) -> int:
 
     from ..records.results import stage_rows
     from ..tasks.report import print_stage_table, write_json
-    from .runs import evaluate
+    from .train_and_evaluate import evaluate
 
     metrics = evaluate(given.model, given.dataset, given.batch_size, given.max_samples, given.max_seq_length)
     print_stage_table(stage_rows(metrics))

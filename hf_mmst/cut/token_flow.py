@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attributes import not_caching
 from .example_inputs import ExampleInputs
 from .hidden_states import call_with, hidden_states_of, input_hidden_states, with_hidden_states
 from .partition import Partition
 from .probe import evaluating, logits_of, run_example
+from .temporary_attributes import not_caching
 
 
 def own_pooling(model: nn.Module, last_layer: str, example: ExampleInputs | None = None) -> str:

@@ -9,7 +9,7 @@ from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import nn
 
 from ..config import MMSTConfig
-from ..cut.attributes import replaced
+from ..cut.temporary_attributes import replaced
 
 
 def take_compilation(accelerator: Any) -> dict[str, Any] | None:

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.utils.checkpoint import checkpoint
 
-from ..cut.attributes import not_caching, replaced
 from ..cut.partition import Partition
+from ..cut.temporary_attributes import not_caching, replaced
 from .residency import Residency, Shelf
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..records.files import replace
+from ..records.atomic_writes import replace
 from ..records.reading import read_json
 from .sample_keys import FIX
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..cut.attributes import replaced
 from ..cut.hidden_states import (
     input_hidden_states,
     with_hidden_states,
 )
+from ..cut.temporary_attributes import replaced
 
 
 class StopForward(Exception):  # noqa: N818 - not an error

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..checks import one_of, parse_bytes, whole
 from ..cut.objectives import objective_of
 from ..cut.partition import checkpoints_across
 from ..cut.token_flow import attends_causally
+from ..field_checks import one_of, parse_bytes, whole
 from .costs import compute_of, elsewhere_of
-from .meta_models import batch_of, model_of
+from .model_and_batch import batch_of, model_of
 from .plans import Plan, Row, reason_for
 from .simulation import Peak, Simulation
 from .ways import PRECISIONS, Way

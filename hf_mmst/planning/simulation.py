@@ -20,9 +20,9 @@ from ..cut.probe import LayerProfile, on_meta, profile_layers
 from ..method.engine import Stagewise
 from ..method.heads import StageHeads, num_head_layers
 from ..method.stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
+from .fake_memory import CoupledWithoutData, FlatMemTracker, ResidencyWithoutData
 from .layer_memory import LayerMemory, memory_by_layer
 from .ways import PRECISIONS, Way
-from .without_data import CoupledWithoutData, FlatMemTracker, ResidencyWithoutData
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cut.objectives import objective_of
-from .files import replace
+from .atomic_writes import replace
 from .results import ENSEMBLE, SETTINGS
 
 if TYPE_CHECKING:

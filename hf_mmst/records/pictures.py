@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback
 from transformers.utils import logging
 
-from .files import replace
+from .atomic_writes import replace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

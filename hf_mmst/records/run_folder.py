@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import sort_checkpoints
 
-from .files import flush
+from .atomic_writes import flush
 
 
 class RunFolder:

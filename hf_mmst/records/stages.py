@@ -19,7 +19,7 @@ from ..cut.objectives import HeadKind
 from ..cut.partition import Partition
 from ..method.heads import StageHeads
 from ..method.transport import TransportWeights
-from .files import replace
+from .atomic_writes import replace
 from .reading import damaged, listed, read_json, read_tensors
 
 JSON_NAME, HEADS_NAME = "stages.json", "stages.safetensors"

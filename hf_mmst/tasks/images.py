@@ -16,10 +16,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from ..checks import a_dataset, a_model, check_fields, whole
 from ..config import MMSTConfig
+from ..field_checks import a_dataset, a_model, check_fields, whole
 from ..trainer.mmst_trainer import MMSTTrainer
-from .classified import classified, load_splits
+from .dataset_loading import classified, load_splits
 from .pixels import channels_of, decoded, to_tensors
 from .pretrained import pretrained_classifier
 from .splits import SplitArguments, accuracy_metric, choose_splits, labels_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..memory.peaks import PeakMemory
-from ..records.files import replace
+from ..records.atomic_writes import replace
 from ..records.pictures import write_picture
 from ..records.results import StageRow, stage_rows
 

@@ -8,8 +8,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from ..checks import check_fields, fraction, whole
-from .classified import split_off
+from ..field_checks import check_fields, fraction, whole
+from .dataset_loading import split_off
 
 
 @dataclass

@@ -7,11 +7,11 @@ import datasets
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 from transformers.utils import logging
 
-from ..checks import a_dataset, a_model, check_fields, whole
 from ..config import MMSTConfig
+from ..field_checks import a_dataset, a_model, check_fields, whole
 from ..planning.positions import num_positions
 from ..trainer.mmst_trainer import MMSTTrainer
-from .classified import classified, load_splits
+from .dataset_loading import classified, load_splits
 from .pretrained import pretrained_classifier
 from .splits import SplitArguments, accuracy_metric, choose_splits
 

@@ -16,7 +16,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from ..config import OWN_FIELDS, MMSTConfig
 from ..cut.partition import Partition
-from ..distributed.shares import load_own
+from ..distributed.stage_shares import load_own
 from ..distributed.wrappers import Wrapper, wrapper_of
 from ..method.heads import HEADS, StageHeads
 from ..method.order import Order

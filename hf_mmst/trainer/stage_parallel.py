@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..config import MMSTConfig
 from ..cut.partition import Partition
 from ..distributed.relay import Relay
-from ..distributed.shares import Share, is_released, take_share
+from ..distributed.stage_shares import Share, is_released, take_share
 from ..method.engine import Stagewise
 from ..method.heads import HEADS, StageHeads
 from ..method.observing_pass import StageView

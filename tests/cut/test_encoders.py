@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 from hf_mmst import MMSTConfig, MMSTTrainer, StageHeads, Stages, find_layers, load_stages, plan
 from hf_mmst.cut.partition import run_ends
 from hf_mmst.cut.probe import profile_layers
+from hf_mmst.inference.early_exit import EarlyExit
 from hf_mmst.inference.exit_rules import ExitRule
-from hf_mmst.inference.exits import EarlyExit
 from hf_mmst.method.heads import ConvHead
 from hf_mmst.method.transport import TransportWeights
 from hf_mmst.planning.budget import planned_peak

@@ -32,7 +32,7 @@ from hf_mmst import MMSTTrainer, Partition, StageHeads, Stages, Stagewise, find_
 from hf_mmst.cut.hidden_states import hidden_states_of
 from hf_mmst.cut.objectives import objective_of
 from hf_mmst.cut.probe import check_cut, profile_layers
-from hf_mmst.inference.exits import EarlyExit
+from hf_mmst.inference.early_exit import EarlyExit
 from hf_mmst.inference.truncation import truncate
 from hf_mmst.method.heads import OwnHead, PoolingHead, TokenHead
 from hf_mmst.planning.simulation import Simulation

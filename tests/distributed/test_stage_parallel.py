@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import BertForSequenceClassification
 
 from hf_mmst import MMSTConfig, Stagewise, load_stages
-from hf_mmst.distributed.shares import is_released, share_out, take_share
+from hf_mmst.distributed.stage_shares import is_released, share_out, take_share
 from hf_mmst.method.stepping import parameters_by_stage
 
 WORKER = Path(__file__).parents[1] / "helpers/shared_out.py"

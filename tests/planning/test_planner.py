@@ -16,7 +16,7 @@ from hf_mmst import MMSTTrainer, plan
 from hf_mmst.cli.command import CHOICES, main
 from hf_mmst.config import parse_bytes
 from hf_mmst.cut.example_inputs import dummy_inputs
-from hf_mmst.planning.meta_models import batch_of
+from hf_mmst.planning.model_and_batch import batch_of
 from hf_mmst.planning.simulation import Simulation
 from hf_mmst.planning.ways import PRECISIONS, Way
 

@@ -13,8 +13,8 @@ from torch import nn
 from zoo import make
 
 from hf_mmst import load_stages
+from hf_mmst.inference.early_exit import EarlyExit
 from hf_mmst.inference.exit_rules import ExitRule
-from hf_mmst.inference.exits import EarlyExit
 from hf_mmst.records.results import read_results
 from hf_mmst.records.stages import read_stages
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor, pip
 from zoo import batch, make
 
 from hf_mmst import Partition, StageHeads, find_layers
+from hf_mmst.inference.early_exit import EarlyExit, calibrate
 from hf_mmst.inference.exit_rules import ExitRule, HeadLogits, exit_curve, temperature
-from hf_mmst.inference.exits import EarlyExit, calibrate
 from hf_mmst.inference.truncation import truncate
 from hf_mmst.method.transport import TransportWeights
 from hf_mmst.records.stages import Stages, save_stages

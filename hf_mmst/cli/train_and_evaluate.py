@@ -11,8 +11,8 @@ from typing import Annotated, Any
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
 from transformers.integrations import get_available_reporting_integrations
 
-from ..checks import check_fields, whole
 from ..config import MMSTConfig
+from ..field_checks import check_fields, whole
 from ..records.reading import load_whole, read_tensors
 from ..records.stages import HEADS_NAME, checkpoint_folder, load_stages
 from ..tasks import images, texts

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_mmst.tasks.classified import split_off
+from hf_mmst.tasks.dataset_loading import split_off
 from hf_mmst.tasks.images import load_images
 from hf_mmst.tasks.splits import SplitArguments, choose_splits
 from hf_mmst.tasks.texts import TextArguments, load_texts
