@@ -13,7 +13,7 @@ _STAGE = "hf_mmst.stage"  # on the nodes of a graph at which the outputs of laye
 
 
 @dataclass
-class Sides:
+class SideInputs:
     """
     The tensors with a graph of their own that enter the layers of a stage.
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from .hidden_states import hidden_states_of, input_hidden_states, without_tensors
 from .partition import Partition
-from .side_inputs import Sides, graph_behind, mark
+from .side_inputs import SideInputs, graph_behind, mark
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Recorder:
         self._outputs: dict[str, Any] = {}
         self._ends: list[torch.Tensor] = []
         self._begins: dict[int, torch.Tensor] = {}
-        self._sides = Sides(self._cut)
+        self._sides = SideInputs(self._cut)
         self._cuts: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}  # by id: a copy, the original, its stage
 
     def before(self, name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

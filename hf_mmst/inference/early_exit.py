@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from ..method.engine import Stagewise
-from ..records import atomic_writes
+from ..records.atomic_writes import write_atomically
 from ..records.reading import damaged, load_whole, read_json
 from ..records.stages import Stages, check_model, checkpoint_folder, load_stages
 from .early_exit_pass import AllHaveLeft, EarlyExitOutput, ExitPass, per_sample_inputs
@@ -132,7 +132,7 @@ class EarlyExit:
     def save_rule(self, folder: str | os.PathLike) -> None:
         """Write `exits.json`, which [`from_pretrained`] reads."""
         content = json.dumps(asdict(self.rule), indent=2) + "\n"
-        atomic_writes.replace(Path(folder) / EXITS_NAME, lambda path: path.write_text(content))
+        write_atomically(Path(folder) / EXITS_NAME, lambda path: path.write_text(content))
 
     @torch.no_grad()
     def __call__(self, **inputs: torch.Tensor) -> EarlyExitOutput:

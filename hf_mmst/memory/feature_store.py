@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..records.atomic_writes import replace
+from ..records.atomic_writes import write_atomically
 from ..records.reading import read_json
 from .sample_keys import FIX
 
@@ -121,11 +121,11 @@ class FeatureStore:
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace(self.folder / name, lambda path: save_file(tensors, path))
+            write_atomically(self.folder / name, lambda path: save_file(tensors, path))
             shards = [*self._shards, {"file": name, "samples": len(rows), "sha256": _digest(self.folder / name)}]
             manifest = {"format_version": FORMAT_VERSION, **self.identity, "shards": shards}
             text = json.dumps(manifest, indent=2) + "\n"
-            replace(self.folder / "manifest.json", lambda path: path.write_text(text))
+            write_atomically(self.folder / "manifest.json", lambda path: path.write_text(text))
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"{self.folder} cannot take the features of {len(rows):,} more samples ({error}). Set output_dir to a "

@@ -16,7 +16,7 @@ from ..cut.hidden_states import (
     without_tensors,
 )
 from ..cut.partition import Partition
-from ..cut.side_inputs import Sides, mark
+from ..cut.side_inputs import SideInputs, mark
 from .partial_forward import StopForward, until_stopped
 from .transport import RunTracker, transport
 
@@ -73,7 +73,7 @@ class TrainingPass:
     learned: Callable[[int, bool], Any]
     found: StageStep = field(default_factory=StageStep)
     _terms: list[torch.Tensor] = field(default_factory=list)
-    _sides: Sides = field(default_factory=Sides)
+    _sides: SideInputs = field(default_factory=SideInputs)
 
     def __post_init__(self):
         self.first, self.last = self.stages[0], self.stages[-1]

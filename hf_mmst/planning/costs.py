@@ -6,7 +6,7 @@ from .ways import Way
 EPOCHS = 3  # of each stage, over which a feature cache pays off
 
 
-def compute_of(simulation: Simulation, way: Way) -> float:
+def relative_compute(simulation: Simulation, way: Way) -> float:
     """Forward passes are counted once, backward passes twice, or once where only activations need gradients."""
     passes = (2 if way.lora else 3) + (way.activation_checkpointing or way.stage_order == "coupled")
     if way.stage_order != "sequential":
@@ -18,7 +18,7 @@ def compute_of(simulation: Simulation, way: Way) -> float:
     return (passes + again / sum(stages)) / 3
 
 
-def elsewhere_of(simulation: Simulation, way: Way) -> tuple[int, int, int]:
+def bytes_elsewhere(simulation: Simulation, way: Way) -> tuple[int, int, int]:
     """Bytes at rest, bytes moved in a step, and bytes of the feature cache for each sample."""
     resting = moved = cache = 0
     layers = {layer.name: layer for layer in simulation.by_layer} if way.stage_order != "simultaneous" else {}

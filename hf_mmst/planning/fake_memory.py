@@ -34,7 +34,7 @@ class _NoModules:
     def __exit__(self, *_): ...
 
 
-class _Nowhere(Shelf):
+class _FakeShelf(Shelf):
     """A shelf in no memory at all."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device, folder: str):
@@ -50,9 +50,9 @@ class _Nowhere(Shelf):
     def let_go(self) -> None: ...
 
 
-class ResidencyWithoutData(Residency):
-    shelf = _Nowhere
+class FakeResidency(Residency):
+    shelf = _FakeShelf
 
 
-class CoupledWithoutData(CoupledResidency):
-    shelf = _Nowhere
+class FakeCoupledResidency(CoupledResidency):
+    shelf = _FakeShelf

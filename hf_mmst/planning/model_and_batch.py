@@ -16,11 +16,10 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..cut.example_inputs import dummy_inputs
+from ..cut.example_inputs import dummy_inputs, num_positions
 from ..cut.objectives import objective_of
 from ..cut.probe import on_meta
 from ..field_checks import a_model, whole
-from .positions import num_positions
 
 SEQ_LEN = 128
 

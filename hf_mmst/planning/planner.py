@@ -14,7 +14,7 @@ from ..cut.objectives import objective_of
 from ..cut.partition import checkpoints_across
 from ..cut.token_flow import attends_causally
 from ..field_checks import one_of, parse_bytes, whole
-from .costs import compute_of, elsewhere_of
+from .costs import bytes_elsewhere, relative_compute
 from .model_and_batch import batch_of, model_of
 from .plans import Plan, Row, reason_for
 from .simulation import Peak, Simulation
@@ -193,4 +193,4 @@ def _held(simulation: Simulation, way: Way) -> int:
 
 def _row(simulation: Simulation, way: Way, peak: Peak | None = None) -> Row:
     found = peak or simulation.peak(way)
-    return Row(way.name, way, found, compute_of(simulation, way), *elsewhere_of(simulation, way))
+    return Row(way.name, way, found, relative_compute(simulation, way), *bytes_elsewhere(simulation, way))

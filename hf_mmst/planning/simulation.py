@@ -20,7 +20,7 @@ from ..cut.probe import LayerProfile, on_meta, profile_layers
 from ..method.engine import Stagewise
 from ..method.heads import StageHeads, num_head_layers
 from ..method.stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
-from .fake_memory import CoupledWithoutData, FlatMemTracker, ResidencyWithoutData
+from .fake_memory import FakeCoupledResidency, FakeResidency, FlatMemTracker
 from .layer_memory import LayerMemory, memory_by_layer
 from .ways import PRECISIONS, Way
 
@@ -157,7 +157,7 @@ class Simulation:
                     parameter.requires_grad_(False)
             given = self._input_of(engine, stages[0]) if way.feature_cache != "none" and stages[0] > 0 else None
             if way.stage_residency == "stage":
-                residency = stack.enter_context(self._residency(ResidencyWithoutData, partition, optimizer))
+                residency = stack.enter_context(self._residency(FakeResidency, partition, optimizer))
                 residency.activate(stages)
                 learning = [*shared[stages[0]]]
                 if stages[0] < way.num_stages - 1:
@@ -194,7 +194,7 @@ class Simulation:
         with self._mode, contextlib.ExitStack() as stack:
             parameters = list(self.model.parameters())
             optimizer = self._with_states([p for p in parameters if p.requires_grad])
-            residency = stack.enter_context(self._residency(CoupledWithoutData, partition, optimizer))
+            residency = stack.enter_context(self._residency(FakeCoupledResidency, partition, optimizer))
             tracker = self._tracker(parameters, optimizer)
             with tracker:
                 with self._autocast():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` write beside `path`, flush that to the disk and rename it to `path`."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

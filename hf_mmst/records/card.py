@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cut.objectives import objective_of
-from .atomic_writes import replace
+from .atomic_writes import write_atomically
 from .results import ENSEMBLE, SETTINGS
 
 if TYPE_CHECKING:
@@ -199,9 +199,9 @@ def write_card(folder: str | Path, content: CardContent, picture: Path | None = 
     folder.mkdir(parents=True, exist_ok=True)
     plot = PLOT_NAME if content.plotted and content.num_stages > 1 and find_spec("matplotlib") is not None else None
     if plot is not None:
-        replace(folder / PLOT_NAME, lambda path: draw_stages(content, path))
+        write_atomically(folder / PLOT_NAME, lambda path: draw_stages(content, path))
     card = str(model_card(content, plot, None if picture is None else picture.name))
-    replace(folder / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
+    write_atomically(folder / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
     return folder / CARD_NAME
 
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback
 from transformers.utils import logging
 
-from .atomic_writes import replace
+from .atomic_writes import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,7 +124,9 @@ def write_picture(folder: str | Path, history: Sequence[Mapping[str, Any]], *mem
         if figure is None:
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, lambda beside: figure.savefig(beside, format="png", dpi=110, metadata={"Software": None}))
+        write_atomically(
+            path, lambda beside: figure.savefig(beside, format="png", dpi=110, metadata={"Software": None})
+        )
     except Exception as error:
         logger.warning(f"hf_mmst wrote no {PICTURE_NAME} ({type(error).__name__}: {error})")
         return None

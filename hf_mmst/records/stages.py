@@ -19,7 +19,7 @@ from ..cut.objectives import HeadKind
 from ..cut.partition import Partition
 from ..method.heads import StageHeads
 from ..method.transport import TransportWeights
-from .atomic_writes import replace
+from .atomic_writes import write_atomically
 from .reading import damaged, listed, read_json, read_tensors
 
 JSON_NAME, HEADS_NAME = "stages.json", "stages.safetensors"
@@ -49,7 +49,7 @@ def save_stages(folder: str | os.PathLike, stages: Stages, weights: dict[str, An
     """Write both files; each is written beside and renamed. `weights` are the heads' tensors, if not their own."""
     tensors = stages.heads.state_dict() if weights is None else weights
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace(Path(folder) / HEADS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_atomically(Path(folder) / HEADS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     content = {
         "format_version": FORMAT_VERSION,
         "stages": stages.partition.stages,
@@ -64,7 +64,7 @@ def save_stages(folder: str | os.PathLike, stages: Stages, weights: dict[str, An
         "config": stages.config,
         "transport_state": stages.transport_state,
     }
-    replace(Path(folder) / JSON_NAME, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+    write_atomically(Path(folder) / JSON_NAME, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def checkpoint_folder(name: str | os.PathLike) -> Path:

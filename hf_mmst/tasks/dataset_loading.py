@@ -82,7 +82,9 @@ def _said_once() -> Iterator[None]:
         datasets.logging.set_verbosity(verbosity)
 
 
-def classified(splits: datasets.DatasetDict, name: str, inputs: tuple[str, str], label: str) -> datasets.DatasetDict:
+def with_class_labels(
+    splits: datasets.DatasetDict, name: str, inputs: tuple[str, str], label: str
+) -> datasets.DatasetDict:
     """
     Train and test split with a column of inputs and a column `label` of classes.
 

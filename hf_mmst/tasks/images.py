@@ -19,7 +19,7 @@ from transformers import (
 from ..config import MMSTConfig
 from ..field_checks import a_dataset, a_model, check_fields, whole
 from ..trainer.mmst_trainer import MMSTTrainer
-from .dataset_loading import classified, load_splits
+from .dataset_loading import load_splits, with_class_labels
 from .pixels import channels_of, decoded, to_tensors
 from .pretrained import pretrained_classifier
 from .splits import SplitArguments, accuracy_metric, choose_splits, labels_of
@@ -98,7 +98,7 @@ class ImageModelArguments:
 
 def load_images(name: str) -> datasets.DatasetDict:
     """
-    Train and test split with columns `image` and `label`, of a folder or from the Hub, see [`classified`].
+    Train and test split with columns `image` and `label`, of a folder or from the Hub, see [`with_class_labels`].
 
     Raises:
         `ValueError`: if there are no images, or no labels of two classes.
@@ -113,7 +113,7 @@ def load_images(name: str) -> datasets.DatasetDict:
             f"{', '.join(features)}. Put the images of each class in a folder of its own, as in train/cat/1.png and "
             "train/dog/1.png, or make parquet files with a column of images and a column label."
         )
-    return classified(splits, name, (image, "image"), label)
+    return with_class_labels(splits, name, (image, "image"), label)
 
 
 def image_trainer(

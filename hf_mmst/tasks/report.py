@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..memory.peaks import PeakMemory
-from ..records.atomic_writes import replace
+from ..records.atomic_writes import write_atomically
 from ..records.pictures import write_picture
 from ..records.results import StageRow, stage_rows
 
@@ -94,4 +94,4 @@ def write_results(trainer: "MMSTTrainer", metrics: Mapping[str, float], **found:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` to the file `path`, beside and renamed; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, lambda beside: beside.write_text(json.dumps(content, indent=2) + "\n"))
+    write_atomically(path, lambda beside: beside.write_text(json.dumps(content, indent=2) + "\n"))

@@ -8,10 +8,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from transformers.utils import logging
 
 from ..config import MMSTConfig
+from ..cut.example_inputs import num_positions
 from ..field_checks import a_dataset, a_model, check_fields, whole
-from ..planning.positions import num_positions
 from ..trainer.mmst_trainer import MMSTTrainer
-from .dataset_loading import classified, load_splits
+from .dataset_loading import load_splits, with_class_labels
 from .pretrained import pretrained_classifier
 from .splits import SplitArguments, accuracy_metric, choose_splits
 
@@ -56,7 +56,7 @@ class TextModelArguments:
 
 def load_texts(name: str, data: TextArguments) -> datasets.DatasetDict:
     """
-    Train and test split with columns `text` and `label`, of a file, a folder or from the Hub, see [`classified`].
+    Train and test split with columns `text` and `label`, of a file, a folder or the Hub, see [`with_class_labels`].
 
     Raises:
         `ValueError`: if there is no such column of texts or of labels.
@@ -75,7 +75,7 @@ def load_texts(name: str, data: TextArguments) -> datasets.DatasetDict:
                 f"{name} has no column{column and ' '}{column} with {what}s; its columns are "
                 f"{', '.join(f'{one} ({kind})' for one, kind in types.items())}. Set {setting} to one with {what}s."
             )
-    return classified(splits, name, (text, "text"), label)
+    return with_class_labels(splits, name, (text, "text"), label)
 
 
 def text_trainer(
