@@ -1,4 +1,4 @@
-"""What the user says: TrainingArguments plus the fields of stage-wise training, each checked at once."""
+"""`MMSTConfig`: transformers' `TrainingArguments` with the fields of stage-wise training, checked when it is made."""
 
 import contextlib
 from dataclasses import dataclass, field, fields

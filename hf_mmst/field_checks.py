@@ -1,4 +1,4 @@
-"""The fields of a dataclass -> each value is of its type and within its limits, or an error that names it."""
+"""Checks of a dataclass's fields: each value is of its annotated type and within its limits, or an error names it."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Which settings of a run exclude each other, and what to set instead."""
+"""Checks of settings against each other: those that exclude each other are refused, with what to set instead."""
 
 import os
 from typing import Any

@@ -1,4 +1,4 @@
-"""A model, data and a budget -> short trials of cuts, heads and weights, and the settings to train with in earnest."""
+"""`pilot`: short trials of settings on a part of the data, ranked, to choose what to train with in earnest."""
 
 import copy
 import math

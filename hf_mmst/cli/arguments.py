@@ -1,4 +1,4 @@
-"""Command line and YAML file -> dataclasses; flags override the file, and what is not known is an error."""
+"""Parse a command line and a YAML file into dataclasses: flags override the file, unknown names are errors."""
 
 import difflib
 import json

@@ -1,4 +1,4 @@
-"""The command `hf-mmst`: words -> a plan, a training run, an evaluation, a description of this machine, or a card."""
+"""The command `hf-mmst` and its subcommands plan, pilot, train, eval, env and card."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""A program -> its exit code; what cannot be is said in one line on stderr, without a traceback."""
+"""Exit codes of the command and the recipes: an error is one line on stderr, without a traceback."""
 
 import argparse
 import sys

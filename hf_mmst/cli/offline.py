@@ -1,4 +1,4 @@
-"""Whether the Hub can be reached, and how to say loudly that it cannot."""
+"""Whether the Hugging Face Hub can be reached, and a box on stderr that says what is used in its place."""
 
 import os
 import socket

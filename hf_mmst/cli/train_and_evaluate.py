@@ -1,4 +1,4 @@
-"""A task and flags -> a trained model; a checkpoint and a dataset -> metrics of each of its stages."""
+"""The work of `hf-mmst train`, `pilot` and `eval`: from the flags to a trained model, trials, or metrics of stages."""
 
 import copy
 import tempfile

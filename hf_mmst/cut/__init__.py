@@ -1,5 +1,5 @@
-"""Where a model can be cut: its layers, the stages made of them, and what crosses their ends.
+"""Cutting a model into stages: its layers, where stages can end, what passes from one to the next, the task's loss.
 
-In: a model, the names of its layers, example inputs. Out: a `Partition`, what each layer costs and returns, the task's
-loss, or an error that says why the model cannot be cut. Nothing here trains. Imports: nothing of the package.
+In: a model, example inputs. Out: a `Partition` of the layers' names, the cost and output of each layer, an `Objective`,
+or an error that says why the model cannot be cut. Nothing here trains. May import: nothing of the package.
 """

@@ -1,4 +1,4 @@
-"""A module -> its copy, with other tensors if need be."""
+"""Copies of modules, with other tensors in them if need be."""
 
 import copy
 from collections.abc import Callable

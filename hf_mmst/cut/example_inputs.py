@@ -1,4 +1,4 @@
-"""What a model is looked at with before it is trained: the first samples of the user's data, or made-up inputs."""
+"""Inputs to look at a model with before training: the first samples of a dataset, or zeros of the right shape."""
 
 import contextlib
 import inspect

@@ -1,4 +1,4 @@
-"""A layer's input or output -> its hidden states: the one tensor that the next layer transforms."""
+"""Find and replace hidden states: the one tensor of a layer's input or output that the next layer transforms."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""A model's task, as the host names it -> the loss of a stage's logits, and the kind of head that makes them."""
+"""The loss that the stages of a model learn from, and the kind of head that it needs, told by the model's task."""
 
 import re
 from collections.abc import Callable

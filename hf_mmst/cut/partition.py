@@ -1,4 +1,4 @@
-"""Model -> names of its layers in order -> Partition: which layers form which stage."""
+"""`Partition`: which layers form which stage. Also how the layers of a model are found."""
 
 import difflib
 import functools

@@ -1,4 +1,4 @@
-"""Model, its layers' names and example inputs -> what each layer costs and puts out, and where a cut can be."""
+"""Passes over a model before training: what each layer costs and puts out, and whether the model can be cut."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""What a layer gets beside its hidden states -> the same, cut off from what was made before its stage."""
+"""Side inputs: what a layer gets beside its hidden states, such as a position bias that all layers share."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""An attribute of an object that is another one for a while."""
+"""Context managers in which an attribute of an object has another value."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Which tokens the layers of a model look at, and which its own head: found by changing some of them."""
+"""Tests of which tokens a model uses: whether layers attend causally or ignore padding, and how its head pools."""
 
 import inspect
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A forward pass in stages, with all its graph -> what each stage learns from, and what leaves it."""
+"""A recorded forward pass, cut as in training, whose graphs show what each stage learns from and hands on."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

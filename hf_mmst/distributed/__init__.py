@@ -1,5 +1,5 @@
-"""Several processes, and what wraps the model: DDP, FSDP2, DeepSpeed, `torch.compile`, stages on several devices.
+"""Several processes: data parallelism (DDP, FSDP2, DeepSpeed), stage parallelism, and `torch.compile` by layers.
 
-In: a cut model and its process group. Out: the same training step with gradients reduced, or activations sent on.
-Imports: `method`, `cut`, `config`.
+In: a model that is cut, and its processes. Out: the gradients of a stage averaged over them, or its activations sent on
+to the next of them; an error where a wrapper cannot train stages. May import: `method`, `cut`, `config`.
 """

@@ -1,4 +1,4 @@
-"""A model's layers -> the same, compiled one by one, so that stages can still end between them."""
+"""`torch.compile` for stages: each layer is compiled by itself, so that a stage can still end between two."""
 
 import contextlib
 from collections.abc import Iterable, Iterator

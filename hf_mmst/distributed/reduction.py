@@ -1,4 +1,4 @@
-"""Gradients of a stage -> their mean over all processes, on its way while the next stage runs."""
+"""Data parallelism: the gradients of a stage are averaged over the processes while the next stage runs."""
 
 import contextlib
 import itertools

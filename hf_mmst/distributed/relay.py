@@ -1,4 +1,4 @@
-"""A stage's output -> the process that has the next stage, on its way while both compute; and what all must know."""
+"""Stage parallelism: activations are sent from process to process while both compute."""
 
 import contextlib
 import queue

@@ -1,4 +1,4 @@
-"""Stages, their costs and a number of processes -> the share of each process, and what it lets go of the others."""
+"""Stage parallelism: which process holds which stages, and how it frees the weights of the others."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What is around the model (DistributedDataParallel, FSDP2, DeepSpeed) -> what stages do otherwise inside of it."""
+"""What differs for stages inside DistributedDataParallel, FSDP2 and DeepSpeed."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
-"""What the heads of the stages are good for after training: early exits, ensembles, smaller models.
+"""Inference with the heads of the stages: early exit, ensembles of heads, truncated models.
 
-In: a checkpoint with its stages. Out: logits and the layer at which each sample left, or a plain truncated model.
-Imports: `records`, `method`, `cut`.
+In: a trained model and its `Stages`. Out: logits with the stage at which each sample left, or a smaller plain model.
+May import: `records`, `method`, `cut`.
 """

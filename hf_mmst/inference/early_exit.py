@@ -1,4 +1,4 @@
-"""A checkpoint with its heads and a batch -> logits of the first head that is sure enough, or of heads together."""
+"""`EarlyExit`: a trained classifier whose samples leave at the first stage whose head is confident enough."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""One forward pass of a batch in which samples leave at the stages whose heads are sure enough."""
+"""One forward pass with early exit: samples that have left are no longer in the batch of the next layers."""
 
 import contextlib
 import functools

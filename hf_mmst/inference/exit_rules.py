@@ -1,4 +1,4 @@
-"""The logits of all stages -> at which stage each sample leaves, by a rule that validation data have chosen."""
+"""`ExitRule`: at which stage a sample leaves. Also curves of accuracy against layers run, and temperatures."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A model and its stages -> a smaller plain model: the first of its stages, with the head of the last of them."""
+"""`truncate`: the first stages of a model as a smaller plain model, with the head of the last of them."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
-"""What is in device memory, and what rests in host memory or on disk meanwhile.
+"""Device memory: which layers are in it, where the others rest meanwhile, cached features, and measured peaks.
 
-In: a model, its layers, an optimizer. Out: layers that come to the device when they run, features of frozen stages
-that are computed once, and the most memory that was held. Imports: `records`, `cut`, `method`.
+In: a model that is cut, and its optimizer. Out: layers that come to the device when they run and leave it afterwards,
+inputs of a stage that are computed once, peaks in bytes. May import: `records`, `method`, `cut`.
 """

@@ -1,4 +1,4 @@
-"""Features that a stage gets of each sample: computed once, kept, and found by the sample's content."""
+"""`FeatureCache`: the inputs of the stage that learns, computed once for each sample and kept."""
 
 import hashlib
 import shutil

@@ -1,4 +1,4 @@
-"""Features of samples by key, in files that are mapped into memory, or in memory."""
+"""`FeatureStore`: features of samples by key, in memory-mapped files of a folder, or in memory."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""A block of code -> the most memory that it held at once."""
+"""Peak memory of a block of code, and of each turn of training."""
 
 import contextlib
 import re

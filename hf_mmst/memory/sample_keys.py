@@ -1,4 +1,4 @@
-"""Keys by which the features of a sample are found again: hashes of its inputs."""
+"""Keys of samples: hashes of their inputs, by which cached features are found. Also augmentation that repeats."""
 
 import hashlib
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""The engine: one forward pass of the model's own, in which each stage learns from its own loss and is let go."""
+"""`Stagewise`: the engine that runs a model's own forward pass in stages, each of which learns from its own loss."""
 
 import contextlib
 import functools
@@ -9,10 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..cut.hidden_states import (
-    hidden_states_of,
-    without_tensors,
-)
+from ..cut.hidden_states import hidden_states_of, without_tensors
 from ..cut.partition import Partition, run_ends
 from .heads import StageHeads
 from .observing_pass import ObservingPass, StageView

@@ -1,4 +1,4 @@
-"""An optimizer's groups -> groups of one learning rate each, or with the heads in them."""
+"""Learning rates of stages and heads, as parameter groups of an optimizer."""
 
 from collections.abc import Iterable, Mapping, Sequence
 

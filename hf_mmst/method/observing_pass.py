@@ -1,4 +1,4 @@
-"""One forward pass without learning that shows what each stage does."""
+"""One forward pass without learning, in which each stage's logits and transport are read."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Number of the optimizer step -> which stages learn at it. Pure integers."""
+"""`Order`: which stages learn at which optimizer step. Pure integers."""
 
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""Run a part of a model's forward pass: without its first layers, or only up to the end of a stage."""
+"""Parts of a model's forward pass: without layers whose output is given, or stopped at the end of a stage."""
 
 import contextlib
 import functools
@@ -9,10 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..cut.hidden_states import (
-    input_hidden_states,
-    with_hidden_states,
-)
+from ..cut.hidden_states import input_hidden_states, with_hidden_states
 from ..cut.temporary_attributes import replaced
 
 

@@ -1,4 +1,4 @@
-"""The optimizer step and clipping of one stage at a time."""
+"""Optimizer steps and gradient clipping of one stage at a time."""
 
 from collections.abc import Sequence
 

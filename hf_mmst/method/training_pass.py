@@ -1,4 +1,4 @@
-"""One forward pass in which stages learn."""
+"""One forward pass in which stages learn: each steps back through its loss at its end, and its graph is freed."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -8,13 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cut.hidden_states import (
-    detached,
-    hidden_states_of,
-    input_hidden_states,
-    mask_of,
-    without_tensors,
-)
+from ..cut.hidden_states import detached, hidden_states_of, input_hidden_states, mask_of, without_tensors
 from ..cut.partition import Partition
 from ..cut.side_inputs import SideInputs, mark
 from .partial_forward import StopForward, until_stopped

@@ -1,4 +1,4 @@
-"""A layer's input and output -> how far the layer moves the representation, and what weight that has in the loss."""
+"""The transport term: how far layers move the representation, and what weight that has in the loss over time."""
 
 import math
 from collections.abc import Callable, Collection, Sequence

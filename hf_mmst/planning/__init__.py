@@ -1,5 +1,5 @@
-"""What a training run takes, before it runs: bytes on the device, compute, and the settings that fit a budget.
+"""Planning: the memory and compute of ways of training, found before a run, and the settings that fit a budget.
 
-In: a model's config, a batch, a budget. Out: a `Plan`, found by a simulation on tensors without data.
-Imports: `memory`, `method`, `cut`, `config`.
+In: a model or its name, a batch or its size, a budget in bytes. Out: a `Plan`. Steps are simulated on fake tensors, so
+that nothing is allocated. May import: `memory`, `method`, `cut`, `config`, `field_checks`.
 """

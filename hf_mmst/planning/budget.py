@@ -1,4 +1,4 @@
-"""The arguments of a run -> what it takes in device memory, and, with `memory_budget`, how it is trained in that."""
+"""Plans for the arguments of a run: its peak memory, and with `memory_budget` the settings that fit."""
 
 from collections.abc import Mapping
 from typing import Any

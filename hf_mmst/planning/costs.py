@@ -1,4 +1,4 @@
-"""What a way of training costs beside device memory: compute, and bytes that rest elsewhere."""
+"""What a way of training costs beside device memory: compute, and bytes at rest, moved and cached."""
 
 from .simulation import Simulation
 from .ways import Way

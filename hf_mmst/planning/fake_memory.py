@@ -1,4 +1,4 @@
-"""What a simulation puts in the place of memory: a tracker of tensors without data, and shelves that hold none."""
+"""Stand-ins for memory in a simulation: a tracker of fake tensors, and layers at rest that take no memory."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The memory of each layer in end-to-end training, measured in a forward pass of a model without data."""
+"""Memory of each layer in end-to-end training, found in a forward pass on fake tensors."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""What a user names -> a model without data, and a batch of zeros for it, to plan with."""
+"""What is planned with: a model on the meta device, from a name or configuration, and a batch of zeros for it."""
 
 import os
 from collections.abc import Mapping

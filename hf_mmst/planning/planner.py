@@ -1,4 +1,4 @@
-"""A model, a batch and a budget -> how to train it in that much memory, beside end-to-end training and its rivals."""
+"""`plan`: estimates the memory of ways of training a model, and chooses the one of least compute in a budget."""
 
 import math
 from bisect import bisect_left

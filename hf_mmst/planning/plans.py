@@ -1,4 +1,4 @@
-"""What a search for a way of training has found: a row for each way, tables, and the settings that were chosen."""
+"""`Plan`: the result of `plan`, with its tables, the chosen settings, and the reason in words."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A way of training -> the most device memory that a step of it holds, found on tensors that have no data."""
+"""`Simulation`: steps of training on fake tensors, which have no data, to find the peak of device memory."""
 
 import contextlib
 import functools

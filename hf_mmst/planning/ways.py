@@ -1,4 +1,4 @@
-"""Ways of training a model, as settings."""
+"""`Way`: a way of training, as the settings that make it."""
 
 from dataclasses import dataclass, fields
 from typing import Any

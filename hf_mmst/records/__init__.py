@@ -1,5 +1,5 @@
-"""What is written to disk and read back: stages, results, model cards, pictures, the folders of checkpoints.
+"""Files that a run writes and reads back: checkpoints, stages, results, model cards, plots.
 
-In: plain data and tensors. Out: JSON, safetensors, Markdown and PNG files that are whole or absent; errors that name a
-damaged file. Imports: `method`, `cut`, `config`.
+In: tensors and plain data. Out: safetensors, JSON, Markdown and PNG files, written whole or not at all; errors that
+name a damaged file. May import: `method`, `cut`, `config`.
 """

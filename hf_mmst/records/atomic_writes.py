@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Atomic writes: files are written beside, flushed to the disk and renamed, so that they are whole or not there."""
 
 import errno
 import os

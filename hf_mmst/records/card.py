@@ -1,4 +1,4 @@
-"""Results of a run -> its model card, `README.md`, and a picture of its stages."""
+"""The model card of a run: `README.md`, with a plot of its stages."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The log of a run -> a picture of its stages over time, in a file and in the loggers that show images."""
+"""Plots of a run's stages over time, made from its log: in `training.png`, TensorBoard and trackio."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""A file that others may have written -> what it says, or an error that names it and what is wrong with it."""
+"""Read files that others may have written: what they hold is checked, and errors name the file and what is wrong."""
 
 import dataclasses
 import json

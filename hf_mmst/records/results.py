@@ -1,4 +1,4 @@
-"""A finished run -> what is kept of it, as plain data: metrics of each stage, settings, memory, device, versions."""
+"""Results of a finished run as plain data: metrics of each stage, settings, memory, device, versions."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""What a checkpoint's run was told and what this run is told -> how it goes on, or why it cannot."""
+"""Which settings a run can change when it resumes from a checkpoint, and which it cannot."""
 
 from collections.abc import Mapping
 from typing import Any

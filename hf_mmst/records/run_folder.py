@@ -1,4 +1,4 @@
-"""The folder of a run -> checkpoints in it that are whole or not there, whenever the process ends."""
+"""`RunFolder`: the checkpoints of a run, each of them whole or not there, whenever the process ends."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the plain model: the cut in `stages.json`, the heads in `stages.safetensors`."""
+"""`Stages`: what a checkpoint holds beside the plain model, in `stages.json` and `stages.safetensors`."""
 
 import json
 import math

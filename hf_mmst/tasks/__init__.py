@@ -1,5 +1,5 @@
-"""Two tasks from names to results: the classification of images and of texts.
+"""Two tasks from names to results: image classification and text classification.
 
 In: names of a dataset and of a model. Out: a ready trainer, a table of its stages, `results.json`.
-Imports: `trainer`, `planning`, `records`, `memory`, `config`.
+May import: `trainer`, `records`, `memory`, `cut`, `config`, `field_checks`.
 """

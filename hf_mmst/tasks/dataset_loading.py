@@ -1,4 +1,4 @@
-"""A name of a dataset -> its train and test split, with a column of inputs and a column of classes."""
+"""Load a dataset for classification: train and test split, with a column of inputs and a column of classes."""
 
 import glob
 import math

@@ -1,4 +1,4 @@
-"""Names of a dataset and of a model -> a trainer that classifies images."""
+"""Image classification: its arguments, datasets, and a ready trainer."""
 
 import json
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Files of images -> pixel values in a model's scale."""
+"""Pixel values of image files: decoded, scaled for a model, augmented for training."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

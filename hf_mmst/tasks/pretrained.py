@@ -1,4 +1,4 @@
-"""A name and a dataset -> a pretrained classifier of its labels."""
+"""Load a pretrained model as a classifier of a dataset's labels."""
 
 from typing import Any
 

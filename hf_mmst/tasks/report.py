@@ -1,4 +1,4 @@
-"""Metrics of a finished run -> a table of its stages, and `results.json`."""
+"""Train and report: a table of the stages on the terminal, and `results.json`."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""A dataset with a train and a test split -> what is trained on and what is evaluated on, and the accuracy of that."""
+"""Which samples of a dataset are trained on and evaluated on, and the accuracy metric."""
 
 import time
 from dataclasses import dataclass, field

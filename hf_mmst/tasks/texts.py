@@ -1,4 +1,4 @@
-"""Names of a dataset and of a model -> a trainer that classifies texts."""
+"""Text classification: its arguments, datasets, and a ready trainer."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any
