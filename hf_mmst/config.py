@@ -31,97 +31,112 @@ class MMSTConfig(TrainingArguments):
     r"""
     [`~transformers.TrainingArguments`] with the settings of stage-wise training by the minimizing movement scheme.
 
-    Some fields of the host differ in effect. `num_train_epochs` is what *every stage* gets (with laps: `N / num_laps`
-    epochs per lap), and `max_steps`, when set, is the total over all stages and laps, shared out evenly, remainder to
-    the last; in the `"simultaneous"` order all stages learn on each batch, so both mean what they mean in `Trainer`.
-    With several processes the gradients of each stage are averaged when it has learned, so that what is set of
-    DistributedDataParallel's buckets and unused parameters counts with one stage only.
+    Some fields of `TrainingArguments` differ in effect. `num_train_epochs` is what *every stage* gets (with laps:
+    `N / num_laps` epochs per lap), and `max_steps`, when set, is the total over all stages and laps, shared out evenly,
+    remainder to the last. In the `"simultaneous"` order all stages learn on each batch, so both mean what they mean in
+    `Trainer`. With several processes the gradients of each stage are averaged as soon as it has learned, so that
+    DistributedDataParallel's settings of buckets and unused parameters have an effect with one stage only.
+
+    Below, a *pretrained* model is one that was loaded with `from_pretrained`, a *stage* is a run of consecutive layers,
+    and stages are numbered from 1 to K.
 
     Args:
         num_stages (`int`, *optional*):
-            Number of stages K. The layers are cut into K runs of about equal cost; 1 is end-to-end training. Unset: 4,
-            or as many as the model has layers if those are fewer; when the model is cut, K is written here.
+            Number of stages K. The layers are cut into K runs of about equal compute. With 1, training is that of
+            `Trainer`, end to end, for any model. Unset: 4, or the number of layers if that is less; the number that
+            was chosen is written here when the model is cut.
         stage_boundaries (`list[str]`, *optional*):
-            Qualified names of each stage's last layer, in order, e.g. `["vit.layers.5", "vit.layers.11"]`. Overrides
-            `num_stages`. The model's last layer may be left out.
+            Qualified names of each stage's last layer, in order, e.g. `["vit.layers.5", "vit.layers.11"]`, in the place
+            of a cut by compute; overrides `num_stages`. The model's last layer may be left out.
         stage_order (`str`, *optional*, defaults to `"simultaneous"`):
-            `"simultaneous"`: every stage learns on each batch. `"sequential"`: stage 1 to its end, then stage 2 on
-            its output, ... `"multi_lap"`: first to last stage in each of `num_laps` laps. In these two an
-            `EarlyStoppingCallback` judges the stage that learns, by that stage's metric, and ends its turn, and the
-            best model is one whose last stage has begun to learn. `"coupled"`: not in stages, but end to end with one
-            layer in device memory, which is recomputed in the backward pass, for when local losses are not enough;
-            this sets `stage_residency` to `"stage"`.
+            Which stages learn when.
+
+            - `"simultaneous"`: all stages learn on each batch.
+            - `"sequential"`: stage 1 learns to its end, then stage 2 on its output, and so on.
+            - `"multi_lap"`: the stages learn in turn, from the first to the last, in each of `num_laps` laps.
+            - `"coupled"`: end-to-end training without local losses, with one layer in device memory, which is
+              recomputed in the backward pass. For when local losses are not enough. Sets `stage_residency="stage"`.
+
+            In `"sequential"` and `"multi_lap"` an `EarlyStoppingCallback` judges the stage that learns, by that stage's
+            metric, and ends its turn; the best model is chosen among those whose last stage has begun to learn.
         num_laps (`int`, *optional*, defaults to 1):
-            Laps R of the `"multi_lap"` order.
+            Number of laps R of the `"multi_lap"` order.
         coupled_laps (`int`, *optional*, defaults to 0):
-            Laps after those, in which all stages learn together from the model's own loss, end to end, so that what
-            local losses missed is made up for: with R laps before and n of these, each lap has N / (R + n) epochs.
-            With `stage_residency="stage"` one layer is in device memory, as in the `"coupled"` order.
+            Number n of laps of end-to-end training after the laps with local losses, to make up for what local losses
+            missed. With R laps before, each lap has N / (R + n) epochs. With `stage_residency="stage"` one layer is in
+            device memory in these laps, as in the `"coupled"` order.
         head_pooling (`str`, *optional*, defaults to `"auto"`):
-            How an auxiliary head pools the tokens: `"mean"` over the tokens (padding left out), `"cls"` the first
-            token, `"auto"`: the first token where the own head of a model that was loaded with `from_pretrained` reads
-            nothing else, a convolution of the feature maps of a convolutional network, or else the mean.
-            Where each token has a label nothing is pooled, and it must be `"auto"`.
+            How an auxiliary head pools the tokens: `"mean"`, the mean over tokens without padding, or `"cls"`, the
+            first token. `"auto"`: the first token if the own head of a pretrained model reads nothing else, a
+            convolution of the feature maps of a convolutional network, and else the mean. Must be `"auto"` where each
+            token has a label, for nothing is pooled then.
         head_layers (`int`, *optional*):
-            Number of the model's last layers of which the auxiliary heads share a copy, so that a stage is judged by
-            what they make of its output. It costs the memory of that many more layers, once, and their time in each
-            stage but the last. Unset: 1 for a model that was loaded with `from_pretrained`, if all its layers are of
-            one width and not quantized; else 0.
+            Number of the model's last layers that the auxiliary heads begin with: all heads share one trained copy of
+            them. It costs the memory of these layers once, and their compute in each stage but the last. Unset: 1 for
+            a pretrained model whose layers are all of one width and not quantized, else 0.
         head_learning_rate (`float`, *optional*):
             Learning rate of the auxiliary heads' norms and classifiers, and of all that the model itself has after its
-            last layer (norm, pooler, classifier). Unset: ten times `learning_rate` for stages of a model that was
-            loaded with `from_pretrained`, else `learning_rate`. Where the layers need a low rate, 1e-5 or so, 0.01 is
-            worth a try, in the coupled order, too. Not with an optimizer of your own, whose groups have rates already.
+            last layer (norm, pooler, classifier). Unset: ten times `learning_rate` for stages of a pretrained model,
+            else `learning_rate`. Where the layers need a low rate, such as 1e-5, 0.01 is worth a try, in the
+            `"coupled"` order, too. Not with an optimizer of your own, whose groups have rates already.
         stage_learning_rate_decay (`float`, *optional*):
-            Stage k of K learns at `learning_rate` times this to the power of K - k. Unset: for a model of L layers that
-            was loaded with `from_pretrained` 0.7 to the power of L / K, so 0.7 a layer, else 1.
+            Layer-wise learning rate decay, by stages: stage k of K learns at `learning_rate` times this to the power of
+            K - k. Unset: 0.7 a layer for a pretrained model, which is 0.7 to the power of L / K for L layers, else 1.
         transport_weight (`float`, *optional*, defaults to 0.3):
-            Weight of the transport term in each stage's loss, 1 / (2 tau) in the paper's notation; 0 is greedy
-            training. With `transport_norm="relative"` it has no unit and travels between models.
+            Weight w of the transport term in each stage's loss, 1 / (2 tau) in the paper's notation. 0 is greedy
+            training, by the task loss alone. With `transport_norm="relative"` it has no unit, and a value that is good
+            for one model is a good start for another.
         transport_norm (`str`, *optional*, defaults to `"relative"`):
-            What is measured of a layer's residue r, per sample, averaged over the batch: `"relative"` is
-            ||r||^2 / ||x||^2 with x the layer's input (not differentiated), 1,000 at most; `"mean"` is the mean square
-            over tokens and features (the paper's released code), `"sum"` the squared norm (the paper's equation 5).
+            Norm of a layer's residue r, its output minus its input x, for each sample, averaged over the batch:
+            `"relative"`, ||r||^2 / ||x||^2 with x not differentiated, at most 1,000; `"mean"`, the mean of r^2 over
+            tokens and features (the paper's released code); `"sum"`, ||r||^2 (the paper's equation 5).
         transport_schedule (`str`, *optional*, defaults to `"auto"`):
-            `"auto"`: adaptive for a model that was loaded with `from_pretrained`, whose layers may move far already,
-            else constant. `"constant"`; `"paper"`: half the weight (doubled tau) in the second half of the stages;
-            `"multipliers"`: the weight is divided by a multiplier that grows with the task loss (Uzawa, appendix D of
-            the paper); `"adaptive"`: per stage, the transport term is held at `transport_weight` times 10 % of the task
-            loss.
+            How the weight of the transport term changes.
+
+            - `"constant"`: it does not.
+            - `"paper"`: half the weight (twice tau) in the second half of the stages.
+            - `"multipliers"`: it is divided by a multiplier that grows with the task loss (Uzawa's algorithm, appendix
+              D of the paper).
+            - `"adaptive"`: it changes for each stage, so that the transport term stays at `transport_weight` times 10 %
+              of the task loss.
+            - `"auto"`: `"adaptive"` for a pretrained model, whose layers may move far already, else `"constant"`.
         stage_clipping (`bool`, *optional*, defaults to `False`):
-            Clips the gradients of each stage to `max_grad_norm` by itself. In the simultaneous order a stage's
-            optimizer step then follows its backward at once (also where `max_grad_norm` is 0), so that the gradients
-            of one stage are in memory, not of all; with several processes those of two, of which one's are on their
-            way. With gradient accumulation, a gradient scaler (fp16) or side inputs that layers share, all step at the
-            end, as in `Trainer`, to the same effect.
+            Whether the gradients of each stage are clipped to `max_grad_norm` by their own norm, not that of all. In
+            the `"simultaneous"` order each stage's optimizer step then follows its backward pass at once (also with
+            `max_grad_norm=0`), so that the gradients of one stage are in memory, not of all; with several processes
+            those of two, one of which are being averaged. With gradient accumulation, a gradient scaler (fp16), or side
+            inputs that layers share, all stages step at the end of the batch, to the same effect.
         memory_budget (`str`, *optional*):
-            Bytes of device memory, as in `"4GiB"`, to plan for when the trainer is made (see [`plan`]): `num_stages`,
-            `stage_order`, `stage_clipping`, `stage_residency` and `activation_checkpointing` are set to the ways of
-            stage-wise training with the least compute that fits. A `num_stages` that is set is kept: then ways with
-            that many stages are planned, or it is an error that none fits.
+            Device memory in bytes, as in `"4GiB"`, to plan for when the trainer is made (see [`plan`]). Of the ways of
+            training that fit, the one with the least compute is chosen, and `num_stages` (if unset), `stage_order`,
+            `stage_clipping`, `stage_residency` and `activation_checkpointing` are set to it. It is an error if none
+            fits. Unset: nothing is planned.
         stage_residency (`str`, *optional*, defaults to `"all"`):
-            What is in device memory: `"all"` stages, or, in the orders where one stage learns at a time, only that
-            `"stage"`: its weights, gradients and optimizer states. The others rest in pinned host memory (CUDA) or in
-            memory-mapped files in `output_dir` (CPU) and pass through layer by layer. For a single process.
+            Whose weights, gradients and optimizer states are in device memory: those of `"all"` stages, or only those
+            of the `"stage"` that learns, in the orders where one learns at a time. The others are offloaded, to pinned
+            host memory (CUDA) or to memory-mapped files in `output_dir` (CPU), and are loaded layer by layer where
+            they run. `"stage"` is for a single process.
         feature_cache (`str`, *optional*, defaults to `"none"`):
-            Where the features that a stage gets of each sample are kept, so that the stages before it run once per
-            sample and turn, not in each epoch: `"disk"` (in `output_dir`, deleted after training) or
-            `"memory"`. For the orders where one stage learns at a time. Each process keeps those of its own samples.
+            Where the inputs of the stage that learns are cached, so that the frozen stages before it run once per
+            sample and turn, not in each epoch: `"none"`, `"disk"` (in `output_dir`, deleted after training) or
+            `"memory"`. For the orders where one stage learns at a time. Each process caches those of its own samples.
         cache_views (`int`, *optional*):
-            Fixes random augmentation: in epoch e a sample is view e mod `cache_views` of it. A feature cache needs
-            that where the dataset is random.
+            Number of augmented views of each sample: in epoch e a sample is view e mod `cache_views` of it. A feature
+            cache needs it where samples are augmented at random. Unset: augmentation is as the dataset makes it.
         stage_parallel (`bool`, *optional*, defaults to `False`):
-            Shares out the stages, not the samples, over the processes of `torchrun` or `accelerate launch`: each of P
-            holds the weights, gradients and optimizer states of its stages alone, learns on every batch, and hands the
-            output of its last stage on to the next process. It computes what the simultaneous order computes in one
-            process. `per_device_train_batch_size` is the whole batch, and `world_size` is 1, as the samples are not
-            shared out. It needs `stage_clipping=True` or `max_grad_norm=0`, and heads without layers.
+            Stage parallelism (pipeline parallelism without a pipeline's backward pass): the processes of `torchrun` or
+            `accelerate launch` share out the stages, not the samples. Each of P processes holds the weights, gradients
+            and optimizer states of its own stages, learns on every batch, and sends the output of its last stage to the
+            next process. The result is that of the `"simultaneous"` order in one process.
+            `per_device_train_batch_size` is the whole batch, and `world_size` is 1. It needs `stage_clipping=True` or
+            `max_grad_norm=0`, and heads without layers.
         model_card (`bool`, *optional*, defaults to `True`):
-            Whether [`MMSTTrainer.push_to_hub`] and [`MMSTTrainer.create_model_card`] write a model card,
-            `README.md` and `stages.png` in `output_dir`; `False` leaves one that you wrote alone.
+            Whether [`MMSTTrainer.push_to_hub`] and [`MMSTTrainer.create_model_card`] write a model card, `README.md`
+            and `stages.png`, in `output_dir`. With `False` one that you wrote is left alone.
 
     Raises:
-        `ValueError`: for a value that cannot be, saying which field to set to what.
+        `ValueError`: for a value that is out of range, or fields that exclude each other, saying which field to set to
+            what.
     """
 
     num_stages: Annotated[int, whole(1, "1 trains end to end")] | None = field(
@@ -231,18 +246,18 @@ class MMSTConfig(TrainingArguments):
 
     @property
     def place_model_on_device(self):
-        """As the host's; layers at rest do not go to the device, nor does what is not planned or not shared out yet."""
+        """As in `TrainingArguments`, but not where layers are offloaded, or before stages are planned or shared out."""
         whole = self.stage_residency == "all" and self.memory_budget is None and not self.stage_parallel
         return super().place_model_on_device and whole
 
     @property
     def world_size(self):
-        """As the host's: the number of processes that share out the samples; 1 where they share out the stages."""
+        """Number of processes that share out the samples; 1 where they share out the stages."""
         return 1 if self.stage_parallel else super().world_size
 
     @contextlib.contextmanager
     def main_process_first(self, local=True, desc="work"):
-        """As the host's, also where the processes share out the stages."""
+        """As in `TrainingArguments`, also where the processes share out the stages."""
         if not self.stage_parallel:
             with super().main_process_first(local, desc):
                 yield
@@ -257,13 +272,13 @@ class MMSTConfig(TrainingArguments):
         return self.num_stages is None or self.num_stages == self._found_stages
 
     def stages_of(self, num_layers: int) -> int:
-        """K for a model of that many layers after which a stage may end."""
+        """Number of stages K for a model with `num_layers` layers after which a stage may end."""
         if self.num_stages is None or self.chooses_stages:
             return min(DEFAULT_STAGES, num_layers)
         return self.num_stages
 
     def write_stages(self, number: int) -> None:
-        """Write down K of the model that was cut, unless the user has set it."""
+        """Set `num_stages` to the number of a model that was cut, unless the user has set it."""
         if self.chooses_stages:
             self.num_stages = self._found_stages = number
 

@@ -31,6 +31,17 @@ def refuse_conflicts(args: Any) -> None:
     Raises:
         `ValueError`: for fields that exclude each other, saying which to set to what.
     """
+    _refuse_laps(args)
+    _refuse_with_residency(args)
+    _refuse_with_feature_cache(args)
+    _refuse_with_budget(args)
+    _refuse_processes(args)
+    _refuse_host_settings(args)
+    if args.stage_parallel:
+        _refuse_with_stage_parallel(args)
+
+
+def _refuse_laps(args: Any) -> None:
     if args.num_laps > 1 and args.stage_order != "multi_lap":
         raise ValueError(
             f'num_laps={args.num_laps} has no effect with stage_order="{args.stage_order}". Set '
@@ -41,24 +52,42 @@ def refuse_conflicts(args: Any) -> None:
             f'coupled_laps={args.coupled_laps} has no effect with stage_order="coupled", which is end to end all '
             "along. Set coupled_laps=0, or another stage_order."
         )
+
+
+def _refuse_with_residency(args: Any) -> None:
+    if args.stage_residency != "stage":
+        return
     couples = args.coupled_laps > 0 or args.stage_order == "coupled"
-    if args.stage_residency == "stage" and couples and args.fp16:
+    if couples and args.fp16:
         setting = f"coupled_laps={args.coupled_laps}" if args.coupled_laps else 'stage_order="coupled"'
         raise ValueError(
             f"{setting} steps each layer by itself, which a gradient scaler cannot follow. Set bf16=True in the "
             "place of fp16, or another stage_order."
         )
-    if args.stage_residency == "stage" and args.stage_order == "simultaneous":
+    if args.stage_order == "simultaneous":
         raise ValueError(
             'stage_residency="stage" keeps one stage in device memory, but with stage_order="simultaneous" all of '
             'them learn on each batch. Set stage_order to "sequential" or "multi_lap", or stage_residency="all".'
         )
     for name in ("bf16_full_eval", "fp16_full_eval"):
-        if args.stage_residency == "stage" and getattr(args, name):
+        if getattr(args, name):
             raise ValueError(
                 f"{name}=True evaluates with all weights in low precision, but layers at rest come to the device "
                 f"as they are. Set {name}=False: bf16=True evaluates in mixed precision, too."
             )
+    if args.world_size > 1:
+        raise ValueError(
+            f'stage_residency="stage" is for a single process, but there are {args.world_size}: the wrapper that '
+            'averages their gradients needs all weights on the device. Set stage_residency="all", or start one.'
+        )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            'dispatch_batches=True hands out batches on the device, but with stage_residency="stage" nothing is '
+            "moved there beforehand. Leave dispatch_batches unset in accelerator_config."
+        )
+
+
+def _refuse_with_feature_cache(args: Any) -> None:
     planned = args.memory_budget is not None  # the order is not known yet
     if args.feature_cache != "none" and args.stage_order in ("simultaneous", "coupled") and not planned:
         raise ValueError(
@@ -71,22 +100,33 @@ def refuse_conflicts(args: Any) -> None:
             "Persistent workers do not learn which epoch it is, and with it which of the cache_views is due. "
             "Set dataloader_persistent_workers=False, or leave cache_views unset."
         )
-    if planned and (args.stage_order != "simultaneous" or args.stage_boundaries is not None or args.coupled_laps):
+
+
+def _refuse_with_budget(args: Any) -> None:
+    if args.memory_budget is not None and (
+        args.stage_order != "simultaneous" or args.stage_boundaries is not None or args.coupled_laps
+    ):
         raise ValueError(
             f'memory_budget="{args.memory_budget}" chooses the order of training and the cut. Leave stage_order, '
             "coupled_laps and stage_boundaries unset, or memory_budget."
         )
+
+
+def _refuse_processes(args: Any) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > PartialState().num_processes:
         raise ValueError(
             f"{started} processes were started, but each of them would train by itself: without a GPU they find "
             "each other only if told to use the CPU. Set use_cpu=True, or start one process."
         )
-    if args.stage_residency == "stage" and args.world_size > 1:
+    if args.ddp_static_graph:
         raise ValueError(
-            f'stage_residency="stage" is for a single process, but there are {args.world_size}: the wrapper that '
-            'averages their gradients needs all weights on the device. Set stage_residency="all", or start one.'
+            "ddp_static_graph=True awaits all gradients at the end of a step, but those of a stage are averaged "
+            "when it has learned. Leave it unset."
         )
+
+
+def _refuse_host_settings(args: Any) -> None:
     if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ValueError(
             "Reentrant checkpointing would silently stop every stage but the first from learning, because a "
@@ -105,21 +145,9 @@ def refuse_conflicts(args: Any) -> None:
             "and heads, clipping and residency do not reach it. Set optim to another, such as adafactor, and "
             "stage_clipping=True, so that each stage steps right after its backward."
         )
-    if args.stage_residency == "stage" and args.accelerator_config.dispatch_batches:
-        raise ValueError(
-            'dispatch_batches=True hands out batches on the device, but with stage_residency="stage" nothing is '
-            "moved there beforehand. Leave dispatch_batches unset in accelerator_config."
-        )
-    if args.ddp_static_graph:
-        raise ValueError(
-            "ddp_static_graph=True awaits all gradients at the end of a step, but those of a stage are averaged "
-            "when it has learned. Leave it unset."
-        )
-    if args.stage_parallel:
-        _refuse_beside_stage_parallel(args)
 
 
-def _refuse_beside_stage_parallel(args: Any) -> None:
+def _refuse_with_stage_parallel(args: Any) -> None:
     for name, value in _STAGE_PARALLEL.items():
         found = getattr(args, name)
         if found and found != value:
