@@ -27,7 +27,7 @@ FAST_HEADS = 0.01  # a rate for new linear heads on layers that hardly move
 @dataclass(frozen=True)
 class Trial:
     """
-    What one trial found.
+    The result of one trial.
 
     Attributes:
         settings (`dict[str, Any]`): fields of [`MMSTConfig`] that were tried.
@@ -61,7 +61,7 @@ class Pilot:
         return next((trial for trial in self.trials if trial.metric is not None and math.isfinite(trial.metric)), None)
 
     def config(self) -> str:
-        """The chosen settings, to be pasted; empty if none was."""
+        """The chosen settings as code, ready to paste; empty if none was."""
         if self.chosen is None:
             return ""
         return f'MMSTConfig("output", {", ".join(f"{k}={v!r}" for k, v in self.chosen.settings.items())})'
@@ -101,7 +101,7 @@ def pilot(
     space: Mapping[str, Sequence[Any]] | None = None,
 ) -> Pilot:
     """
-    Try small, then roll out: short runs on some of the samples, drawn by optuna's sampler, each from a new model.
+    Run short trials of settings, chosen by optuna's sampler, on some of the samples, each with a new model.
 
     A short run ranks settings; it does not say how good the full run will be. The samples that trials are ranked on are
     held out of the others, so that no test set is touched.

@@ -20,7 +20,7 @@ class _Parser(HfArgumentParser):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice."""
+    """A YAML loader that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]

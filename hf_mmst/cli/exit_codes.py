@@ -10,7 +10,7 @@ LONGEST = 1000  # characters of a message
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with a command line, not all that it might have been."""
+    """An argument parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2."""
@@ -19,7 +19,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def exit_code(name: str, program: Callable[[], int | None]) -> int:
     """
-    Run a program, of which errors are said in one line.
+    Run a program, and print its errors in one line.
 
     Args:
         name (`str`): what the line begins with.

@@ -24,7 +24,7 @@ from .arguments import parse_arguments
 
 @dataclass
 class TrialArguments:
-    """How much is tried; `memory_budget` is what trials must fit."""
+    """Arguments of how much a pilot tries; its trials must fit `memory_budget`."""
 
     num_trials: Annotated[int, whole(1, "12 by default")] = field(
         default=12, metadata={"help": "Settings to try at most."}

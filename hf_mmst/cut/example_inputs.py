@@ -18,7 +18,7 @@ SAMPLES = 2  # that a model is looked at with
 
 @dataclass(frozen=True)
 class ExampleInputs:
-    """What a model's forward pass gets for a few samples: its arguments by name, and the number of samples."""
+    """Arguments of a model's forward pass for a few samples, by name, and the number of samples."""
 
     values: Mapping[str, Any]
     num_samples: int
@@ -35,7 +35,7 @@ class ExampleInputs:
         """
         A batch as the model gets it in training.
 
-        The host's own models do without the labels and the padding mask, which say what counts, not what is computed,
+        Models of transformers do without the labels and the padding mask, which say what counts, not what is computed,
         and often cannot be followed on tensors without data; but a decoder begins with the labels. A forward pass of
         the user's gets them all.
 
@@ -46,7 +46,7 @@ class ExampleInputs:
             makes_loss (`bool`): whether the model gets `labels` in training.
         """
         left_out: set[str] = set()
-        if _is_of_host(model):
+        if _is_of_transformers(model):
             decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
             left_out = {"attention_mask", *(() if decodes else label_names)}
         if not makes_loss:
@@ -55,7 +55,7 @@ class ExampleInputs:
 
     @classmethod
     def made_up(cls, model: nn.Module) -> "ExampleInputs":
-        """[`dummy_inputs`] of a few samples. Errors: those of it."""
+        """[`dummy_inputs`] of [`SAMPLES`] samples; raises what that raises."""
         return cls(dummy_inputs(model, SAMPLES), SAMPLES)
 
     def on(self, model: nn.Module) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def first_batch(dataset: Iterable, num_samples: int, collate: Callable[[list], A
 
     No random state is changed. A dataset that is its own iterator is left alone, for it does not yield a sample again.
     """
-    with unchanged_chance():
+    with restored_random_states():
         sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         rows: Any = (dataset[i] for i in range(len(dataset))) if sized else iter(dataset)  # type: ignore[arg-type, index]
         samples = [] if rows is dataset else list(itertools.islice(rows, num_samples))
@@ -84,8 +84,8 @@ def first_batch(dataset: Iterable, num_samples: int, collate: Callable[[list], A
 
 
 @contextlib.contextmanager
-def unchanged_chance(seed: int | None = None) -> Iterator[None]:
-    """The global random states of Python, NumPy and PyTorch, on the CPU, are afterwards as before; `seed` sets them."""
+def restored_random_states(seed: int | None = None) -> Iterator[None]:
+    """Context that restores the global random states of Python, NumPy and PyTorch (CPU); `seed` sets them within it."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -142,7 +142,7 @@ def dummy_inputs(
 
 
 def num_positions(model: nn.Module) -> int | None:
-    """Tokens of a text at most, where each position has an embedding of its own; `None` where it is computed."""
+    """Most tokens of a text, where each position has a learned embedding; `None` where positions are computed."""
     config: Any = model.config
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if most is None:
@@ -155,7 +155,7 @@ def num_positions(model: nn.Module) -> int | None:
     return most - max(offsets) if offsets else None
 
 
-def _is_of_host(model: nn.Module) -> bool:
+def _is_of_transformers(model: nn.Module) -> bool:
     """Whether the model's forward pass is one of transformers' own."""
     forward = inspect.unwrap(type(unwrap_peft_model(model)).forward)
     return forward.__module__.startswith("transformers.")

@@ -24,13 +24,13 @@ HeadKind = Literal["pooled", "tokens", "own"]
 @dataclass(frozen=True)
 class Objective:
     """
-    What the stages of a model learn from.
+    The loss of a model's task, and the kind of head whose logits it takes.
 
     Attributes:
         head (`str`):
             Of the stages before the last: `"pooled"`, logits `[B, num_labels]`; `"tokens"`, logits
             `[B, N, num_labels]`; `"own"`, the model's own head for all stages, logits `[B, N, vocab_size]`.
-        compute (`Callable`): the host's loss, of logits, labels and the model's configuration.
+        compute (`Callable`): transformers' loss, of logits, labels and the model's configuration.
         shifts (`bool`): whether the label of a token is that of the next one.
     """
 
@@ -39,7 +39,7 @@ class Objective:
     shifts: bool = False
 
     def count(self, labels: Any) -> int:
-        """Labels that count: all but -100 of class indices, else all numbers."""
+        """Number of labels that count: all but -100 of class indices, else all numbers."""
         if not torch.is_tensor(labels):
             return 0
         if self.shifts:
@@ -74,7 +74,7 @@ _OBJECTIVES = {
 
 
 def objective_of(model: nn.Module) -> Objective | None:
-    """The objective of a model's stages, told by the loss that the host has for its class; `None` if there is none."""
+    """The objective of a model, by the loss that transformers has for its class; `None` if stages cannot have one."""
     base: Any = unwrap_peft_model(model)
     name = getattr(base, "loss_type", None) or _loss_of(type(base))
     found = _OBJECTIVES.get(LOSS_MAPPING.get(name))
@@ -84,7 +84,7 @@ def objective_of(model: nn.Module) -> Objective | None:
 
 
 def _loss_of(kind: type) -> str | None:
-    """The host's name for the loss of a class, told by the names of the classes that it derives from."""
+    """The key in `LOSS_MAPPING` of the loss of a class, by the names of the classes that it derives from."""
     for base in (one.__name__ for one in kind.__mro__ if issubclass(one, PreTrainedModel)):
         if base in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             return "ForCausalLM"  # GPT2LMHeadModel and others, whose name does not say so

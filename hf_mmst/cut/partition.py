@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 @dataclass(frozen=True)
 class Partition:
     """
-    The cut of an encoder into stages, as data: it survives saving, wrapping and moving the model.
+    A cut of an encoder into stages, as names of layers: it stays valid when the model is saved, wrapped or moved.
 
     Args:
         stages (`tuple[tuple[str, ...], ...]`):
@@ -104,10 +104,10 @@ def find_layers(model: nn.Module) -> list[str]:
     Qualified names of the encoder's layers, in order, found by the model's structure.
 
     The trunk is the list of like modules ([`~torch.nn.ModuleList`]) that holds most parameters; lists whose members
-    are the host's checkpointed layers come first. A trunk of groups that are lists of blocks, with at most a change of
-    resolution beside (the four stages of a Swin), is opened, so that the blocks are the layers. Without any such list,
-    sequences of like blocks side by side ([`~torch.nn.Sequential`], as in timm) are taken, or else the one sequence of
-    unlike modules that holds most parameters (VGG), whose layers are [`run_ends`]' runs of these.
+    are transformers' `GradientCheckpointingLayer` come first. A trunk of groups that are lists of blocks, with at most
+    a change of resolution beside (the four stages of a Swin), is opened, so that the blocks are the layers. Without any
+    such list, sequences of like blocks side by side ([`~torch.nn.Sequential`], as in timm) are taken, or else the one
+    sequence of unlike modules that holds most parameters (VGG), whose layers are [`run_ends`]' runs of these.
 
     Args:
         model (`nn.Module`): a Hugging Face model with an encoder; wrappers such as `PeftModel` may be around it.

@@ -24,9 +24,15 @@ _DEPENDS_ON_DATA = (RuntimeError, NotImplementedError, AssertionError)
 @dataclass(frozen=True)
 class LayerProfile:
     """
-    What one layer does to one sample: its name, floating-point operations, the width D of its output, whether that is
-    a map `[D, H, W]` rather than tokens `[N, D]`, and whether it has the shape of what the layer's run got, so that
-    there is a transport term.
+    The cost and output of one layer, for one sample.
+
+    Attributes:
+        name (`str`): qualified name of the layer.
+        flops (`int`): floating-point operations of its forward pass.
+        width (`int`): width D of its output.
+        is_map (`bool`): whether the output is a feature map `[D, H, W]` rather than tokens `[N, D]`.
+        keeps_shape (`bool`): whether the output has the shape of the input of the layer's run (see [`run_ends`]), so
+            that there is a transport term.
     """
 
     name: str

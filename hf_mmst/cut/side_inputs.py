@@ -15,7 +15,7 @@ _STAGE = "hf_mmst.stage"  # on the nodes of a graph at which the outputs of laye
 @dataclass
 class SideInputs:
     """
-    The tensors with a graph of their own that enter the layers of a stage.
+    The side inputs of a stage's layers that carry a graph.
 
     What the stage itself has made, such as a second stream of its layers, is left as it is. What an earlier stage has
     made comes without its graph: it has learned there. What was made around the layers, such as a position bias of all
@@ -34,7 +34,7 @@ class SideInputs:
     stand_ins: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def enter(self, stage: int, args: tuple, kwargs: dict[str, Any], last: bool) -> tuple[tuple, dict[str, Any]]:
-        """What a layer of `stage` gets in the place of its arguments; none stands in for them in the `last` stage."""
+        """Arguments for a layer of `stage`, with side inputs cut or replaced by stand-ins; none in the `last` stage."""
         hidden = input_hidden_states(args, kwargs)
 
         def entered(value):
@@ -50,12 +50,12 @@ class SideInputs:
         return tree_map(lambda value: value if value is hidden else entered(value), (args, kwargs))
 
     def share_graph_with(self, loss: torch.Tensor) -> bool:
-        """Whether the graph of a loss has a part in common with that of the tensors that are stood in for."""
+        """Whether the graph of a loss and the graphs of tensors with a stand-in have a node in common."""
         behind, _ = graph_behind(side.grad_fn for side, _ in self.stand_ins.values())
         return bool(behind and behind & graph_behind([loss.grad_fn])[0])
 
     def step_back(self) -> bool:
-        """Take on the gradients that what stands in has gathered; returns whether anything stood in."""
+        """Backpropagate the gradients of the stand-ins into the tensors that they replace; whether there were any."""
         found = [(side, stand_in.grad) for side, stand_in in self.stand_ins.values() if stand_in.grad is not None]
         if found:
             torch.autograd.backward([side for side, _ in found], [gradient for _, gradient in found], retain_graph=True)

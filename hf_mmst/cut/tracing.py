@@ -16,7 +16,7 @@ from .side_inputs import SideInputs, graph_behind, mark
 @dataclass(frozen=True)
 class Trace:
     """
-    What a forward pass of the model in stages shows.
+    What a recorded forward pass shows of the stages.
 
     Attributes:
         outputs (`dict[str, Any]`): what each layer returns, `None` in the place of each tensor, by name.
@@ -49,7 +49,7 @@ class Trace:
 
 class Recorder:
     """
-    Hooks on the layers that cut as in training, but keep the graph of each stage, to be followed afterwards.
+    Hooks on the layers that cut the graph between stages as in training, and keep each part to be examined.
 
     Args:
         partition (`Partition`): the cut.
@@ -81,7 +81,7 @@ class Recorder:
         return tree_map(lambda value: _without_graph(value) if value is hidden else self._cut(value, stage), output)
 
     def trace(self, output: torch.Tensor, model: nn.Module) -> Trace:
-        """What was found, with what the model puts out."""
+        """The [`Trace`] of a pass that has returned `output`."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         around = {id(stand_in): side for side, stand_in in self._sides.stand_ins.values()}
         learners: dict[str, frozenset[int]] = {}

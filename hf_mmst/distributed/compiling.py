@@ -29,7 +29,7 @@ def take_compilation(accelerator: Any) -> dict[str, Any] | None:
 
 def refuse_compilation(args: MMSTConfig, compilation: dict[str, Any]) -> None:
     """
-    Refuse what cannot be compiled.
+    Refuse settings that cannot be combined with compiled layers.
 
     Raises:
         `ValueError`: saying what to set.

@@ -86,7 +86,7 @@ class Reduction:
 
 
 class _Message:
-    """Gradients on their way, laid end to end; after them, of each parameter, in what share of processes it has one."""
+    """An all-reduce under way, of gradients end to end; after them, for each, the share of processes that have it."""
 
     def __init__(self, parameters: list[nn.Parameter]):
         self._parameters = parameters

@@ -19,7 +19,7 @@ END = -1
 
 class Relay:
     """
-    Passes tensors from each process of the process group to the next one, in order.
+    Point-to-point communication: sends tensors from each process of the process group to the next one, in order.
 
     The sender goes on computing while a tensor is on its way, and a thread of the receiver fetches the next one while
     it computes. [`DEPTH`] tensors are on their way at most: a process that is faster than the next one waits for it.
@@ -65,14 +65,14 @@ class Relay:
             self._flows = False
 
     def hand_on(self, tensor: torch.Tensor, stamp: int) -> None:
-        """Pass `tensor` on to the next process; `stamp` says what it was computed of."""
+        """Send `tensor` to the next process; `stamp` identifies the batch that it was computed from."""
         while len(self._on_the_way) >= 2 * DEPTH:
             self._finish_sending()
         self._send([tensor.dim(), DTYPES.index(tensor.dtype), stamp, *tensor.shape], tensor.contiguous())
 
     def take(self, stamp: int) -> torch.Tensor:
         """
-        The next tensor from the process before.
+        Receive the next tensor from the process before.
 
         Raises:
             `RuntimeError`: if its stamp is another one, or nothing comes.
@@ -131,14 +131,14 @@ class Relay:
     # ---- What all processes take part in ----
 
     def gather(self, value: Any) -> list[Any]:
-        """What each of the processes calls this with, by rank."""
+        """All-gather: the `value` of every process, by rank."""
         found: list[Any] = [None] * self.num_ranks
         with self._naming():
             dist.all_gather_object(found, value, group=self._control)
         return found
 
     def from_last(self, value: Any) -> Any:
-        """What the last of the processes calls this with."""
+        """Broadcast: the `value` of the last process."""
         found = [value]
         with self._naming():
             dist.broadcast_object_list(found, self.num_ranks - 1, group=self._control)
@@ -146,7 +146,7 @@ class Relay:
 
     def collect(self, own: Mapping[Any, Any]) -> dict[Any, Any]:
         """
-        All that the processes have, by name, in the first of them, tensors on the CPU; elsewhere `own`.
+        Gather by name what all processes have to the first of them, tensors on the CPU; the others return `own`.
 
         One tensor at a time is on its way.
         """

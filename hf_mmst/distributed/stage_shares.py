@@ -15,7 +15,7 @@ from ..method.heads import HEADS, StageHeads
 @dataclass(frozen=True)
 class Share:
     """
-    What each of P processes has of a model in stages.
+    The stages of each of P processes, and which of them holds which tensor.
 
     Attributes:
         rank (`int`): of this process, from 0.
@@ -51,7 +51,7 @@ def take_share(
     clips: bool,
 ) -> Share:
     """
-    Keep the stages of one of several processes, on `device`, and let go of all others' weights.
+    Move the stages of this process to `device`, and free the weights of all other stages.
 
     A parameter is the process's own if the loss of one of its stages reaches it: embeddings are the first process's,
     the model's last norm and classifier the last one's.
@@ -120,13 +120,13 @@ def share_out(costs: Sequence[float], num_processes: int) -> list[range]:
 
 
 def release(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
-    """Let the data of `tensors` go: they keep their shapes, and read as ones, of which a single one is stored."""
+    """Free the data of `tensors`: they keep their shapes, and read as ones, of which a single one is stored."""
     for tensor in tensors:
         tensor.data = torch.ones((), dtype=tensor.dtype, device=device).expand(tensor.shape)
 
 
 def is_released(tensor: torch.Tensor) -> bool:
-    """Whether [`release`] has let the data of a tensor, of several elements, go."""
+    """Whether [`release`] has freed the data of a tensor, of several elements."""
     return tensor.untyped_storage().nbytes() < tensor.nbytes
 
 

@@ -18,7 +18,9 @@ from ..method.heads import StageHeads
 
 class Wrapper:
     """
-    A model that is whole in each process: alone, or in DistributedDataParallel. Others say what differs.
+    How stages are trained with each process holding the whole model: alone, or in DistributedDataParallel.
+
+    Subclasses override what differs in other wrappers.
 
     Args:
         accelerator (`accelerate.Accelerator`): the trainer's.
@@ -42,7 +44,7 @@ class Wrapper:
 
     def refuse(self, args: MMSTConfig, compiles: bool) -> None:
         """
-        Refuse what cannot be.
+        Refuse settings with which stages cannot be trained in this wrapper.
 
         Args:
             args ([`MMSTConfig`]): the settings.
@@ -53,7 +55,7 @@ class Wrapper:
         """
 
     def prepare(self, model: nn.Module, partition: Partition, heads: StageHeads) -> None:
-        """Say what the wrapper has to know of the stages, before it is put around the model."""
+        """Set up the wrapper for the stages, before it is put around the model."""
 
     def backward(self, loss: torch.Tensor, **retain: bool) -> None:
         """Step back through the loss of a stage that is not the last; `retain` is as for [`torch.Tensor.backward`]."""

@@ -32,7 +32,7 @@ EXITS_NAME = "exits.json"
 
 class EarlyExit:
     """
-    A classifier that lets each sample leave at the first stage whose head is sure enough.
+    A classifier in which each sample exits at the first stage whose head is confident enough.
 
     The samples that have left are no longer in the batch that the next layers see. The model itself is not changed.
 
@@ -143,7 +143,7 @@ class EarlyExit:
     @torch.no_grad()
     def observe(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> HeadLogits:
         """
-        Run the whole model over batches with `labels`, and keep what each stage says.
+        Run the whole model over batches with `labels`, and keep the logits of each stage.
 
         Raises:
             `ValueError`: if there is no batch, or one has no labels or other labels than the model.

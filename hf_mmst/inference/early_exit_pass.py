@@ -20,7 +20,7 @@ from .exit_rules import ExitRule, layers_until
 @dataclass
 class EarlyExitOutput(ModelOutput):
     """
-    What [`EarlyExit`] returns.
+    The output of [`EarlyExit`].
 
     Attributes:
         logits (`torch.Tensor`): `[B, num_labels]`, the answer of the stage at which each sample left.
@@ -93,7 +93,7 @@ class ExitPass:
         return tree_map(lambda value: value[stay] if torch.is_tensor(value) else value, output)
 
     def leave(self, stage: int, logits: torch.Tensor, whole: bool = False) -> torch.Tensor:
-        """Let the samples go that are sure enough; returns which of those in the batch stay."""
+        """Let confident samples leave with their logits; returns a mask `[B]` of those in the batch that stay."""
         logits = logits[self.rows] if whole else logits
         before = None if self.answers is None else self.answers[self.rows]
         answer = self.rule.answer(stage, logits, before)
@@ -116,14 +116,14 @@ class ExitPass:
         return value[self.rows] if (name, path) in self.per_sample and len(value) == self.size else value
 
     def output(self) -> EarlyExitOutput:
-        """What was found."""
+        """The output for all samples of the batch."""
         head_layers = self.rule.asks_heads * len(self.heads.layers)
         until = torch.tensor(layers_until(self.partition, head_layers), device=self.stages.device)
         return EarlyExitOutput(logits=self.answers, exit_stages=self.stages + 1, layers_run=until[self.stages])
 
 
 def per_sample_inputs(model: nn.Module, partition: Partition) -> set[tuple]:
-    """Where, in the inputs of which layers, there are tensors with a row for each sample: those that grow with it."""
+    """Layers, and places in their arguments, of tensors with one row per sample, found with batches of two sizes."""
     sizes: list[dict[tuple, int]] = []
 
     def watch(name, _module, args, kwargs):

@@ -12,7 +12,7 @@ from ..cut.partition import Partition
 @dataclass(frozen=True)
 class ExitRule:
     """
-    When a sample leaves.
+    The rule by which a sample leaves at a stage.
 
     Args:
         threshold (`float`, *optional*, defaults to 0.9):
@@ -57,7 +57,7 @@ class ExitRule:
 
     def answer(self, stage: int, logits: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
         """
-        What stage `stage` (from 0) answers.
+        The answer of a stage: its logits, or the mean of the logits so far with `ensemble`.
 
         Args:
             stage (`int`): from 0.
@@ -103,7 +103,7 @@ class ExitRule:
 @dataclass(frozen=True)
 class HeadLogits:
     """
-    What all K stages say of N samples, `[K, N, num_labels]`, and their labels, `[N]`; on the CPU.
+    Logits of all K stages for N samples, `[K, N, num_labels]`, and their labels, `[N]`; on the CPU.
 
     Raises:
         `ValueError`: if there are no samples, if a label is not the number of a class, or if a logit is not a number.

@@ -17,7 +17,9 @@ from .sample_keys import bytes_of
 
 class FeatureCache:
     """
-    The stores of the stage that learns and of the one before, from which the former is filled stage by stage.
+    A cache of the inputs of the stage that learns.
+
+    It has a [`FeatureStore`] for that stage and one for the stage before, from whose features the former is filled.
 
     Args:
         where (`str`): `"disk"` or `"memory"`.
@@ -32,7 +34,7 @@ class FeatureCache:
         self._stores: dict[int, FeatureStore] = {}
 
     def begin(self, stage: int) -> None:
-        """From now on `stage` learns."""
+        """Begin the turn of `stage`: open its store and the one before, and delete all others."""
         for one in [one for one in self._stores if one not in (stage - 1, stage)]:
             self._stores.pop(one).delete()
         for one in (stage - 1, stage):
@@ -41,7 +43,7 @@ class FeatureCache:
                 self._stores[one] = FeatureStore(self._identify(one), self._capacity, folder)
 
     def get(self, stage: int, keys: Sequence[int], mask: torch.Tensor | None) -> tuple[int, torch.Tensor] | None:
-        """The input of `stage`, or else of the stage before, with the number of that stage, if it is kept."""
+        """The number of a stage and its input: of `stage`, or else of the one before; `None` if neither is cached."""
         for one in (stage, stage - 1):
             found = self._stores[one].get(keys, mask) if one in self._stores else None
             if found is not None:
@@ -49,7 +51,7 @@ class FeatureCache:
         return None
 
     def add(self, stage: int, keys: Sequence[int], mask: torch.Tensor | None, features: torch.Tensor) -> None:
-        """Keep the input of `stage`; see [`FeatureStore.add`]."""
+        """Add the input of `stage`; see [`FeatureStore.add`]."""
         self._stores[stage].add(keys, mask, features)
 
     def flush(self) -> None:

@@ -83,7 +83,7 @@ class FeatureStore:
 
     def add(self, keys: Sequence[int], mask: torch.Tensor | None, features: torch.Tensor) -> None:
         """
-        Keep the features of a batch, `[B, N, ...]`; arguments as in [`get`].
+        Add the features of a batch, `[B, N, ...]`; arguments as in [`get`].
 
         Raises:
             `ValueError`: if there are more different samples than there can be, or no room for them.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..cut.example_inputs import unchanged_chance
+from ..cut.example_inputs import restored_random_states
 
 KEYS = "feature_keys"
 FIX = (
@@ -56,7 +56,7 @@ class FixedViews(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Any:
         words = (self.seed, int(index), self.epoch % self.views)
         seed = int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=4).digest(), "little")
-        with unchanged_chance(seed):
+        with restored_random_states(seed):
             return self.dataset[index]
 
 

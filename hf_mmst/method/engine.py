@@ -128,7 +128,7 @@ class Stagewise:
 
     @contextlib.contextmanager
     def alone(self, refuse: Callable[[], Any]) -> Iterator[None]:
-        """Within this context, `refuse` is called where the model is run with gradients, but for once in a [`step`]."""
+        """Context in which `refuse` is called if the model runs with gradients outside a [`step`] or twice in one."""
 
         def before(module, _args):
             if not torch.is_grad_enabled():
@@ -170,7 +170,7 @@ class Stagewise:
             return type(self.model).forward(self.model, *args, **kwargs)[0]
 
     def _remember(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Keep what the model is called with; keys and values are not cached, for they would outlive their stage."""
+        """Keep the model's arguments for its own head; no keys and values are cached: they would outlive a stage."""
         config: Any = model.config
         if getattr(config, "use_cache", False):
             kwargs = {**kwargs, "use_cache": False}

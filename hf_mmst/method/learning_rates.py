@@ -32,7 +32,7 @@ def split_groups(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter
     """
     Split the optimizer's groups so that each parameter learns at its group's rate times its factor (or 1).
 
-    Where there are parameters of factor 1 they come first, so that theirs is the rate that the host logs.
+    Where there are parameters of factor 1 they come first, so that theirs is the rate that `Trainer` logs.
     """
     groups = []
     for group in optimizer.param_groups:

@@ -16,7 +16,7 @@ from .transport import RunTracker, movement
 @dataclass
 class StageView:
     """
-    What a forward pass without learning shows of the stages that were looked at.
+    Logits and movements of stages in a forward pass without learning.
 
     Attributes:
         logits (`list[Any]`): what was read of their heads' logits, all but the model's own; see [`Stagewise.observe`].
@@ -58,7 +58,7 @@ class ObservingPass:
     _moved: list[torch.Tensor] = field(default_factory=list)
 
     def after_layer(self, name: str, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """Add the layer's movement; at a stage's end, read what its head says."""
+        """Add the layer's movement; at a stage's end, read its head's logits."""
         stage = self.partition.stage_of[name]
         if stage < self.stages[0] or len(self.view.movements) == len(self.stages):
             return

@@ -21,7 +21,7 @@ class StopForward(Exception):  # noqa: N818 - not an error
 
 
 class GivenOutput(nn.Module):
-    """Stands in for a frozen layer: returns the hidden states that are given, or else those that it gets."""
+    """Replaces a layer that does not run: returns given hidden states, or its input if none are given."""
 
     def __init__(self, layer: nn.Module, output: Any, hidden: torch.Tensor | None):
         super().__init__()
@@ -39,7 +39,15 @@ class GivenOutput(nn.Module):
 def left_out(
     model: nn.Module, outputs: Mapping[str, Any], names: Sequence[str], hidden: torch.Tensor
 ) -> Iterator[None]:
-    """Within this context, `names` do not run: the last of them puts out `hidden`, the others what they get."""
+    """
+    Within this context, some layers do not run: the last of them returns `hidden`, the others their input.
+
+    Args:
+        model (`nn.Module`): the model.
+        outputs (`Mapping[str, Any]`): what each of the layers returned before, tensors left out, by name.
+        names (`Sequence[str]`): qualified names of the layers, in order.
+        hidden (`torch.Tensor`): output of the last of them, `[B, N, D]` or `[B, C, H, W]`.
+    """
     with contextlib.ExitStack() as stack:
         for name in names:
             layer = model.get_submodule(name)
@@ -56,7 +64,14 @@ def until_stopped(
     criterion: Callable[[torch.Tensor], torch.Tensor] | None,
     around: Callable[[], contextlib.AbstractContextManager],
 ) -> Iterator[None]:
-    """Within this context the model's forward runs within `around`, and returns the logits that it was stopped with."""
+    """
+    Within this context, the model's forward pass returns the logits of the [`StopForward`] that ends it.
+
+    Args:
+        model (`nn.Module`): the model, not a wrapper around it.
+        criterion (`Callable`, *optional*): logits to the task's loss, which is returned if labels are passed.
+        around (`Callable`): makes the context within which the forward pass runs.
+    """
     forward = model.forward
 
     @functools.wraps(forward)

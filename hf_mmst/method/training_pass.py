@@ -18,7 +18,7 @@ from .transport import RunTracker, transport
 @dataclass
 class StageStep:
     """
-    What one training step found, by stage number from 0.
+    Losses and transports of one training step, by stage number from 0.
 
     Attributes:
         losses (`dict[int, torch.Tensor]`): task loss of each stage that has already been stepped back through.
@@ -74,12 +74,12 @@ class TrainingPass:
         self._ends = {*self.partition.boundaries}
 
     def before_layer(self, name: str, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Cut side inputs off that would tie a stage to what is before it."""
+        """Cut side inputs off from the graph of earlier stages."""
         stage = self.partition.stage_of[name]
         return self._sides.enter(stage, args, kwargs, stage == self.last) if stage >= self.first else None
 
     def after_layer(self, name: str, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Add the layer's transport; at a stage's end, learn and hand on the output without its graph."""
+        """Add the layer's transport; at a stage's end, step back through it and return the output without its graph."""
         stage = self.partition.stage_of[name]
         if stage < self.first:
             self.outputs[name] = without_tensors(output)
@@ -120,7 +120,7 @@ class TrainingPass:
             torch.clear_autocast_cache()  # else the low-precision copies of every stage's weights pile up
 
     def forward(self) -> contextlib.AbstractContextManager[None]:
-        """Let the model's forward begin without graph and end early, where the stages that learn ask for it."""
+        """Context for the forward pass: frozen stages build no graph, and it ends after the last stage that learns."""
         if self.first == 0 and self.last == self.partition.num_stages - 1:
             return contextlib.nullcontext()
         return until_stopped(self.model, self.criterion, self._frozen_at_first)

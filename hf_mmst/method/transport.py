@@ -161,7 +161,7 @@ class TransportWeights:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from [`state_dict`]; of another schedule it says nothing, and another w counts from here on."""
+        """Load [`state_dict`]; that of another schedule is ignored, and another w applies from here on."""
         if state.get("schedule", self.schedule) != self.schedule:
             return
         before = state.get("weight", self.weight)
@@ -187,14 +187,21 @@ class TransportWeights:
 
 @dataclass
 class RunTracker:
-    """Follows the representation through runs of modules: where a run began, and its last output of the same shape."""
+    """
+    Finds the input and output of each run of modules, between which transport is measured.
+
+    The output is the last one of the run that has the shape of its input.
+
+    Args:
+        ends (`Collection[str]`): qualified names of the modules at which runs end, see [`run_ends`].
+    """
 
     ends: Collection[str]
     _begin: torch.Tensor | None = None
     _end: torch.Tensor | None = None
 
     def until(self, name: str, x: torch.Tensor, y: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """After a module: from where to where its run has moved, if it ends here and has kept the shape up to there."""
+        """To be called after each module, with its input x and output y; returns the run's pair if it ends here."""
         self._begin = x if self._begin is None else self._begin
         self._end = y if y.shape == self._begin.shape else self._end
         if name not in self.ends:

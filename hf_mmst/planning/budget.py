@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any], has_local_losses: bool = True) -> Row:
     """
-    Plan for `args.memory_budget`, and write the settings into `args`; the budget is taken out, for it has been spent.
+    Plan for `args.memory_budget` and write the chosen settings into `args`; the budget is then unset.
 
     A `num_stages` that the user has set is kept: the coupled order, which has no stages, is not chosen then.
 

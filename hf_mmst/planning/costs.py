@@ -7,7 +7,11 @@ EPOCHS = 3  # of each stage, over which a feature cache pays off
 
 
 def relative_compute(simulation: Simulation, way: Way) -> float:
-    """Forward passes are counted once, backward passes twice, or once where only activations need gradients."""
+    """
+    Floating-point operations of a way of training, per epoch of every stage, relative to end-to-end training.
+
+    A forward pass counts once, a backward pass twice, or once where only activations need gradients.
+    """
     passes = (2 if way.lora else 3) + (way.activation_checkpointing or way.stage_order == "coupled")
     if way.stage_order != "sequential":
         return passes / 3
@@ -19,7 +23,7 @@ def relative_compute(simulation: Simulation, way: Way) -> float:
 
 
 def bytes_elsewhere(simulation: Simulation, way: Way) -> tuple[int, int, int]:
-    """Bytes at rest, bytes moved in a step, and bytes of the feature cache for each sample."""
+    """Bytes at rest outside the device, bytes moved in a step, and bytes of the feature cache for each sample."""
     resting = moved = cache = 0
     layers = {layer.name: layer for layer in simulation.by_layer} if way.stage_order != "simultaneous" else {}
     if way.stage_residency == "stage":

@@ -35,7 +35,7 @@ class _NoModules:
 
 
 class _FakeShelf(Shelf):
-    """A shelf in no memory at all."""
+    """A shelf whose tensors take no memory."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device, folder: str):
         alike = {(tensor.shape, tensor.dtype): tensor for tensor in tensors}

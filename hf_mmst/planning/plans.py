@@ -18,7 +18,7 @@ HEADROOM = 1.05  # of a peak, for what is not counted in tensors
 @dataclass(frozen=True)
 class Row:
     """
-    What one way of training takes.
+    Memory and compute of one way of training.
 
     Attributes:
         name (`str`): in words.
@@ -47,7 +47,7 @@ class Row:
 @dataclass(frozen=True)
 class Plan:
     """
-    What was found.
+    The result of [`plan`].
 
     Attributes:
         rows (`list[Row]`): the ways of training that were tried.
@@ -111,7 +111,7 @@ class Plan:
         return table
 
     def config(self) -> str:
-        """The chosen settings, to be pasted; empty if none was chosen."""
+        """The chosen settings as code, ready to paste; empty if none was chosen."""
         if self.chosen is None:
             return ""
         settings = {**self.settings, "per_device_train_batch_size": self.batch_size}

@@ -27,7 +27,7 @@ from .ways import PRECISIONS, Way
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes in device memory when they are most: of weights, of optimizer states, and of all together."""
+    """The peak of device memory, in bytes: weights and optimizer states in it, and all tensors together."""
 
     weights: int
     states: int
@@ -36,7 +36,7 @@ class Peak:
 
 class Simulation:
     """
-    A copy of a model without data, whose training steps are run to watch the memory that they would take.
+    A copy of a model on fake tensors, whose training steps are run to measure the memory that they would take.
 
     What runs is the model's own forward and backward and this package's own engine, on PyTorch's fake tensors; the
     optimizer is fused AdamW. Kernels' workspaces, the caching allocator's reserve and the device's context come on top.
@@ -93,7 +93,7 @@ class Simulation:
         return Partition.by_cost(self.layers, num_stages, costs, self.ends)
 
     def peak(self, way: Way) -> Peak:
-        """The most memory that a step takes, over the stages if they learn one at a time."""
+        """Peak memory of a training step; if stages learn one at a time, the highest over the stages."""
         if way.lora:
             return self._end_to_end(self._with_adapters(), way)
         if way.stage_order == "coupled":

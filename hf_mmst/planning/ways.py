@@ -11,7 +11,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class Way:
     """
-    A way of training.
+    A way of training: the settings that its memory and compute depend on.
 
     Attributes:
         num_stages (`int`): K; 1 is end-to-end training.
@@ -33,7 +33,7 @@ class Way:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The fields of [`MMSTConfig`] that make this way, but those at their defaults."""
+        """Fields of [`MMSTConfig`] for this way of training, without those at their defaults."""
         return {
             field.name: getattr(self, field.name)
             for field in fields(self)

@@ -30,7 +30,7 @@ METRICS = ("accuracy", "f1", "precision", "recall", "matthews_correlation", "pea
 @dataclass(frozen=True)
 class CardContent:
     """
-    What a model card says.
+    The content of a model card.
 
     Attributes:
         name (`str`): how the model is loaded: a name on the Hub, or a folder.

@@ -25,7 +25,7 @@ FEW_POINTS = 40  # are shown as such
 
 def stage_curves(history: Sequence[Mapping[str, Any]], name: str, prefix: str = "") -> dict[int, list[float]]:
     """
-    How a number of each stage went.
+    Curves of one logged number, one for each stage.
 
     Args:
         history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`.
@@ -138,7 +138,7 @@ class PictureCallback(TrainerCallback):
     Sends the picture to TensorBoard and trackio, where `report_to` has them: after each evaluation and at the end.
 
     Args:
-        callbacks (`Callable[[], Sequence[TrainerCallback]]`): the trainer's callbacks, the host's loggers among them.
+        callbacks (`Callable[[], Sequence[TrainerCallback]]`): the trainer's callbacks, with its loggers among them.
         peaks (`Mapping[str, int]`): see [`draw_training`]; the trainer's own, which grow.
         planned (`Callable[[], int | None]`): makes the plan, once, at the end of training.
     """

@@ -34,7 +34,7 @@ def damaged(path: Path, what: object) -> ValueError:
 
 def read_json(path: Path, kind: Any) -> Any:
     """
-    What a JSON file says, if that is of a kind.
+    Read a JSON file and check its content against a type.
 
     Args:
         path (`Path`): the file.
@@ -54,7 +54,7 @@ def read_json(path: Path, kind: Any) -> Any:
 
 def read_tensors(path: Path, like: Mapping[str, torch.Tensor], whose: str) -> dict[str, torch.Tensor]:
     """
-    The tensors of a safetensors file. Names and shapes are those of `like`, as its header says before they are read.
+    Read a safetensors file, after checking that the names and shapes in its header are those of `like`.
 
     Args:
         path (`Path`): the file.
@@ -98,7 +98,7 @@ def tensor_names(path: Path) -> set[str]:
 
 def load_whole(kind: Any, name: str | os.PathLike, **kwargs: Any) -> Any:
     """
-    A model from `kind.from_pretrained`, none of whose weights is left to chance.
+    Load a model with `kind.from_pretrained`; it is an error if weights are missing, which would be random.
 
     Args:
         kind: a class of transformers.

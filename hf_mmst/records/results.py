@@ -73,7 +73,7 @@ def split_metrics(
     metrics: Mapping[str, Any], prefix: str = "eval"
 ) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
     """
-    What [`MMSTTrainer.evaluate`] returns, taken apart.
+    Split what [`MMSTTrainer.evaluate`] returns into the model's own metrics and those of stages.
 
     Returns:
         `tuple[dict, dict]`: the model's own metrics by name, without those of speed; and the stages' by name, a value
@@ -94,7 +94,7 @@ def split_metrics(
 
 def run_results(args: MMSTConfig, partition: Partition, metrics: Mapping[str, Any], **found: Any) -> dict[str, Any]:
     """
-    What is kept of a run, ready for JSON. Nothing in it is secret: tokens on the command line are left out.
+    Results of a run as a dict for JSON. Nothing in it is secret: tokens on the command line are left out.
 
     Args:
         args ([`MMSTConfig`]): the run's settings.

@@ -11,11 +11,11 @@ FROM_HERE_ON = ("transport_weight", "transport_schedule", "transport_norm", "sta
 
 def refuse_other_settings(folder: str, saved: Mapping[str, Any], args: MMSTConfig) -> None:
     """
-    Refuse settings by which what has been trained so far would have been trained otherwise.
+    Refuse to resume with other values of settings on which the training so far has depended.
 
     Args:
         folder (`str`): the checkpoint.
-        saved (`Mapping[str, Any]`): the fields of [`MMSTConfig`] that it was trained with.
+        saved (`Mapping[str, Any]`): its fields of [`MMSTConfig`].
         args ([`MMSTConfig`]): those of this run.
 
     Raises:
@@ -51,6 +51,6 @@ def refuse_other_length(folder: str, saved: int, steps: int, num_turns: int) -> 
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The settings that count from here on and were others before, in words; empty if there are none."""
+    """Settings that apply from here on and had other values before, in words; empty if there are none."""
     found = [(name, saved.get(name, now[name]), now[name]) for name in FROM_HERE_ON]
     return ", ".join(f"{name}={value!r} (before: {before!r})" for name, before, value in found if before != value)

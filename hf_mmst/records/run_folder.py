@@ -29,7 +29,7 @@ class RunFolder:
         self._deleting = self.path / "_deleting"
 
     def tidy(self) -> None:
-        """Bring back whole checkpoints that were moved aside for nothing, and clear away what was cut off."""
+        """Bring back whole checkpoints that an interrupted save moved aside, and delete what was half written."""
         for folder in self._aside.glob("*"):
             if not (self.path / folder.name).exists():
                 os.replace(folder, self.path / folder.name)
@@ -43,7 +43,7 @@ class RunFolder:
         flush(self.path, deep=False)
 
     def rotate(self, limit: int | None, best: str | None) -> None:
-        """As the host's `rotate_checkpoints`: all but the newest `limit` checkpoints go, and the best one stays."""
+        """As `Trainer`'s `rotate_checkpoints`: delete all but the newest `limit` checkpoints and the best one."""
         if limit is not None and limit > 0:
             folders = sort_checkpoints(str(self.path), use_mtime=True)
             spare = [Path(one) for one in folders[:-1] if best is None or Path(one) != Path(best)]

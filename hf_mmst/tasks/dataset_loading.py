@@ -73,7 +73,7 @@ def _has_parquet(folder: Path) -> bool:
 
 @contextmanager
 def _said_once() -> Iterator[None]:
-    """Without the log of the datasets library, of which the errors that it raises say the same."""
+    """Context without the log of the datasets library, which repeats the errors that it raises."""
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
@@ -152,7 +152,7 @@ def _with_classes(split: datasets.Dataset, train: datasets.Dataset, name: str) -
 
 def split_off(train: datasets.Dataset, share: float, seed: int = 0) -> datasets.DatasetDict:
     """
-    A train split without a share of it, and that as the test split, in which classes are as frequent.
+    Split a share of the train split off as the test split, stratified by class.
 
     Raises:
         `ValueError`: if a class has one sample only.

@@ -40,7 +40,7 @@ DEFAULTS = {
 
 @dataclass
 class ImageArguments(SplitArguments):
-    """Which images, and what is done to them."""
+    """Arguments of a dataset of images."""
 
     dataset_name: Annotated[str, a_dataset] | None = field(
         default=None,

@@ -14,7 +14,7 @@ from .dataset_loading import split_off
 
 @dataclass
 class SplitArguments:
-    """How much of a dataset is used."""
+    """Arguments of which part of a dataset is used."""
 
     max_train_samples: Annotated[int, whole(1, "unset: all")] | None = field(
         default=None, metadata={"help": "Train on this many samples at most."}

@@ -29,7 +29,7 @@ DEFAULTS = {
 
 @dataclass
 class TextArguments(SplitArguments):
-    """Which texts, and what is done to them."""
+    """Arguments of a dataset of texts."""
 
     dataset_name: Annotated[str, a_dataset] | None = field(
         default=None,
