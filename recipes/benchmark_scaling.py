@@ -53,7 +53,7 @@ class WrapperReduces(MMSTTrainer):
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
         Reduction.forget(self.model)
-        self._reduction = None
+        self._run.learning.reduction = None
         return optimizer
 
 

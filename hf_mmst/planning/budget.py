@@ -15,19 +15,25 @@ from .ways import Way
 logger = logging.get_logger(__name__)
 
 
-def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any], has_local_losses: bool = True) -> Row:
+def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any] | None, has_local_losses: bool = True) -> Row:
     """
     Plan for `args.memory_budget` and write the chosen settings into `args`; the budget is then unset.
 
     A `num_stages` that the user has set is kept: the coupled order, which has no stages, is not chosen then.
 
     Args:
-        args ([`MMSTConfig`]), model (`nn.Module`), batch (`Mapping[str, Any]`): what is trained, on batches like it.
+        args ([`MMSTConfig`]), model (`nn.Module`): what is trained.
+        batch (`Mapping[str, Any]`, *optional*): on batches like this one; `None` if there are none.
         has_local_losses (`bool`): whether stages can learn; if not, the model is trained end to end.
 
     Raises:
-        `ValueError`: if nothing fits, saying what would.
+        `ValueError`: if nothing fits, saying what would, or if there is no batch.
     """
+    if batch is None:
+        raise ValueError(
+            f'memory_budget="{args.memory_budget}" is planned with the first samples of train_dataset, but there '
+            "are none, or none that could be read again. Pass a dataset with samples, or leave memory_budget unset."
+        )
     precision, device = _precision_and_device(args)
     steps_at_once = args.gradient_accumulation_steps == 1 and args.world_size == 1 and not args.fp16
     num_stages = None if args.chooses_stages or not has_local_losses else args.num_stages

@@ -1,19 +1,22 @@
-"""What a forward pass shows of each stage, gathered along with the model's own predictions -> metrics of each stage."""
+"""The metrics of each stage, collected while the host's Trainer evaluates the model or predicts."""
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput, default_compute_objective
 
 from ..cut.objectives import Objective
-from ..cut.partition import Partition
-from ..memory.residency import Residency
+from ..cut.temporary_attributes import replaced
 from ..records.results import ENSEMBLE
+from .stage_parallel import AllStages
+from .stage_run import StageRun
+from .stage_scores import StageScores
+from .task_loss import TaskLoss
 
 
 def unpack(packed: Any) -> tuple[Any, Sequence[Any]]:
@@ -22,55 +25,6 @@ def unpack(packed: Any) -> tuple[Any, Sequence[Any]]:
         return packed or (None, ())
     predictions, logits = zip(*packed, strict=True)
     return [*predictions], [[*batches] for batches in zip(*logits, strict=True)]
-
-
-class StageScores:
-    """
-    The transport of each stage, and its loss, over all samples of an evaluation.
-    """
-
-    def __init__(self) -> None:
-        self._movements: list[torch.Tensor] = []
-        self._losses: list[torch.Tensor] = []
-
-    def add(
-        self, movements: list[torch.Tensor], losses: list[torch.Tensor], gather: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
-        """
-        Add a batch of B samples.
-
-        Args:
-            movements (`list[torch.Tensor]`): of each sample in each stage, `[B]` each.
-            losses (`list[torch.Tensor]`): the batch's mean loss of each stage, or none.
-            gather (`Callable`): gathers a tensor `[B, ...]` of all processes.
-        """
-        columns = [*movements, *(loss.float().expand(len(movements[0])) for loss in losses)]
-        rows = gather(torch.stack(columns, 1)).cpu()
-        self._movements.append(rows[:, : len(movements)])
-        self._losses.append(rows[:, len(movements) :])
-
-    @classmethod
-    def joined(cls, parts: Sequence["StageScores"]) -> "StageScores":
-        """The scores of all stages, of those of some stages each, for the same samples."""
-        whole = cls()
-        whole._movements = [torch.cat(rows, 1) for rows in zip(*(part._movements for part in parts), strict=True)]
-        whole._losses = [torch.cat(rows, 1) for rows in zip(*(part._losses for part in parts), strict=True)]
-        return whole
-
-    def losses(self, apart: bool) -> list[Any]:
-        """Of each stage, the loss of each sample's batch, as the host gives the model's: by batches, if `apart`."""
-        batches = [rows.numpy() for rows in self._losses]
-        if apart:
-            return [list(stage) for stage in zip(*(rows.T for rows in batches), strict=True)]
-        return list(np.concatenate(batches).T)
-
-    def means(self, perplexity: bool = False) -> dict[str, float]:
-        """`stage_<k>_loss`, its exponential `stage_<k>_perplexity` if asked for, `stage_<k>_transport`; k from 1."""
-        moved, losses = (
-            torch.cat(rows).double().mean(0) if rows else torch.empty(0) for rows in (self._movements, self._losses)
-        )
-        found = {"loss": losses, **({"perplexity": losses.exp()} if perplexity else {}), "transport": moved}
-        return {f"stage_{k + 1}_{name}": one.item() for name, values in found.items() for k, one in enumerate(values)}
 
 
 class StageMetrics:
@@ -138,99 +92,102 @@ class StageMetrics:
         return metrics
 
 
-class StageEvaluation(Trainer):
-    """The evaluations and predictions of [`MMSTTrainer`], which sets the attributes below."""
+class StageEvaluation:
+    """
+    One evaluation or prediction loop, in which the metrics of all stages are collected beside the model's own.
 
-    partition: Partition
-    compute_metrics: Any
-    preprocess_logits_for_metrics: Any
-    _objective: Objective
-    _residency: Residency | None
-    _criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    _labels_of: Callable[[Any], Any]
-    _observing: Any
-    _of_all: Callable[[StageScores], StageScores]
-    _joined: Callable[[Any], Any]
-    _names_of_stages: frozenset[str] = frozenset()  # metrics that are not the model's own
+    Without `compute`, or where only losses are asked for, there are still losses, transport and, of language models,
+    perplexities (the exponentials of the losses); no logits are kept then.
 
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    Args:
+        objective ([`Objective`]): the task.
+        stages ([`AllStages`]): brings together what the processes have, where they share out the stages.
+        compute (`Callable`, *optional*), preprocess (`Callable`, *optional*), pad: as in [`StageMetrics`].
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        stages: AllStages,
+        compute: Callable[[EvalPrediction], dict] | None,
+        preprocess: Callable | None,
+        pad: Callable[[tuple], tuple],
     ):
-        """
-        As the host's, with the metrics, loss and transport of each stage, `eval_stage_<k>_accuracy` and so on, and
-        the metrics of all heads together, `eval_ensemble_accuracy`, see [`StageMetrics`].
-
-        Without `compute_metrics`, or with `prediction_loss_only`, there are still losses, transport and, of language
-        models, perplexities (the exponentials of the losses); no logits are kept then.
-        """
-        loop = functools.partial(
-            super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        streaming: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if self._residency is not None and not self.is_in_train:
-            streaming = self._residency.streaming()
-        if self.partition.num_stages == 1:
-            with streaming:
-                return loop()
-        scores, metrics = StageScores(), None
-        if self.compute_metrics is not None and not self.args.batch_eval_metrics:
-            pad = functools.partial(self.accelerator.pad_across_processes, dim=1, pad_index=-100)
-            metrics = StageMetrics(
-                self.compute_metrics,
-                self.preprocess_logits_for_metrics,
-                pad,
-                self._joined,
-                lambda apart: self._of_all(scores).losses(apart),
-            )
-        with streaming, self._collecting(scores, metrics):
-            output = loop()
-        found = {
-            **(metrics.by_stage if metrics else {}),
-            **self._of_all(scores).means(perplexity=self._objective.head == "own"),
-        }
-        by_stage = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        by_stage = {name: value for name, value in by_stage.items() if name not in output.metrics}
-        self._names_of_stages |= by_stage.keys()
-        predictions = unpack(output.predictions)[0] if metrics and metrics.packed else output.predictions
-        return EvalLoopOutput(predictions, output.label_ids, {**output.metrics, **by_stage}, output.num_samples)
-
-    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
-        """As the host's, whose default objective is that of the model's own metrics, without those of its stages."""
-        return super().hyperparameter_search(hp_space, compute_objective or self._own_objective, *args, **kwargs)
-
-    def _own_objective(self, metrics: dict[str, float]) -> float:
-        return default_compute_objective({k: value for k, value in metrics.items() if k not in self._names_of_stages})
+        self._objective, self._stages, self._scores = objective, stages, StageScores()
+        self._metrics: StageMetrics | None = None
+        if compute is not None:
+            losses = lambda apart: stages.scores_of_all(self._scores).losses(apart)  # noqa: E731
+            self._metrics = StageMetrics(compute, preprocess, pad, stages.predictions_of_all, losses)
 
     @contextlib.contextmanager
-    def _collecting(self, scores: StageScores, metrics: StageMetrics | None) -> Iterator[None]:
-        self._stage_scores, self._stage_metrics = scores, metrics
-        if metrics is not None:
-            self.compute_metrics = metrics.compute_packed
-            self.preprocess_logits_for_metrics = metrics.preprocess_packed
-        try:
+    def in_place_of_metrics(self, trainer: Any) -> Iterator[None]:
+        """Within this context the host's Trainer asks for the metrics of each stage where it asks for the user's."""
+        with contextlib.ExitStack() as stack:
+            if self._metrics is not None:
+                stack.enter_context(replaced(trainer, "compute_metrics", self._metrics.compute_packed))
+                stack.enter_context(replaced(trainer, "preprocess_logits_for_metrics", self._metrics.preprocess_packed))
             yield
-        finally:
-            if metrics is not None:
-                self.compute_metrics, self.preprocess_logits_for_metrics = metrics.compute, metrics.preprocess
-            del self._stage_scores, self._stage_metrics
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As the host's; while metrics are collected, the logits of every stage go along."""
-        if not hasattr(self, "_stage_scores"):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        given, losses = self._labels_of(inputs), []
-        metrics = None if prediction_loss_only else self._stage_metrics
+    @contextlib.contextmanager
+    def batch(
+        self, task: TaskLoss, inputs: Mapping[str, Any], loss_only: bool, gather: Callable
+    ) -> Iterator[list[torch.Tensor | None]]:
+        """
+        Within this context the host predicts a batch.
+
+        Args:
+            task ([`TaskLoss`]): the loss of a head's logits.
+            inputs (`Mapping[str, Any]`): of the model.
+            loss_only (`bool`): whether no logits are kept.
+            gather (`Callable`): gathers a tensor `[B, ...]` of all processes.
+
+        Yields:
+            `list`: to be filled with what the host has found: the loss, if there is one, first.
+        """
+        labels = task.labels_of(inputs)
+        losses: list[torch.Tensor] = []
+        found: list[torch.Tensor | None] = []
+        keeps = self._metrics is not None and not loss_only
+        criterion = functools.partial(task.of, labels=labels)
 
         def read(logits: torch.Tensor) -> torch.Tensor | None:
-            if given is not None:
-                losses.append(self._criterion(logits, given))
-            return logits if metrics is not None else None
+            if labels is not None:
+                losses.append(criterion(logits))
+            return logits if keeps else None
 
-        with self._observing(inputs, read) as view:
-            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        losses = [] if loss is None or given is None else [*losses, loss][: len(view.movements)]
-        self._stage_scores.add(view.movements, losses, self.gather_function)
-        if metrics is not None:
-            metrics.heads = tuple(view.logits)
-        return loss, logits, labels
+        with self._stages.observing(task.staged, inputs, read, criterion) as view:
+            yield found
+        if found[0] is not None and labels is not None:
+            losses.append(found[0])  # of the model's own head
+        else:
+            losses.clear()
+        self._scores.add(view.movements, losses[: len(view.movements)], gather)
+        if self._metrics is not None and keeps:
+            self._metrics.heads = tuple(view.logits)
+
+    def with_stages(self, output: EvalLoopOutput, prefix: str) -> tuple[EvalLoopOutput, set[str]]:
+        """The output of the host's loop with the metrics of the stages, and the names of these."""
+        predictions, own = self._stages.from_last((output.predictions, output.metrics))
+        metrics, scores = self._metrics, self._stages.scores_of_all(self._scores)
+        found = {**(metrics.by_stage if metrics else {}), **scores.means(perplexity=self._objective.head == "own")}
+        by_stage = {f"{prefix}_{name}": value for name, value in found.items()}
+        by_stage = {name: value for name, value in by_stage.items() if name not in own}
+        predictions = unpack(predictions)[0] if metrics and metrics.packed else predictions
+        return EvalLoopOutput(predictions, output.label_ids, {**own, **by_stage}, output.num_samples), {*by_stage}
+
+
+def evaluated(
+    trainer: Any, run: StageRun, host: Callable[[], EvalLoopOutput], prefix: str
+) -> tuple[EvalLoopOutput, set[str]]:
+    """What the host's evaluation loop finds, with the metrics of stages, and the names of these."""
+    pad = functools.partial(trainer.accelerator.pad_across_processes, dim=1, pad_index=-100)
+    compute = None if trainer.args.batch_eval_metrics else trainer.compute_metrics
+    found = StageEvaluation(run.staged.objective, run.stages, compute, trainer.preprocess_logits_for_metrics, pad)
+    with replaced(trainer, "_evaluation", found), found.in_place_of_metrics(trainer), run.stages.flowing():
+        output = host()
+    return found.with_stages(output, prefix)
+
+
+def objective_of_model(metrics: Mapping[str, float], of_stages: Collection[str]) -> float:
+    """The default objective of a search of hyper-parameters, without the metrics of stages, which `of_stages` names."""
+    return default_compute_objective({name: value for name, value in metrics.items() if name not in of_stages})

@@ -1,442 +1,349 @@
-"""MMSTTrainer: the host's Trainer, with each training step run stage by stage. Glue only."""
+"""`MMSTTrainer`: every method of the host's `Trainer` that training in stages overrides, and why."""
 
-import contextlib
 import functools
-import math
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Trainer, TrainerCallback
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
 
 from ..config import MMSTConfig
-from ..cut.objectives import objective_of
-from ..distributed.compiling import compiled, take_compilation
-from ..distributed.reduction import Reduction
-from ..memory.coupled import CoupledResidency
-from ..memory.feature_cache import FeatureCache, upstream_hash
-from ..memory.peaks import TurnPeaks
-from ..memory.sample_keys import KEYS, FixedViews, KeyedCollator, check_fixed
-from ..method.stepping import clip_by_stage, step_stage, steps_elementwise
-from ..method.training_pass import StageStep
-from .evaluation import StageEvaluation
-from .optimization import StageOptimization
-from .publishing import StageCards
-from .stage_parallel import StageParallel
-from .turns import StageTurns, turn_name
-from .watch import Watch
+from ..method.heads import HEADS
+from ..records.pictures import PictureCallback
+from ..records.reading import refuse_others
+from . import checkpoints, optimization, publishing
+from .callback import StageCallback
+from .evaluation import StageEvaluation, evaluated, objective_of_model
+from .learning import weighed
+from .refusals import refuse_other_arguments, refuse_placement, refuse_rates
+from .stage_parallel import AllStages, StageParallel, whole_batches
+from .stage_run import StageRun, first_batch_of, plan_run
+from .staging import Staging, couples
+from .task_loss import TaskLoss
+from .whole_checkpoints import WholeCheckpoints
 
 
-class MMSTTrainer(StageTurns, StageOptimization, StageEvaluation, StageParallel, StageCards):
+class MMSTTrainer(WholeCheckpoints):
     """
     A [`~transformers.Trainer`] that trains an encoder stage by stage by the minimizing movement scheme.
 
     It takes what `Trainer` takes, with [`MMSTConfig`] in the place of `TrainingArguments`. During [`train`] the
     auxiliary heads are part of the model, as `model.mmst_heads`, so that optimizers, DistributedDataParallel and
-    clipping see them, but not of its state dict; afterwards the model is as it came, and the heads are `trainer.heads`.
-
-    Losses are means over the samples (of tokens: over the labels that count) of an optimizer step, however it is split
-    into micro-batches and processes.
+    clipping see them, but not of its state dict; afterwards the model is as it came. Losses are means over the samples
+    (of tokens: over the labels that count) of an optimizer step, however it is split into micro-batches and processes.
 
     Attributes:
-        partition ([`Partition`]): how the model was cut.
-        heads ([`StageHeads`]): the auxiliary heads of stages 1 .. K-1.
+        partition ([`Partition`]), heads ([`StageHeads`]): how the model was cut; the heads of stages 1 .. K-1.
         peaks ([`TurnPeaks`]): the most memory in training, of each stage where one learns at a time.
+        planned_bytes (`int`, *optional*): what the way that was planned for `memory_budget` takes.
+        metrics_of_stages (`frozenset[str]`): names of metrics that are not the model's own, so far.
 
     Raises:
         `TypeError`: if `args` is not an [`MMSTConfig`].
         `ValueError`: if the model or its task cannot be trained in stages, or for a setting that would do so wrongly.
     """
 
-    data_collator: Any
+    args: MMSTConfig
+    accelerator: Any
+    lr_scheduler: Any
+    model_accepts_loss_kwargs: bool
+    metrics_of_stages: frozenset[str] = frozenset()
+    _evaluation: StageEvaluation | None = None  # the one that is under way
     _learned = False  # whether this micro-batch has come to compute_loss
+    _sets_rates = False  # of stages and heads, which is for who makes the optimizer to do
 
     @functools.wraps(Trainer.__init__)  # type: ignore[misc]
     def __init__(self, model=None, args=None, *others, **kwargs):
         args = MMSTConfig("tmp_trainer") if args is None else args
-        if not isinstance(args, MMSTConfig):
-            raise TypeError(
-                f"MMSTTrainer got args of type {type(args).__name__}. Use MMSTConfig in its place: it takes all that "
-                "TrainingArguments takes."
-            )
+        refuse_other_arguments(args)
+        self._run = StageRun(args, type(self).__name__)
         super().__init__(model, args, *others, **kwargs)
-        self._refuse_rates()
+        refuse_rates(self.args, self.optimizer)
         self._host_accepts_loss_kwargs = self.model_accepts_loss_kwargs
-        self._refuse_wrappers()
-        self._planned = self._plan()
-        self.peaks = TurnPeaks(self.args.device)
-        self._with_heads = contextlib.ExitStack()
-        self._watch = Watch(type(self).__name__)
-        self._streams = contextlib.ExitStack()  # holds what streams layers through the device in a training run
-        self._cache: FeatureCache | None = None
-        self._views: FixedViews | None = None
-        self._step_labels, self._step_samples = 0.0, 0.0
-        self._early_norms: list[torch.Tensor] = []  # of the gradients of stages that have stepped already
-        self._shares_gradients = False
+        self._run.refuse_wrapper()
+        refuse_placement(self)
+        self.peaks, self.planned_bytes = self._run.peaks, plan_run(self)
         self._cut()
-        self.add_callback(_StageCallback(self))
-        self.add_callback(self.picture_callback())
+        self.add_callback(StageCallback(self, self._run))
+        handler, planned = self.callback_handler, lambda: self.results({})["planned_bytes"]
+        self.add_callback(PictureCallback(lambda: handler.callbacks, self.peaks.by_name, planned))
 
-    def _core(self) -> nn.Module:
+    def _core(self) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    # ---- Training ----
+    def _cut(self) -> None:
+        """Cut the model into stages and make their heads, unless that was done for this very model."""
+        args, model, smooths = self.args, self._core(), self.label_smoother is not None
+        if self._run.is_cut(model):
+            return
+        loss_func, batches = self.compute_loss_func, functools.partial(first_batch_of, self)
+        self._run.cut(model, Staging(args, self._run.wrapper, batches, self.label_names, loss_func, smooths))
+        self.partition, self.heads = self._run.staged.partition, self._run.staged.heads
+        # Whether a model divides by num_items_in_batch or ignores it differs between models: means are taken here.
+        end_to_end = self.partition.num_stages == 1 and not couples(args)
+        self.model_accepts_loss_kwargs = self._host_accepts_loss_kwargs and end_to_end
 
-    @functools.wraps(Trainer.train)
-    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
-        flags = {"true": True, "false": False}  # what a command line says
-        resume_from_checkpoint = flags.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
-        self._tidy(self._get_output_dir(trial))
-        try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        finally:
-            self.is_in_train = False  # also after an error
-
-    def _inner_training_loop(self, *args, **kwargs):
-        """As the host's, which may begin it anew with smaller batches; however it ends, nothing stays behind."""
-        with contextlib.ExitStack() as stack:  # what one of them raises keeps none of the others from it
-            stack.callback(self._clean_up)
-            stack.callback(self._flush_cache)
-            stack.callback(self.peaks.end)
-            stack.callback(self._streams.close)
-            stack.callback(self._watch.end)
-            return super()._inner_training_loop(*args, **kwargs)
-
-    def _flush_cache(self) -> None:
-        """Keep the features on the disk, for a run that resumes, and let go of them here."""
-        cache, self._cache = self._cache, None
-        if cache is not None:
-            cache.flush()
-
-    def _clean_up(self) -> None:
-        """Leave the model as it came, and nothing of a step that was not taken."""
-        for parameter in self._tied:
-            parameter.requires_grad_(True)
-        self._with_heads.close()
-        Reduction.forget(self._core())
-        if self._residency is not None:
-            self._residency.rest()
-        self._early_norms.clear()
-        self._log_sums.zero_()
+    # ---- A training run ----
 
     def create_accelerator_and_postprocess(self):
-        """As the host's; layers at rest are not moved to the device, and compiled layer by layer."""
+        """Processes that share out stages read whole batches; layers are compiled and moved one by one."""
         super().create_accelerator_and_postprocess()
-        self._compilation = take_compilation(self.accelerator)
-        if self.args.stage_residency == "stage":
-            self.accelerator.device_placement = False
+        stages = AllStages()
+        if self.args.stage_parallel:
+            self.accelerator = whole_batches(self.accelerator, self._build_accelerator_args)
+            self.gather_function = self.accelerator.gather_for_metrics
+            stages = StageParallel(self.args)
+        self._run.use(self.accelerator, stages)
+
+    @functools.wraps(Trainer.train)
+    def train(self, *args, **kwargs):
+        with self._run.stages.flowing():
+            return super().train(*args, **kwargs)
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """The host may begin it anew with smaller batches; however it ends, nothing stays behind."""
+        with self._run.ending():
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def set_initial_training_values(self, args, dataloader):
+        """The epochs and steps are those of all turns; the order of training is fixed here."""
+        epochs, steps, examples, samples, *sizes, max_steps = super().set_initial_training_values(args, dataloader)
+        self._cut()
+        epochs, samples, max_steps = self._run.turns.plan(epochs, steps, samples, max_steps)
+        return epochs, steps, examples, samples, *sizes, max_steps
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        """A run that resumes takes up the turns that had ended early."""
+        found = super()._init_training_state(max_steps, *args, **kwargs)
+        self._run.turns.restore(self.state, max_steps)
+        return found
+
+    def _prepare_for_training(self, max_steps, train_dataloader, checkpoint):
+        """The heads are in the model while it trains; transport weights begin anew, or go on from the checkpoint."""
+        self._cut()
+        self._run.prepare(keeps_half=self.is_deepspeed_enabled)
+        self._run.staged.weights.reset()
+        if checkpoint is not None:
+            checkpoints.go_on(checkpoint, self._run.staged, self.args, self._run.turns.order)
+        return super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+
+    def create_optimizer(self, model=None):
+        """The heads are among the parameters, and stages and heads have rates of their own."""
+        self._cut()
+        self._run.prepare(keeps_half=self.is_deepspeed_enabled)
+        own = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if own:
+            optimization.set_learning_rates(optimizer, self.args, self._run.staged)
+            self._sets_rates = True
+        return optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """In turns, each has its own warm-up and decay over its own steps."""
+        if self.lr_scheduler is not None or not self._run.turns.are_several:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = optimization.scheduler_of_turns(optimizer or self.optimizer, self.args, self._run.turns)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        """What is to be trained has an optimizer by now, which gets the heads, whoever has made it."""
+        if training:
+            if not self._sets_rates:
+                refuse_rates(self.args, self.optimizer)
+            optimization.add_heads(self.optimizer, self._run.staged)
+            self._run.watch_states(self.optimizer)
+        return super()._wrap_model(model, training, dataloader)
 
     def _get_dataloader(self, dataset, description, *args, is_training=False, **kwargs):
-        """As the host's; for training with a feature cache, batches have the keys of their samples."""
-        load = functools.partial(super()._get_dataloader, is_training=is_training, **kwargs)
-        caching = self.args.feature_cache != "none"
-        if not is_training or not (caching or self.args.cache_views):
-            return load(dataset, description, *args)
-        if not hasattr(dataset, "__len__"):
-            raise ValueError(
-                f"A {type(dataset).__name__} has no length, so that features cannot be found again by its samples. Set "
-                'feature_cache="none" and leave cache_views unset, or pass a dataset with a length.'
-            )
-        if self.args.cache_views:
-            dataset = self._views = FixedViews(dataset, self.args.cache_views, self.args.seed)
-        collate = self.data_collator
-        try:
-            if caching:
-                self.data_collator = KeyedCollator(collate, self.label_names, self._ignores_padding)
-            loader = load(dataset, description, *args)
-        finally:
-            self.data_collator = collate
-        if caching:
-            check_fixed(loader.dataset, loader.collate_fn)
-            folder = Path(self.args.output_dir) / f"_feature_cache_{self.args.process_index}"
-            capacity = len(dataset) * (self.args.cache_views or 1)
-            self._cache = FeatureCache(self.args.feature_cache, folder, capacity, self._upstream)
-        return loader
+        """With a feature cache, training batches have the keys of their samples."""
+        host = functools.partial(super()._get_dataloader, is_training=is_training, **kwargs)
+        if not is_training:
+            return host(dataset, description, *args)
+        return self._run.features.loader(self, lambda found: host(found, description, *args), dataset, self._run.staged)
 
-    def _refuse_loader(self) -> None:
-        args = self.args
-        if (args.feature_cache != "none" and self._cache is None) or (args.cache_views and self._views is None):
-            raise ValueError(
-                f"get_train_dataloader of {type(self).__name__} does not call that of MMSTTrainer, which marks samples "
-                'so that their features are found again. Set feature_cache="none" and leave cache_views unset, or call '
-                "super().get_train_dataloader()."
-            )
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        """Turns may have ended early; the loss is that of the last stage."""
+        self._tr_loss.fill_(self._run.stages.from_last(self._tr_loss.item()))
+        samples = self._run.turns.samples_taken(num_train_samples, self.state)
+        return super()._finalize_training(trial, samples, start_time)
 
-    def _upstream(self, stage: int) -> dict[str, Any]:
-        """What the features that `stage` gets depend on, beside the samples."""
-        upstream = {
-            "model": upstream_hash(self._core(), self.partition, stage),
-            "stages": self.partition.stages[:stage],
-            "precision": str(self.accelerator.mixed_precision),
-        }
-        if self._residency is not None:
-            self._residency.let_go()
-        return upstream
+    # ---- An optimizer step ----
 
-    def _begin_step(self, step: int) -> None:
-        """Make ready for the stages that learn at optimizer step `step`."""
-        self._segment = segment = self._own_part(self._order.at(step))
-        for parameter in self._tied:  # else later stages would change what the first, at rest, begins with
-            parameter.requires_grad_(segment.coupled or 0 in segment.stages)
-        self.peaks.begin(f"{turn_name(segment)}peak_bytes" if len(self._order.segments) > 1 else "peak_bytes")
-        if self._residency is not None:
-            self._residency.activate(() if segment.coupled else segment.stages)
-        if self._cache is not None and not segment.coupled:
-            self._cache.begin(segment.stages[0])
+    @property
+    def _task(self) -> TaskLoss:
+        processes, smoother = self.accelerator.num_processes, self.label_smoother
+        return TaskLoss(self.args, self._run.staged, self.label_names, self.compute_loss_func, smoother, processes)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As the host's; remembers the step's number of labels and of samples, on average over the processes."""
+        """The step's labels and samples are counted, of which the losses are means."""
+        self._run.stages.begin_step()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._is_plain:
-            return batches, num_items
-        labels = [self._labels_of(batch) for batch in batches if isinstance(batch, Mapping)]
-        numbers = [self._objective.count(some) for some in labels], [len(x) for x in labels if torch.is_tensor(x)]
-        counts = torch.tensor([float(sum(found)) for found in numbers])
-        if self.args.average_tokens_across_devices:
-            counts = self._mean(counts)
-        self._step_labels, self._step_samples = counts.tolist()
+        if not self._run.is_plain:
+            self._run.learning.begin_micro_batches(batches, self._task.labels_of, self._run.mean)
         return batches, num_items
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Gradients are averaged over the processes by stages; in the coupled order, the last layer is put to rest."""
+        self._learned = False
+        with self._run.micro_batch(model, inputs, (self.args.seed, self.state.global_step)):
+            return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """In training in stages: run all that learn at this step; the loss returned is the last one's."""
-        if self.partition.num_stages > 1 and self.compute_loss_func is not None:
-            inputs = {**inputs, "labels": self._labels_of(inputs)}  # the host passes on no others
+        """In the host's forward pass, all stages that learn at this step do so; the loss is the last one's."""
+        run, task = self._run, self._task
+        if run.staged.num_stages > 1 and self.compute_loss_func is not None:
+            inputs = {**inputs, "labels": task.labels_of(inputs)}  # the host passes on no others
         learns = self.is_in_train and torch.is_grad_enabled()  # also a model that stays in eval mode
-        if self._is_plain or not (model.training or learns):
+        if run.is_plain or not (model.training or learns):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._learned = True
-        keys = inputs.pop(KEYS).tolist() if KEYS in inputs else []
-        labels, stages = self._labels_of(inputs), self._segment.stages
-        scale = self._share_of_step(labels)
-        # The mean of no labels is not a number, and has no gradient.
-        weigh = torch.nan_to_num if scale == 0 else lambda loss: loss
-        scale = scale or 1.0
-        if self._segment.coupled:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            return (weigh(loss) * scale, outputs) if return_outputs else weigh(loss) * scale
-        self._watch.learn(stepped=bool(self._early_norms))
-        if labels is None:
-            raise ValueError(
-                f"The batch has no {self._label_name}, only {', '.join(inputs)}: every stage learns from it. Give the "
-                "dataset such a column, or set label_names to the one that it has; remove_unused_columns=False keeps "
-                "columns that the model does not know."
-            )
-        # Transport is a mean over samples, whatever number of labels they have.
-        samples = len(labels) / (self._step_samples or len(labels))
-        weights = [self._weights[stage] * samples / scale for stage in range(self.partition.num_stages)]
-        mask = inputs.get("attention_mask")
-        kept = mask if self._ignores_padding else None
-        given = self._cache.get(stages[0], keys, kept) if self._cache is not None else self._taken()
-        learning = self._engine.step(
-            criterion=lambda logits: weigh(self._criterion(logits, labels, num_items_in_batch)),
-            weights=weights,
-            stages=stages,
-            mask=mask,
-            backward=lambda loss, **retain: self._wrapper.backward(loss * scale, **retain),
-            learned=self._step_early,
-            given=given and (given[0], given[1].to(self.args.device)),
-        )
-        with self._wrapper.forward(self._core(), self.partition), learning as step:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self._hand_on(step.output)
-        if self._cache is not None and step.features is not None and (given is None or given[0] < stages[0]):
-            self._cache.add(stages[0], keys, kept, step.features)
-        loss = weigh(loss)
-        step.losses[stages[-1]] = loss.detach()
-        self._record(step, scale, samples)
-        if weights[stages[-1]] > 0:
-            loss = loss + weights[stages[-1]] * step.transport
-        loss = loss * scale
-        self._watch.awaits(loss)
+        run.features.take_keys(inputs, run.staged.ignores_padding)
+        labels = task.labels_of(inputs)
+        share = task.share_of_step(labels, run.learning, self.current_gradient_accumulation_steps)
+        forward = functools.partial(super().compute_loss, model, inputs, True, num_items_in_batch)
+        if run.turns.now.coupled:
+            loss, outputs = forward()
+            loss = weighed(loss, share)
+        else:
+            task.refuse_no_labels(inputs)
+            criterion = functools.partial(task.of, labels=labels, num_items=num_items_in_batch)
+            loss, outputs = run.learn(forward, labels, inputs.get("attention_mask"), share, criterion, self.optimizer)
         return (loss, outputs) if return_outputs else loss
 
     @property
-    def _label_name(self) -> str:
-        """What the labels of which a stage learns are called in a batch."""
-        return "labels" if "labels" in self.label_names or not self.label_names else self.label_names[0]
-
-    def _labels_of(self, batch: Mapping[str, Any]) -> Any:
-        return batch.get(self._label_name)
-
-    def _share_of_step(self, labels: Any) -> float:
-        """
-        The share that a micro-batch has of its optimizer step, by which the mean loss of it is weighed.
-
-        By labels that count, so that the loss is the mean over the step's, if it is known which the model's loss
-        counts; else all micro-batches have the same share, as in the host. 1 for `compute_loss_func`, which divides.
-        """
-        if self.compute_loss_func is not None:
-            return 1.0
-        if not torch.is_tensor(labels) or objective_of(self._core()) is None:
-            return 1 / self.current_gradient_accumulation_steps
-        count = self._objective.count(labels)
-        return count / (self._step_labels or count) if count else 0.0
-
-    @property
     def loss_is_scaled_for_ga(self):
-        """True for [`compute_loss`], which weighs each micro-batch by its share; as the host's for another one."""
+        """[`compute_loss`] weighs each micro-batch by its share; that of a custom trainer is left to the host."""
         return self._learned or None
 
-    def _step_early(self, stage: int, shared: bool) -> None:
-        """
-        Step a stage right after its backward, where that makes no difference but to memory.
-
-        With several processes its gradients are sent to the others, and the stage before it, whose are back, steps.
-        """
-        if shared and not self._wrapper.takes_shared:
-            raise ValueError(
-                f"The layers of {type(self._core()).__name__} share an input that learns, such as a position bias, and "
-                "DeepSpeed cannot add up its gradients over the stages. Use FSDP, or set num_stages=1."
-            )
-        self._shares_gradients |= shared
-        if self._reduction is not None and self.accelerator.sync_gradients:
-            if not self._shares_gradients:
-                self._reduction.start(stage)
-            stage -= 1
-        if (
-            not self._shares_gradients
-            and (self.args.stage_clipping or self.args.max_grad_norm == 0)
-            and self.args.gradient_accumulation_steps == 1
-            and stage >= 0
-            and self._wrapper.steps_alone
-            and self.accelerator.scaler is None
-            and steps_elementwise(self.optimizer)
-        ):
-            if self._reduction is not None:
-                self._reduction.wait(stage)
-            norm = step_stage(self.optimizer, self._stage_parameters, stage, self.args.max_grad_norm or math.inf)
-            self._early_norms.append(norm)
-
     def _clip_grad_norm(self, model):
-        if self._coupled is not None:
-            return self._coupled.clip(self.args.max_grad_norm)
-        if not self.args.stage_clipping or self._segment.coupled or self._is_plain:
-            return super()._clip_grad_norm(model)
-        self.accelerator.unscale_gradients()
-        return clip_by_stage(self._stage_parameters, self.args.max_grad_norm)
+        """Gradients at rest, and those of stages that are clipped by themselves, are not the host's to clip."""
+        found = self._run.clip(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model) if found is None else found
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """As the host's, of all stages, those that have stepped already among them."""
-        if self._coupled is not None and grad_norm is None:
-            grad_norm = self._coupled.clip(math.inf)
-        norm = super()._get_grad_norm(model, grad_norm)
-        if self._early_norms:
-            norm = torch.linalg.vector_norm(torch.stack([norm, *self._early_norms]))
-            self._early_norms.clear()
-        return norm
+        """The norm is that of all stages, those that have stepped already among them."""
+        grad_norm = self._run.norm_at_rest() if grad_norm is None else grad_norm
+        return self._run.learning.norm_with_early(super()._get_grad_norm(model, grad_norm))
 
-    def _couples(self) -> bool:
-        return self.args.stage_order == "coupled" or self.args.coupled_laps > 0
+    def floating_point_ops(self, inputs):
+        """Processes that share out the stages count a batch once."""
+        return super().floating_point_ops(inputs) if self._run.stages.is_first else 0
 
-    @property
-    def _coupled(self) -> CoupledResidency | None:
-        """What keeps one layer in device memory, while all of them learn end to end."""
-        return self._residency if isinstance(self._residency, CoupledResidency) and self._segment.coupled else None
-
-    def training_step(self, model, *args, **kwargs):
-        """As the host's; in the coupled order, the layer that the backward pass ended at is put to rest."""
-        reducing: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if self._reduction is not None:
-            reducing = self._reduction.micro_batch(model, last=self.accelerator.sync_gradients)
-        self._learned = False
-        with reducing:
-            loss = super().training_step(model, *args, **kwargs)
-        if self._coupled is not None:
-            self._coupled.settle()
-        return loss
-
-    def _criterion(self, logits: torch.Tensor, labels: torch.Tensor, num_items: Any = None) -> torch.Tensor:
-        """The task's loss of a head's logits, as the host takes it of the model's."""
-        if self.compute_loss_func is not None:
-            loss = self.compute_loss_func(SequenceClassifierOutput(logits=logits), labels, num_items_in_batch=num_items)
-            scaled = self.args.average_tokens_across_devices and num_items is not None
-            return loss * self.accelerator.num_processes if scaled else loss
-        if self.label_smoother is not None:
-            return self.label_smoother({"logits": logits}, labels, shift_labels=self._objective.shifts)
-        return self._objective.loss(logits, labels, getattr(self._core(), "config", None))
-
-    # ---- Logging ----
-
-    def _record(self, step: StageStep, scale: float, samples: float) -> None:
-        """Add what a micro-batch found, whose shares of its optimizer step are `scale` and, in samples, `samples`."""
-        for stage, loss in step.losses.items():
-            loss, moved = scale * loss.float(), samples * step.transports[stage]
-            self._log_sums = self._log_sums.to(loss.device)
-            self._log_sums[stage] += torch.stack([loss, moved, torch.full_like(loss, samples)])
-            self._weights.observe(stage, loss, moved)
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
+        """What is logged is brought together, where processes share out the stages."""
+        if self.control.should_log and grad_norm is not None:
+            grad_norm = self._run.learning.bring_together(tr_loss, grad_norm, self._run.stages)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def log(self, logs, start_time=None):
-        """As the host's, with `stage_<k>_loss` and `stage_<k>_transport` since the last log; k counts from 1."""
+        """The log has loss and transport of each stage since the last one, and the peaks of memory."""
         if "loss" in logs and self.is_in_train:
-            sums = self._mean(self._log_sums)
-            for k, (loss, moved, steps) in enumerate(sums.tolist(), start=1):
-                if steps > 0:
-                    logs[f"stage_{k}_loss"], logs[f"stage_{k}_transport"] = loss / steps, moved / steps
-            self._log_sums.zero_()
-            logs |= self.peaks.read()
+            logs |= self._run.learning.read_log(self._run.mean) | self.peaks.read()
         super().log(logs, start_time)
 
-    def _mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean over the processes; to be called in each of them."""
-        return self.accelerator.reduce(values.to(self.args.device), "mean") if self.args.world_size > 1 else values
+    # ---- Evaluation ----
 
+    def evaluate(self, *args, **kwargs):
+        """In turns, early stopping judges the stage that learns, not the model, see [`Turns`]."""
+        with self._run.turns.without_stoppers(self.callback_handler.callbacks, self.is_in_train):
+            return super().evaluate(*args, **kwargs)
 
-class _StageCallback(TrainerCallback):
-    """Says at the beginning how the model was cut; after each step, renews transport weights and what is resident."""
+    def _determine_best_metric(self, metrics, trial):
+        """The model's own metric says nothing before the last stage has begun to learn."""
+        before = self.state.best_metric, self.state.best_global_step
+        found = super()._determine_best_metric(metrics, trial)
+        if self._run.turns.last_stage_has_begun(self.state.global_step):
+            return found
+        self.state.best_metric, self.state.best_global_step = before
+        return False
 
-    def __init__(self, trainer: MMSTTrainer):
-        self.trainer = trainer
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """There are metrics of each stage, `eval_stage_1_loss` and so on, and of all heads together."""
+        host = functools.partial(
+            super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        with self._run.streaming_alone(self.is_in_train):
+            if self.partition.num_stages == 1:
+                return host()
+            output, names = evaluated(self, self._run, host, metric_key_prefix)
+        self.metrics_of_stages |= names
+        return output
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._refuse_checkpointing()
-        self.trainer._refuse_loader()
-        self.trainer._share_out()
-        self.trainer.heads.apart = True
-        if state.is_world_process_zero:
-            print(self.trainer._summary())
-        if self.trainer._residency is not None:
-            self.trainer._residency.rest()  # optimizer states of a checkpoint are on the device now
-            self.trainer._streams.enter_context(self.trainer._residency.streaming())
-        if self.trainer._compilation is not None:
-            layers = [self.trainer._core().get_submodule(name) for name in self.trainer.partition.layers]
-            layers += self.trainer.heads.layers
-            self.trainer._streams.enter_context(compiled(layers, **self.trainer._compilation))
-        self.trainer._begin_step(state.global_step)
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """While metrics of stages are collected, the logits of every stage go along with the model's."""
+        if self._evaluation is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs, host = self._prepare_inputs(inputs), super().prediction_step
+        with self._evaluation.batch(self._task, inputs, prediction_loss_only, self.gather_function) as found:
+            found += host(model, inputs, prediction_loss_only, ignore_keys)
+        return tuple(found)
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if self.trainer._views is not None:
-            self.trainer._views.epoch = int(state.epoch)
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
+        """The default objective is that of the model's own metrics, without those of its stages."""
+        self._run.stages.refuse_search()
+        compute_objective = compute_objective or (lambda metrics: objective_of_model(metrics, self.metrics_of_stages))
+        return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer._early_norms.clear()  # of a step that was broken off
-        if not self.trainer._is_plain and not self.trainer._segment.coupled:
-            self.trainer._watch.begin(self.trainer._engine)
+    # ---- Checkpoints ----
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer._watch.end()
-        if self.trainer._reduction is not None and not self.trainer._reduction.finished:
-            raise ValueError(
-                f"training_step of {type(self.trainer).__name__} does not call that of MMSTTrainer, which averages "
-                "gradients over the processes. Call super().training_step(...) there, or start one process."
-            )
-        if self.trainer._coupled is not None:
-            self.trainer._coupled.step(self.trainer.optimizer)
+    def _save(self, output_dir=None, state_dict=None):
+        """The stages are saved beside the plain model; of a model in shards, to be called in each process."""
+        output_dir, staged = output_dir if output_dir is not None else self.args.output_dir, self._run.staged
+        own, heads = checkpoints.states_of(staged, self._run.wrapper, self._run.stages, state_dict)
+        super()._save(output_dir, own)
+        if self.args.should_save:
+            checkpoints.write_stages(output_dir, staged, self.args, heads)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if not self.trainer._segment.coupled and not self.trainer._is_plain:
-            self.trainer._weights.step(self.trainer._segment.stages, self.trainer._mean)
-        self.trainer._begin_step(state.global_step)
+    def _save_checkpoint(self, model, trial):
+        """Transport weights are brought in line over the processes first."""
+        self._run.staged.weights.sync(self._run.mean)
+        super()._save_checkpoint(model, trial)
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self.trainer._judge(control, metrics, **kwargs)
+    def _save_rng_state(self, output_dir):
+        """Where processes share out stages, the random state that orders the samples is the same in all of them."""
+        if not self.args.stage_parallel or self.args.should_save:
+            super()._save_rng_state(output_dir)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.peaks.end()
-        if self.trainer._planned is not None and state.is_world_process_zero:
-            measured = max(self.trainer.peaks.by_name.values()) / 2**20
-            print(f"hf_mmst: planned {self.trainer._planned / 2**20:,.0f} MiB of tensors, measured {measured:,.0f} MiB")
-        if self.trainer._cache is not None:
-            self.trainer._cache.delete()
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """A wrapper's own files hold the heads with the model; shares of stages are saved as one process would."""
+        with self._run.one_with_heads():
+            super()._save_optimizer_and_scheduler(output_dir)
+            self._run.stages.save_optimizer(self.optimizer, output_dir, self.args.should_save)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """The heads are loaded, too, and models whose key names of the Hub are not their own."""
+        self._cut()
+        there = os.path.isdir(resume_from_checkpoint)  # if not, the host says so
+        if not there or not checkpoints.load(resume_from_checkpoint, self._run.staged, self.args, self._run.wrapper):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        """As [`_load_from_checkpoint`]; a wrapper's own files hold the heads with the model."""
+        with self._run.one_with_heads():
+            best = self.state.best_model_checkpoint
+            if not checkpoints.load(best, self._run.staged, self.args, self._run.wrapper):
+                super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result):
+        """An error in the place of the host's warnings: what a checkpoint lacks would be left to chance."""
+        missing = [name for name in load_result.missing_keys if not name.startswith(f"{HEADS}.")]
+        refuse_others("The checkpoint", self._core(), missing, load_result.unexpected_keys)
+
+    def _put_into_push(self, checkpoint_folder):
+        """The files of the stages go along."""
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            checkpoints.copy_stages(checkpoint_folder, self.args.output_dir)
+
+    @functools.wraps(Trainer.create_model_card)
+    def create_model_card(self, *args, **kwargs):
+        if self.args.model_card and self.is_world_process_zero():
+            publishing.publish_card(self, *args, **kwargs)
+
+    def results(self, metrics: Mapping[str, Any], **found: Any) -> dict[str, Any]:
+        """What is known of the run, ready for JSON, with `metrics` of [`evaluate`] and what else is `found`."""
+        return publishing.results_of(self, self._run, metrics, **found)

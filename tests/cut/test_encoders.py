@@ -116,7 +116,7 @@ def test_a_stage_of_single_modules_ends_before_a_convolution(tmp_path, capsys):
     assert "5 stages of 1+1+1+1+1 layers" in said
     assert "; no transport term in stages 1, 3, whose layers all change the shape of what they get" in said
     x = inputs(model)["pixel_values"]
-    with torch.no_grad(), run._engine.observe() as view:
+    with torch.no_grad(), run._run.staged.engine.observe() as view:
         model.eval()(x)
         into = model.features[:3](x)
         onto = model.features[3:6](into)

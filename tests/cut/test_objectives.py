@@ -356,7 +356,7 @@ def test_metrics_get_the_logits_of_each_stage(name, tmp_path):
     batches = [run.data_collator([Long()[i] for i in half]) for half in (range(4), range(4, 8))]
     run.model.eval()
     for begin, inputs in zip((0, 4), batches, strict=True):
-        with torch.no_grad(), run._engine.observe(inputs["attention_mask"]) as view:
+        with torch.no_grad(), run._run.staged.engine.observe(inputs["attention_mask"]) as view:
             own = run.model(**inputs)
         length = inputs["input_ids"].shape[1]
         for k, logits in enumerate([*view.logits, own.logits]):

@@ -130,8 +130,8 @@ def settings_of(kind: str, name: str) -> dict:
 
 def found(trained: MMSTTrainer) -> dict[str, torch.Tensor]:
     """Weights, heads, metrics and logs of a run, whole; to be called in each process."""
-    tensors = trained._wrapper.state_dict(trained.model)
-    tensors |= {f"{HEADS}.{key}": value for key, value in trained._wrapper.state_dict(trained.heads).items()}
+    tensors = trained._run.wrapper.state_dict(trained.model)
+    tensors |= {f"{HEADS}.{key}": value for key, value in trained._run.wrapper.state_dict(trained.heads).items()}
     tensors |= {
         key: torch.tensor(value) for key, value in trained.evaluate().items() if "loss" in key or "accuracy" in key
     }

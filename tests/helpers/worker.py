@@ -47,7 +47,7 @@ class Watch(TrainerCallback):
         self.starts = self.layers = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        reduction = self.trainer._reduction
+        reduction = self.trainer._run.learning.reduction
         if reduction is not None:
             self.start, reduction.start = reduction.start, self.count
 

@@ -65,7 +65,7 @@ class Watch(TrainerCallback):
         self.most = self.looks = 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        shelves = self.trainer._residency._shelves
+        shelves = self.trainer._run.staged.residency._shelves
 
         def look(*_):
             layers = {name: list(model.get_submodule(name).parameters()) for name in shelves}
@@ -84,7 +84,7 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path):
     trained.train()
     assert watch.most == 1
     assert watch.looks == 2 * 4 * trained.state.global_step  # forward, and again in the backward pass
-    resting = {shelf.tensors[0].data_ptr() for shelf in trained._residency._shelves.values()}
+    resting = {shelf.tensors[0].data_ptr() for shelf in trained._run.staged.residency._shelves.values()}
     assert {next(trained.model.get_submodule(n).parameters()).data_ptr() for n in trained.partition.layers} == resting
     assert "eval_loss" in trained.evaluate()
     trained.save_model()
@@ -105,7 +105,7 @@ def test_coupled_laps_are_end_to_end_from_where_the_stages_are(settings, tmp_pat
     settings = {**settings, "dropout": False, "learning_rate": 0.05}
     whole = trainer(tmp_path / "whole", "bert", **data, **settings)
     whole.train()
-    steps = sum(segment.steps for segment in whole._order.segments if segment.coupled)
+    steps = sum(segment.steps for segment in whole._run.turns.order.segments if segment.coupled)
     local = trainer(tmp_path / "local", "bert", extra={"callbacks": [StopAt(16 - steps)]}, **data, **settings)
     local.train()
     args = arguments(tmp_path / "plain", TrainingArguments, **{k: v for k, v in data.items() if k != "data"})
@@ -114,9 +114,9 @@ def test_coupled_laps_are_end_to_end_from_where_the_stages_are(settings, tmp_pat
     plain.train()
     for key, tensor in weights(plain.model).items():
         torch.testing.assert_close(weights(whole.model)[key], tensor, rtol=1e-5, atol=1e-7)
-    assert [segment.coupled for segment in whole._order.segments][-settings["coupled_laps"] :] == [True] * settings[
-        "coupled_laps"
-    ]
+    assert [segment.coupled for segment in whole._run.turns.order.segments][-settings["coupled_laps"] :] == [
+        True
+    ] * settings["coupled_laps"]
     assert "coupled_peak_bytes" in whole.peaks.by_name
 
 
@@ -132,7 +132,7 @@ def test_coupled_laps_resume_and_take_one_layer_at_a_time(settings, tmp_path):
         runs[kind] = trainer(tmp_path / kind, "bert", extra={"callbacks": [StopAt(stop)]}, **own)
         runs[kind].train()
         if kind == "resumed":
-            assert runs[kind]._order.at(50).coupled
+            assert runs[kind]._run.turns.order.at(50).coupled
             runs[kind] = trainer(tmp_path / kind, "bert", **own)
             runs[kind].train(resume_from_checkpoint=True)
     assert_same(weights(runs["stage"].model), weights(runs["all"].model))

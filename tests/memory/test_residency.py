@@ -66,7 +66,7 @@ class Watch(TrainerCallback):
         self.layers, self.states = [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        shelves = self.trainer._residency._shelves
+        shelves = self.trainer._run.staged.residency._shelves
         self.layers.append(
             [
                 name
@@ -76,7 +76,7 @@ class Watch(TrainerCallback):
         )
 
     def on_step_end(self, args, state, control, **kwargs):
-        residency = self.trainer._residency
+        residency = self.trainer._run.staged.residency
         at_rest = {t.data_ptr() for shelf in residency._states.values() for t in shelf.tensors}
         owner = {id(p): name for name, parameters in residency._parameters.items() for p in parameters}
         found = self.trainer.optimizer.state.items()
@@ -96,11 +96,11 @@ def test_only_the_stage_that_learns_is_in_memory(tmp_path):
     watch.trainer = trained = run(tmp_path, extra={"callbacks": [watch]})
     trained.train()
     for step, (layers, states) in enumerate(zip(watch.layers, watch.states, strict=True)):
-        (stage,) = trained._order.at(step).stages
+        (stage,) = trained._run.turns.order.at(step).stages
         assert layers == list(trained.partition.stages[stage])
         assert states <= set(layers)
     assert any(watch.states)
-    resting = {shelf.tensors[0].data_ptr() for shelf in trained._residency._shelves.values()}
+    resting = {shelf.tensors[0].data_ptr() for shelf in trained._run.staged.residency._shelves.values()}
     assert {next(trained.model.get_submodule(n).parameters()).data_ptr() for n in trained.partition.layers} == resting
 
 
@@ -112,7 +112,7 @@ def test_after_resume_only_the_stage_that_learns_is_in_memory(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert any(watch.states)
     for step, states in enumerate(watch.states, start=31):
-        assert states <= {*resumed.partition.stages[resumed._order.at(step).stages[0]]}
+        assert states <= {*resumed.partition.stages[resumed._run.turns.order.at(step).stages[0]]}
 
 
 @pytest.mark.skipif(

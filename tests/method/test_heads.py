@@ -143,10 +143,10 @@ def test_learning_rates_of_stages_and_heads(tmp_path):
 
 
 def test_the_schedule_that_a_pretrained_model_gets(tmp_path):
-    assert trainer(tmp_path)._weights.schedule == "constant"
+    assert trainer(tmp_path)._run.staged.weights.schedule == "constant"
     model = pretrained(tmp_path / "model")
-    assert trainer(tmp_path, model=model)._weights.schedule == "adaptive"
-    assert trainer(tmp_path, model=model, transport_schedule="paper")._weights.schedule == "paper"
+    assert trainer(tmp_path, model=model)._run.staged.weights.schedule == "adaptive"
+    assert trainer(tmp_path, model=model, transport_schedule="paper")._run.staged.weights.schedule == "paper"
 
 
 @pytest.mark.parametrize(

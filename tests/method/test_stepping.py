@@ -8,8 +8,8 @@ from runs import ORDERS, assert_same, losses, trainer, weights
 from transformers import TrainerCallback, set_seed
 from zoo import MODELS, make
 
-from hf_mmst import MMSTTrainer
 from hf_mmst.method.stepping import clip_by_stage, parameters_by_stage
+from hf_mmst.trainer.learning import StageLearning
 
 
 def run(folder, name="bert", extra=None, **kwargs):
@@ -18,7 +18,7 @@ def run(folder, name="bert", extra=None, **kwargs):
 
 
 def at_the_end(monkeypatch):
-    monkeypatch.setattr(MMSTTrainer, "_step_early", lambda self, stage, shared: None)
+    monkeypatch.setattr(StageLearning, "_step_early", lambda self, *given: None)
 
 
 class Gradients(TrainerCallback):
@@ -87,7 +87,7 @@ def test_stages_are_clipped_by_themselves_in_all_orders(order, tmp_path):
 
     class Norms(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            for stage in self.trainer._stage_parameters:
+            for stage in self.trainer._run.staged.parameters:
                 found = [p.grad.norm() for p in stage if p.grad is not None]
                 if found:
                     norms.append(float(torch.stack(found).norm()))

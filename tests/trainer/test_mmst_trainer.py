@@ -239,7 +239,7 @@ def test_each_segment_has_its_own_warm_up_and_decay(order, tmp_path):
     run = trainer(tmp_path, num_train_epochs=4, warmup_steps=2, lr_scheduler_type="cosine", **ORDERS[order])
     run.train()
     rates = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
-    segments = [rates[s.start : s.start + s.steps] for s in run._order.segments]
+    segments = [rates[s.start : s.start + s.steps] for s in run._run.turns.order.segments]
     assert len(segments) == 3 * run.args.num_laps
     for segment in segments:
         assert segment == segments[0]
@@ -295,7 +295,7 @@ def test_evaluation_shows_all_heads_together(tmp_path):
     run.train()
     metrics = run.evaluate()
     inputs = batch("bert", 16, seed=1)
-    with torch.no_grad(), run._engine.observe(inputs["attention_mask"]) as view:
+    with torch.no_grad(), run._run.staged.engine.observe(inputs["attention_mask"]) as view:
         logits = [run.model.eval()(**inputs).logits, *view.logits]
     right = (torch.stack(logits).mean(0).argmax(-1) == inputs["labels"]).float().mean().item()
     assert metrics["eval_ensemble_accuracy"] == pytest.approx(right)
@@ -368,7 +368,7 @@ def test_a_custom_trainer_that_averages_no_gradients_is_refused(tmp_path):
             return loss.detach()
 
     own = Own(make("vit"), arguments(tmp_path), train_dataset=Samples("vit"))
-    own._reduction = SimpleNamespace(start=lambda stage: None, wait=lambda stage: None, finished=False)
+    own._run.learning.reduction = SimpleNamespace(start=lambda stage: None, wait=lambda stage: None, finished=False)
     with pytest.raises(ValueError, match="training_step of Own does not call that of MMSTTrainer"):
         own.train()
 
@@ -455,7 +455,7 @@ def test_hyperparameter_search_cuts_anew_for_each_trial(tmp_path):
     )
     assert best.hyperparameters["num_stages"] in (2, 4)
     assert Cut.cuts == seen
-    assert run._weights.weight == pytest.approx(run.args.transport_weight)
+    assert run._run.staged.weights.weight == pytest.approx(run.args.transport_weight)
 
 
 def test_a_users_optimizer_gets_the_heads(tmp_path):
@@ -470,9 +470,9 @@ def test_a_users_optimizer_gets_the_heads(tmp_path):
 def test_training_twice_goes_on(tmp_path):
     run = trainer(tmp_path, max_steps=2, transport_schedule="adaptive")
     run.train()
-    first, steps = weights(run.model), run._weights.state_dict()["steps"]
+    first, steps = weights(run.model), run._run.staged.weights.state_dict()["steps"]
     run.train()
-    assert run._weights.state_dict()["steps"] == steps == [2, 2, 2]  # as the learning rate begins anew
+    assert run._run.staged.weights.state_dict()["steps"] == steps == [2, 2, 2]  # as the learning rate begins anew
     assert not torch.equal(run.model.state_dict()["classifier.weight"], first["classifier.weight"])
 
 
@@ -510,7 +510,7 @@ def test_the_summary_is_one_line(tmp_path, capsys):
 def test_schedules_move_the_weights(schedule, tmp_path):
     run = trainer(tmp_path, transport_schedule=schedule, max_steps=51, data=Samples("vit", 16))
     run.train()
-    found = [run._weights[k] for k in range(3)]
+    found = [run._run.staged.weights[k] for k in range(3)]
     if schedule == "paper":
         assert found == [0.3, 0.3, 0.15]
     else:

@@ -9,8 +9,8 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 from transformers.optimization import Adafactor, AdafactorSchedule, GreedyLR
 from zoo import make
 
-from hf_mmst import MMSTTrainer
 from hf_mmst.method.learning_rates import join_groups
+from hf_mmst.trainer.learning import StageLearning
 
 SETTINGS = {"adafactor": {"optim": "adafactor"}, "8-bit Adam": {"optim": "adamw_8bit"}}
 
@@ -55,7 +55,7 @@ def test_the_numbers_of_stepping_early_are_those_of_stepping_at_the_end(settings
         settings = {**settings, "stage_clipping": True, "max_grad_norm": 0.1}
         trained[when] = run(tmp_path / when, "vit", wide(), "simultaneous", "all", **settings)
         trained[when].train()
-        monkeypatch.setattr(MMSTTrainer, "_step_early", lambda self, stage, shared: None)
+        monkeypatch.setattr(StageLearning, "_step_early", lambda self, *given: None)
     assert_same(weights(trained["early"].model), weights(trained["late"].model))
 
 

@@ -100,7 +100,7 @@ def test_other_settings_count_from_the_checkpoint_on_and_it_is_said(settings, ex
     said = [line for line in capsys.readouterr().out.splitlines() if "checkpoint-2 on" in line]
     assert len(said) == 1
     assert f"{name}={value!r} (before: " in said[0]
-    assert [again._weights[0], again._weights[1]] == expected
+    assert [again._run.staged.weights[0], again._run.staged.weights[1]] == expected
 
 
 def test_nothing_is_said_of_the_same_settings(stopped, tmp_path, capsys):
@@ -229,7 +229,7 @@ def test_an_error_in_the_last_flush_leaves_the_model_as_it_came(tmp_path, monkey
         with pytest.raises(OSError, match="No space left"):
             failing.train()
     assert [name for name, _ in failing.model.named_children()] == names
-    assert not failing._residency._active
+    assert not failing._run.staged.residency._active
 
 
 def test_stopping_early_leaves_no_features(tmp_path):

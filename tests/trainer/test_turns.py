@@ -33,7 +33,7 @@ def test_early_stopping_ends_each_turn(settings, tmp_path, capsys):
     trained = run(tmp_path, worse_and_worse, patience=2, max_steps=24, learning_rate=0.1, **settings)
     before = weights(trained.model)
     trained.train()
-    turns = len(trained._order.segments)
+    turns = len(trained._run.turns.order.segments)
     assert trained.state.global_step == trained.state.max_steps == 3 * turns
     rates = [entry["learning_rate"] for entry in trained.state.log_history if "learning_rate" in entry]
     assert rates == rates[:3] * turns
@@ -53,7 +53,7 @@ def test_early_stopping_ends_each_turn(settings, tmp_path, capsys):
 @pytest.mark.parametrize(("better", "steps"), [("the one that learns", 18), ("the last", 2 + 2 + 6)])
 def test_it_judges_the_stage_that_learns(better, steps, tmp_path):
     def score(run, stage):
-        (learning,) = run._order.at(run.state.global_step - 1).stages
+        (learning,) = run._run.turns.order.at(run.state.global_step - 1).stages
         return run.state.global_step if stage == (3 if better == "the last" else learning + 1) else 0
 
     trained = run(tmp_path, score, max_steps=18, stage_order="sequential")
@@ -99,7 +99,7 @@ def test_a_run_goes_on_with_the_turns_that_had_ended(settings, stop, tmp_path):
     run(tmp_path / "stopped", worse_and_worse, StopAt(stop), **settings).train()
     resumed = run(tmp_path / "stopped", worse_and_worse, **settings)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed._order == straight._order
-    assert resumed.state.global_step == straight.state.global_step == 2 * len(straight._order.segments)
+    assert resumed._run.turns.order == straight._run.turns.order
+    assert resumed.state.global_step == straight.state.global_step == 2 * len(straight._run.turns.order.segments)
     assert_same(weights(resumed.model), weights(straight.model))
     assert_same(weights(resumed.heads), weights(straight.heads))

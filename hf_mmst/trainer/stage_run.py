@@ -1,0 +1,266 @@
+"""What a trainer holds for a run in stages, beside the host's own state: the pieces, and how a run begins and ends."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import MMSTConfig
+from ..cut.example_inputs import first_batch
+from ..cut.objectives import objective_of
+from ..distributed.compiling import compiled, refuse_compilation, take_compilation
+from ..distributed.reduction import Reduction
+from ..distributed.wrappers import Wrapper, wrapper_of
+from ..memory.coupled import CoupledResidency
+from ..memory.peaks import TurnPeaks
+from ..method.heads import HEADS, heads_beside
+from ..method.stepping import clip_by_stage
+from ..planning.budget import plan_for
+from .features import Features
+from .learning import StageLearning
+from .refusals import refuse_half
+from .stage_parallel import AllStages
+from .staging import StagedModel, Staging
+from .turns import Turns, turn_name
+from .watch import Watch
+
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what the host sets on a layer
+
+
+class StageRun:
+    """
+    The pieces of a run in stages.
+
+    Args:
+        args ([`MMSTConfig`]): the settings of the run.
+        owner (`str`): the class of the trainer, for messages.
+
+    Attributes:
+        accelerator (`accelerate.Accelerator`), stages ([`AllStages`]), compilation (`dict`, *optional*): set by
+            [`use`]: the host's accelerator, which stages this process has, and how layers are compiled.
+        staged ([`StagedModel`]), turns ([`Turns`]), learning ([`StageLearning`]): set by [`cut`], anew for each model.
+        features ([`Features`]), watch ([`Watch`]) and peaks ([`TurnPeaks`]): made once.
+    """
+
+    accelerator: Any
+    stages: AllStages
+    compilation: dict[str, Any] | None
+    peaks: TurnPeaks
+    staged: StagedModel
+    turns: Turns
+    learning: StageLearning
+
+    def __init__(self, args: MMSTConfig, owner: str):
+        self._args = args
+        self.features = Features(args)
+        self.watch = Watch(owner)
+        self._with_heads = contextlib.ExitStack()  # holds the heads in the model
+        self._streams = contextlib.ExitStack()  # holds what streams and compiles layers
+
+    def use(self, accelerator: Any, stages: AllStages) -> None:
+        """Use the accelerator that the host has made; what it would do to the model as a whole is taken out of it."""
+        self.accelerator, self.stages = accelerator, stages
+        self.compilation = take_compilation(accelerator)
+        if self._args.stage_residency == "stage":
+            accelerator.device_placement = False  # layers at rest are not moved to the device
+        if not hasattr(self, "peaks"):
+            self.peaks = TurnPeaks(self._args.device)
+
+    @property
+    def wrapper(self) -> Wrapper:
+        """What is around the model when it trains."""
+        return wrapper_of(self.accelerator)
+
+    def refuse_wrapper(self) -> None:
+        """
+        Raises:
+            `ValueError`: if what is around the model cannot be trained in, or compiled, as the settings ask for.
+        """
+        self.wrapper.refuse(self._args, self.compilation is not None)
+        if self.compilation is not None:
+            refuse_compilation(self._args, self.compilation)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this step is one of plain Trainer: one stage, whose loss is the model's own."""
+        return self.staged.num_stages == 1 and not self.turns.now.coupled
+
+    @property
+    def coupled(self) -> CoupledResidency | None:
+        """What keeps one layer in device memory, while all of them learn end to end."""
+        residency = self.staged.residency
+        return residency if isinstance(residency, CoupledResidency) and self.turns.now.coupled else None
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over the processes; to be called in each of them."""
+        args = self._args
+        return self.accelerator.reduce(values.to(args.device), "mean") if args.world_size > 1 else values
+
+    def is_cut(self, model: nn.Module) -> bool:
+        """Whether [`cut`] was called for this very model."""
+        return hasattr(self, "staged") and self.staged.model is model
+
+    def cut(self, model: nn.Module, staging: Staging) -> None:
+        """Cut the model into stages and make their heads. Raises what [`Staging.of`] raises."""
+        self.staged = staging.of(model)
+        self.turns = Turns(self._args, self.staged.num_stages)
+        self.learning = StageLearning(self._args, self.staged)
+        self.stages.take_share(self.staged, self._args)
+
+    def prepare(self, keeps_half: bool) -> None:
+        """
+        Put the auxiliary heads into the model, unless they are there, and get ready what depends on parameters.
+
+        Args:
+            keeps_half (`bool`): whether weights that learn may be float16, as their wrapper keeps a copy in float32.
+        """
+        staged, wrapper = self.staged, self.wrapper
+        core, heads = staged.model, staged.heads
+        if core._modules.get(HEADS) is heads:
+            return
+        self._with_heads.close()  # of another model
+        heads.apart = not wrapper.own_files  # files that are read before training begins
+        self._with_heads.enter_context(heads_beside(core, heads))
+        if not keeps_half:
+            refuse_half(core)
+        staged.share_out()
+        wrapper.prepare(core, staged.partition, heads)
+        if self._args.world_size > 1 and staged.num_stages > 1 and not wrapper.reduces:
+            self.learning.reduction = Reduction(core, staged.parameters)
+        for layer in heads.layers:  # checkpointed as the model's own
+            own = vars(staged.layers[-1])
+            vars(layer).update({name: own[name] for name in CHECKPOINTING if name in own})
+
+    def watch_states(self, optimizer: Any) -> None:
+        """Keep the states of an optimizer where layers at rest, and shares of stages, have them."""
+        if self.staged.residency is not None:
+            self.staged.residency.watch(optimizer)
+        self.stages.keep_own_states(optimizer)
+
+    @contextlib.contextmanager
+    def one_with_heads(self) -> Iterator[None]:
+        """Within this context the heads are in the model's state dict, if a wrapper's own files hold them with it."""
+        heads = self.staged.heads
+        apart, heads.apart = heads.apart, heads.apart and not self.wrapper.own_files
+        try:
+            yield
+        finally:
+            heads.apart = apart
+
+    def begin_step(self, step: int) -> None:
+        """Make ready for the stages that learn at optimizer step `step`."""
+        turn = self.turns.now = self.stages.own_part(self.turns.order.at(step))
+        for parameter in self.staged.tied:  # else later stages would change what the first, at rest, begins with
+            parameter.requires_grad_(turn.coupled or 0 in turn.stages)
+        self.peaks.begin(f"{turn_name(turn)}peak_bytes" if self.turns.are_several else "peak_bytes")
+        if self.staged.residency is not None:
+            self.staged.residency.activate(() if turn.coupled else turn.stages)
+        self.features.begin_step(turn)
+
+    def begin_streaming(self) -> None:
+        """From now on layers at rest stream through the device, and layers are compiled, if they are to be."""
+        if self.staged.residency is not None:
+            self._streams.enter_context(self.staged.residency.streaming())
+        if self.compilation is not None:
+            self._streams.enter_context(compiled([*self.staged.layers, *self.staged.heads.layers], **self.compilation))
+
+    @contextlib.contextmanager
+    def not_streaming(self) -> Iterator[None]:
+        """Without the hooks by which layers stream through the device during training, which no plan can follow."""
+        residency = self.staged.residency
+        if residency is None or not residency.is_streaming:
+            yield
+            return
+        self._streams.close()
+        try:
+            yield
+        finally:
+            self.begin_streaming()
+
+    @contextlib.contextmanager
+    def streaming_alone(self, is_in_train: bool) -> Iterator[None]:
+        """Within this context layers at rest stream through the device, in training or not."""
+        residency = self.staged.residency
+        with residency.streaming() if residency is not None and not is_in_train else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def micro_batch(self, model: Any, inputs: Mapping[str, Any], seed: tuple[int, ...]) -> Iterator[None]:
+        """Within this context the host trains on a micro-batch; gradients are averaged by stages, or put to rest."""
+        reduction = self.learning.reduction
+        with contextlib.ExitStack() as stack:
+            if reduction is not None:
+                stack.enter_context(reduction.micro_batch(model, last=self.accelerator.sync_gradients))
+            stack.enter_context(self.stages.micro_batch(self.staged, inputs, seed))
+            yield
+        if self.coupled is not None:
+            self.coupled.settle()
+
+    def learn(
+        self,
+        forward: Callable[[], tuple[torch.Tensor, Any]],
+        labels: Any,
+        mask: torch.Tensor | None,
+        share: float,
+        criterion: Callable[[torch.Tensor], torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+    ) -> tuple[torch.Tensor, Any]:
+        """Let the stages of this turn learn from a micro-batch, see [`StageLearning.loss`]."""
+        turn, others = self.turns.now, (self.stages, self.features, self.watch)
+        return self.learning.loss(forward, turn, labels, mask, share, criterion, optimizer, self.wrapper, *others)
+
+    def clip(self, max_norm: float) -> torch.Tensor | None:
+        """The norm of the gradients before clipping, where they are not the host's to clip; `None` where they are."""
+        if self.coupled is not None:
+            return self.coupled.clip(max_norm)
+        if not self._args.stage_clipping or self.turns.now.coupled or self.is_plain:
+            return None
+        self.accelerator.unscale_gradients()
+        return clip_by_stage(self.staged.parameters, max_norm)
+
+    def norm_at_rest(self) -> torch.Tensor | None:
+        """The norm of the gradients, where they are at rest."""
+        return self.coupled.clip(math.inf) if self.coupled is not None else None
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Within this context a run takes place; however it ends, the model is as it came, and nothing stays behind."""
+        with contextlib.ExitStack() as stack:  # what one of them raises keeps none of the others from it
+            stack.callback(self._clean_up)
+            stack.callback(self.features.flush)
+            stack.callback(self.peaks.end)
+            stack.callback(self._streams.close)
+            stack.callback(self.watch.end)
+            yield
+
+    def _clean_up(self) -> None:
+        for parameter in self.staged.tied:
+            parameter.requires_grad_(True)
+        self._with_heads.close()
+        if self.staged.residency is not None:
+            self.staged.residency.rest()
+        self.learning.forget()
+
+
+def first_batch_of(trainer: Any, num_samples: int) -> Any:
+    """The first samples of a trainer's data as its model gets them, drawn without a trace; `None` without data."""
+    dataset = trainer.train_dataset if trainer.train_dataset is not None else trainer.eval_dataset
+    dataset = next(iter(dataset.values()), None) if isinstance(dataset, Mapping) else dataset
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="planning")
+    return None if dataset is None else first_batch(dataset, num_samples, collate)
+
+
+def plan_run(trainer: Any) -> int | None:
+    """Plan for `memory_budget`, if one is set, and write it into the settings; returns the bytes that it takes."""
+    args, model = trainer.args, trainer._core()
+    if args.memory_budget is None or trainer.train_dataset is None:
+        return None
+    batch = first_batch_of(trainer, args.per_device_train_batch_size)
+    found = plan_for(args, model, batch, bool(objective_of(model) or trainer.compute_loss_func))
+    if args.place_model_on_device:
+        trainer._move_model_to_device(trainer.model, args.device)
+    trainer.accelerator.device_placement &= args.stage_residency == "all"
+    return found.peak.total
