@@ -71,6 +71,7 @@ METHODS = {
     "lora": {},
     "freeze": {},
     "simultaneous": {"stage_order": "simultaneous"},
+    "simultaneous+head_layers": {"stage_order": "simultaneous", "head_layers": 1},  # as for a pretrained model
     "simultaneous+stage_clipping": {"stage_order": "simultaneous", "stage_clipping": True},
     "sequential": SEQUENTIAL,
     "resident": {**SEQUENTIAL, "stage_residency": "stage"},
@@ -225,8 +226,10 @@ def planned_bytes(args: argparse.Namespace, method: str) -> int | None:
     batch = dummy_inputs(model, args.batch_size, "meta", seq_len=args.seq_len)
     batch["labels"] = torch.zeros(args.batch_size, dtype=torch.long, device="meta")
     number = args.num_stages if method in STAGEWISE else 1
-    way = Way(num_stages=number, lora=method == "lora", **METHODS[method])
-    return Simulation(model, batch, args.precision, args.device).peak(way).total
+    settings = dict(METHODS[method])
+    head_layers = settings.pop("head_layers", None)
+    way = Way(num_stages=number, lora=method == "lora", **settings)
+    return Simulation(model, batch, args.precision, args.device, head_layers).peak(way).total
 
 
 def in_a_process(args: argparse.Namespace, method: str) -> dict:

@@ -1,11 +1,11 @@
-"""The README's table of messages: each is raised, as it stands there."""
+"""The table of messages on the page on troubleshooting: each is raised, as it stands there."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from encoders import REFUSED
+from pages import block
 from runs import arguments, own_loss, trainer
 from runs import run_coupled as coupled
 from transformers import BertConfig, BertForQuestionAnswering, TrainingArguments
@@ -13,8 +13,6 @@ from zoo import TEXT, Samples, make
 
 from hf_mmst import MMSTConfig, MMSTTrainer, find_layers, load_stages
 from hf_mmst.cli.command import main
-
-README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def refused(name):
@@ -91,7 +89,7 @@ MESSAGES = {
     ),
     "has no head of which the stages' local losses could be made": (
         lambda folder: MMSTTrainer(BertForQuestionAnswering(BertConfig(**TEXT)), arguments(folder)),
-        "the model's task is none of those [above](#tasks)",
+        "the model's task is none of [these](models.md#tasks)",
         "a model for one of them, or a `compute_loss_func`",
     ),
     "skips layers at random": (
@@ -198,7 +196,7 @@ def table():
 
 
 def test_the_table_is_what_was_raised():
-    assert README.partition("<!-- messages -->\n")[2].partition("\n<!-- /messages -->")[0] == table()
+    assert block("recipes/troubleshooting.md", "messages") == table()
 
 
 def test_every_field_that_a_remedy_sets_is_one():

@@ -1,102 +1,118 @@
-"""The README's code runs, and its numbers are those that the recipes wrote."""
+"""The pages: short enough, their links lead somewhere, and their tables, picture and figures are what was measured."""
 
 import json
 import re
 from pathlib import Path
 
-from benchmark_scaling import Job, on_paper, ratios, vit_large
+import pages
+import pytest
+import ways
+from benchmark_scaling import Job, on_paper
 from datasets import Dataset
+from PIL import Image
 from zoo import Samples, make
+
+from hf_mmst import MMSTConfig
+from hf_mmst.config import OWN_FIELDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-RESULTS = ROOT / "model_cards" / "results"
-MEMORY = ROOT / "model_cards" / "memory"
-ACCURACY = ROOT / "model_cards" / "accuracy"
-SCALING = ROOT / "model_cards" / "scaling"
-CONVOLUTIONAL = ROOT / "model_cards" / "convolutional"
-PLANNER = ROOT / "model_cards" / "planner.json"
-NEW_USER = ROOT / "model_cards" / "new_user.json"
-METHODS = {"end_to_end": "end to end", "greedy": "greedy (w = 0)", "mmst": "MMST (w = 0.3)"}
+CARDS = ROOT / "model_cards"
+PAGES = sorted(
+    path
+    for pattern in ("*.md", ".github/*.md", "hf_mmst/*.md", "recipes/*.md", "model_cards/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+COMMANDS = (
+    "python -m venv v && . v/bin/activate && pip install -e '.[recipes]' && accelerate launch recipes/vit_cifar.py\n",
+    "python -m venv v && . v/bin/activate && pip install -e '.[dev]' && pytest -n 2 --dist loadfile\n",
+)
 
 
-def row(path):
-    found = json.loads(path.read_text())
-    accuracies = [f"{100 * value:.1f}" for value in found.get("stage_accuracy", [found["accuracy"]])]
-    cells = (found["dataset"], found["model"], METHODS[path.stem.partition("_")[2]], found["num_stages"])
-    peak = found["peak_bytes"] / 2**20
-    return (
-        "| " + " | ".join(map(str, [*cells, accuracies[-1], ", ".join(accuracies[:-1]) or "-", f"{peak:.0f}"])) + " |"
-    )
+def test_the_readme_is_one_sitting():
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    assert all(len(line) <= 120 or line.startswith("|") for line in lines)
+    assert all(f"```bash\n{command}```" in README for command in COMMANDS)
+    assert len((ROOT / ".github" / "CONTRIBUTING.md").read_text().splitlines()) <= 45
 
 
-def table():
-    head = "| dataset | model | method | K | accuracy | stages before | peak MiB (CPU) |\n|---|---|---|---|---|---|---|"
-    return "\n".join([head, *(row(path) for path in sorted(RESULTS.glob("*.json")))])
+def test_every_field_has_its_place():
+    """The README's table names some of the fields with their defaults; the docstring has all of them."""
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", README, re.MULTILINE)
+    defaults = {name: MMSTConfig.__dataclass_fields__[name].default for name in OWN_FIELDS}
+    assert 5 <= len(rows) <= 10
+    for name, default in rows:
+        assert default.strip('"') == str(defaults[name])
+    assert all(f"\n        {name} (`" in MMSTConfig.__doc__ for name in OWN_FIELDS)
 
 
-def test_the_table_is_what_the_recipes_wrote():
-    assert README.partition("<!-- results -->\n")[2].partition("\n<!-- /results -->")[0] == table()
+def test_every_room_is_on_the_plan():
+    shown = re.findall(r"^\| `(\w+)", pages.block("hf_mmst/README.md", "rooms"), re.MULTILINE)
+    rooms = {path.parent.name for path in ROOT.glob("hf_mmst/*/__init__.py")}
+    modules = {path.stem for path in ROOT.glob("hf_mmst/*.py")} - {"__init__"}
+    assert rooms <= {*shown}
+    assert {*shown} <= rooms | modules
 
 
-def memory_table():
-    head = "| model | method | peak MiB | planned MiB of tensors | peak | step | epoch |\n|---|---|---|---|---|---|---|"
-    lines = [head]
-    for path in sorted(MEMORY.glob("*.json")):
-        found = json.loads(path.read_text())
-        first = found["rows"][0]
-        model = f"{found['model']}, batch {found['batch_size']}, K = {found['num_stages']}"
-        for row in found["rows"]:
-            ratios = [f"{row[key] / first[key]:.2f}" for key in ("peak_bytes", "step_seconds", "epoch_seconds")]
-            mib = [f"{row[key] / 2**20:.0f}" if row[key] else "-" for key in ("peak_bytes", "planned_bytes")]
-            lines.append("| " + " | ".join([model, row["method"], *mib, *ratios]) + " |")
-    return "\n".join(lines)
+def anchors(path):
+    """What GitHub makes of the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_memory_table_is_what_the_benchmark_wrote():
-    assert README.partition("<!-- memory -->\n")[2].partition("\n<!-- /memory -->")[0] == memory_table()
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if not target.startswith(("http", "$")):
+            name, _, anchor = target.partition("#")
+            to = (path.parent / name).resolve() if name else path
+            assert to.exists(), target
+            assert not anchor or anchor in anchors(to), target
 
 
-def accuracy_table(folder=ACCURACY):
-    names = ("task", "K", "method", "learning rate", "accuracy", "heads together", "stages before", "peak MiB")
-    lines = [f"| {' | '.join(names)} |\n{'|---' * len(names)}|"]
-    rows = []
-    for found in map(json.loads, (path.read_text() for path in sorted(folder.glob("*.json")))):
-        task = f"{found['dataset']}, {found['num_train_samples']:,} samples, {found['model']}"
-        rows += [(task, row["num_stages"], row["method"], row) for row in found["rows"]]
-    for task, num_stages, method, row in sorted(rows, key=lambda one: one[:3]):
-        cells = [task, num_stages, method, f"{row['learning_rate']:g}"]
-        for name in ("accuracy", "ensemble_accuracy"):
-            error = row.get("standard_error" if name == "accuracy" else "ensemble_standard_error") or 0
-            shown = f" ± {100 * error:.1f}" if len(row["accuracies"]) > 1 else " (one seed)"
-            cells.append("-" if row.get(name) is None else f"{100 * row[name]:.1f}{shown}")
-        cells.append(", ".join(f"{100 * value:.1f}" for value in row["stage_accuracy"][:-1]) or "-")
-        lines.append("| " + " | ".join(map(str, [*cells, f"{row['peak_bytes'] / 2**20:.0f}"])) + " |")
-    return "\n".join(lines)
+def test_every_page_is_within_reach():
+    """From the README by links."""
+    seen, left = set(), [ROOT / "README.md"]
+    while left:
+        path = left.pop()
+        if path not in seen and path.suffix == ".md":
+            seen.add(path)
+            found = re.findall(r"\]\(([^)\s#]+)", path.read_text())
+            left += [(path.parent / name).resolve() for name in found if not name.startswith("http")]
+    assert {*PAGES} <= seen
 
 
-def test_the_accuracy_table_is_what_the_benchmark_wrote():
-    assert README.partition("<!-- accuracy -->\n")[2].partition("\n<!-- /accuracy -->")[0] == accuracy_table()
+@pytest.mark.parametrize("name", pages.BLOCKS)
+def test_the_table_is_what_was_measured(name):
+    page, make_table = pages.BLOCKS[name]
+    assert pages.block(page, name) == make_table()
 
 
-def scaling_table():
-    head = "| model | processes | method | step | peak | times as fast |\n|---|---|---|---|---|---|"
-    lines = [head]
-    for path in sorted(SCALING.glob("*.json")):
-        found = json.loads(path.read_text())
-        model = f"{found['model']}, batch {found['batch_size']}, K = {found['num_stages']}"
-        for row, ratio in zip(found["rows"], ratios(found["rows"]), strict=True):
-            numbers = [f"{ratio[name]:.2f}" for name in ("step", "peak", "scaling")]
-            lines.append("| " + " | ".join([model, str(row["num_processes"]), row["method"], *numbers]) + " |")
-    return "\n".join(lines)
+def test_the_picture_is_what_was_measured():
+    with Image.open(ways.PICTURE) as picture:
+        assert picture.info["Source"] == ways.digest()
+        assert picture.width >= 1200
 
 
-def test_the_scaling_table_is_what_the_benchmark_wrote():
-    assert README.partition("<!-- scaling -->\n")[2].partition("\n<!-- /scaling -->")[0] == scaling_table()
+def test_the_picture_is_drawn(tmp_path):
+    ways.draw(tmp_path / "ways.png")
+    with Image.open(tmp_path / "ways.png") as drawn, Image.open(ways.PICTURE) as picture:
+        assert drawn.size == picture.size
+    used = {point.way for points in ways.panels().values() for point in points}
+    assert used == {*ways.COLOURS}
+    assert len({*ways.COLOURS.values()}) == len(ways.COLOURS)
+
+
+def test_pages_are_written_anew(tmp_path):
+    text = "a\n<!-- one -->\nold\n<!-- /one -->\nb"
+    assert pages.filled(text, "one", "new") == "a\n<!-- one -->\nnew\n<!-- /one -->\nb"
+    with pytest.raises(ValueError, match="no block two"):
+        pages.filled(text, "two", "new")
 
 
 def test_the_table_on_paper_is_what_the_formulas_give():
-    assert README.partition("<!-- on_paper -->\n")[2].partition("\n<!-- /on_paper -->")[0] == on_paper(vit_large())
     job = Job(100 * 2**20, 10 * 2**20, 2, 5 * 2**20, samples=3, micro_batches=4)
     cells = [[cell.strip() for cell in line.split("|")[3:-1]] for line in on_paper(job, (2, 4)).splitlines()[2:]]
     assert cells == [
@@ -109,67 +125,33 @@ def test_the_table_on_paper_is_what_the_formulas_give():
     ]
 
 
-def convolutional_table():
-    return accuracy_table(CONVOLUTIONAL)
-
-
-def test_the_table_of_convolutional_networks_is_what_the_benchmark_wrote():
-    found = README.partition("<!-- convolutional -->\n")[2].partition("\n<!-- /convolutional -->")[0]
-    assert found == convolutional_table()
-
-
-def planner_table():
-    lines = ["| model | precision | settings | planned MiB | measured MiB | ratio |\n|---|---|---|---|---|---|"]
-    for row in json.loads(PLANNER.read_text())["rows"]:
-        settings = ", ".join(f"`{name}={value!r}`" for name, value in row["settings"].items()) or "end to end"
-        planned, measured = row["planned_bytes"], row["measured_bytes"]
-        numbers = [f"{planned / 2**20:.1f}", f"{measured / 2**20:.1f}", f"{planned / measured:.3f}"]
-        lines.append("| " + " | ".join([row["model"], row["precision"], settings, *numbers]) + " |")
-    return "\n".join(lines)
-
-
-def test_the_planner_table_is_what_the_benchmark_wrote():
-    assert README.partition("<!-- planner -->\n")[2].partition("\n<!-- /planner -->")[0] == planner_table()
-    rows = json.loads(PLANNER.read_text())["rows"]
+def test_plans_are_within_three_per_cent():
+    rows = json.loads((CARDS / "planner.json").read_text())["rows"]
     assert len(rows) >= 12
     assert {row["model"] for row in rows} == {"vit", "bert", "swin"}
     assert all(abs(row["planned_bytes"] / row["measured_bytes"] - 1) <= 0.03 for row in rows)
 
 
 def test_all_stages_at_once_take_hardly_more_time_than_end_to_end():
-    rows = json.loads((MEMORY / "vit_base_cpu_k4_alternating.json").read_text())["rows"]
+    rows = json.loads((CARDS / "memory" / "vit_base_cpu_k4_alternating.json").read_text())["rows"]
     assert [row["method"] for row in rows] == 2 * ["end-to-end", "simultaneous"]
     for whole, stages in (rows[:2], rows[2:]):
         assert stages["step_seconds"] <= 1.10 * whole["step_seconds"]
 
 
 def test_one_resident_stage_takes_what_is_promised():
-    rows = {row["method"]: row for row in json.loads((MEMORY / "vit_base_cpu.json").read_text())["rows"]}
+    rows = {row["method"]: row for row in json.loads((CARDS / "memory" / "vit_base_cpu.json").read_text())["rows"]}
     peak = {method: row["peak_bytes"] for method, row in rows.items()}
     assert peak["resident"] <= 0.25 * peak["end-to-end"]
     assert peak["resident"] <= 0.6 * peak["end-to-end+checkpointing"]
-    coupled = {r["method"]: r for r in json.loads((MEMORY / "vit_base_cpu_coupled.json").read_text())["rows"]}
-    assert coupled["coupled"]["peak_bytes"] <= 0.2 * coupled["end-to-end"]["peak_bytes"]
-
-
-def new_user_table():
-    lines = ["| step | command | seconds | says |\n|---|---|---|---|"]
-    for step in json.loads(NEW_USER.read_text())["steps"]:
-        command = step["command"] if len(step["command"]) < 100 else f"{step['command'][:90]} ..."
-        shown = ", ".join(f"`{' '.join(line.split())}`" for line in step["shown"])
-        lines.append(f"| {step['name']} | `{command}` | {step['seconds']:.0f} | {shown} |")
-    return "\n".join(lines)
-
-
-def test_the_table_of_a_new_user_is_what_was_timed():
-    assert README.partition("<!-- new_user -->\n")[2].partition("\n<!-- /new_user -->")[0] == new_user_table()
+    assert max(ways.memory_ratios("coupled")) <= 0.2
 
 
 def test_every_result_names_its_command_versions_and_device():
-    paths = list(RESULTS.glob("*.json"))
-    assert len(paths) == 6
-    folders = (MEMORY, ACCURACY, SCALING, CONVOLUTIONAL)
-    for path in [*paths, *(path for folder in folders for path in folder.glob("*.json")), PLANNER]:
+    assert len([*(CARDS / "results").glob("*.json")]) == 6
+    folders = "results", "memory", "accuracy", "scaling", "convolutional"
+    paths = [path for folder in folders for path in (CARDS / folder).glob("*.json")]
+    for path in [*paths, CARDS / "planner.json"]:
         found = json.loads(path.read_text())
         assert found["command"].startswith("recipes/")
         assert {"torch", "transformers", "accelerate"} <= found["versions"].keys()

@@ -1,4 +1,4 @@
-"""Every block of code in the README runs, in the order of the README, on small models and data of the names it has."""
+"""Every block of code in the pages runs, in the order of the page, on small models and data of the names it has."""
 
 import re
 import runpy
@@ -18,7 +18,15 @@ from zoo import Samples, make
 from hf_mmst.cli.command import main
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```(python|bash)\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+# The README first: its quickstart makes the checkpoint that others read.
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("recipes/*.md")), ROOT / ".github" / "CONTRIBUTING.md"]
+BLOCKS = [
+    pytest.param(path, *found, id=f"{path.relative_to(ROOT)}-{number}")
+    for path in PAGES
+    for number, found in enumerate(
+        re.findall(r"^```(python|bash)\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+    )
+]
 SHORT = ["--max_steps", "4", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu"]
 TRIALS = ["--num_trials", "1", "--trial_steps", "4", "--num_stages", "2"]
 SMALL = ["--hidden_size", "24", "--num_hidden_layers", "4"]
@@ -58,7 +66,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reader(world):
-    """What the reader has by the name that the README gives it."""
+    """What the reader has by the name that the pages give it."""
     rows = [Samples("vit", 16)[i] for i in range(16)]
     batches = [{key: torch.stack([row[key] for row in rows]) for key in rows[0]}]
     batches[0]["labels"] %= 2  # what the commands have trained knows two labels
@@ -67,6 +75,7 @@ def reader(world):
         "test": datasets.Dataset.from_list(rows).with_format("torch"),
         "accuracy": lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
         "make_model": lambda: make("vit", num_labels=10),
+        "model": make("vit", num_hidden_layers=2),
         "validation_batches": batches,
         "images": batches[0]["pixel_values"],
         "tokenizer": AutoTokenizer.from_pretrained("google-bert/bert-base-uncased"),
@@ -74,11 +83,16 @@ def reader(world):
     }
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_the_block_runs(number, world, reader, monkeypatch):
-    kind, code = BLOCKS[number]
+@pytest.fixture(scope="module")
+def scopes(reader):
+    """The names of each page: what one imports or makes, the others do not have."""
+    return {path: dict(reader) for path in PAGES}
+
+
+@pytest.mark.parametrize(("path", "kind", "code"), BLOCKS)
+def test_the_block_runs(path, kind, code, world, scopes, monkeypatch):
     if kind == "python":
-        exec(re.sub(r"num_trials=\d+, max_steps=\d+", "num_trials=2, max_steps=4", code), reader)
+        exec(re.sub(r"num_trials=\d+, max_steps=\d+", "num_trials=2, max_steps=4", code), scopes[path])
         return
     for line in code.splitlines():
         for command in line.split(" && "):
@@ -102,7 +116,7 @@ def run(words, monkeypatch):
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert words[2] == "-e"
         assert re.fullmatch(r"\.\[(\w+)\]", words[3])[1] in extras
-    elif words[0] == "torchrun":  # tests/test_stage_parallel.py does
+    elif words[0] == "torchrun":  # tests/distributed/test_stage_parallel.py does
         assert words[1:] == ["--nproc_per_node", "3", "train.py"]
     else:
         assert words in (
@@ -114,6 +128,7 @@ def run(words, monkeypatch):
 
 def test_what_they_leave_behind(world):
     """The quickstart's checkpoint has since been trained over by the commands; adapters have a folder of their own."""
+    assert (world / "vit-stages" / "exits.json").is_file()
     for name in ("vit-stages", "vit-lora"):
         assert {"stages.json", "stages.safetensors"} <= {path.name for path in (world / name).iterdir()}
     assert (world / "vit-stages" / "results.json").is_file()

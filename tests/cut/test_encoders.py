@@ -1,7 +1,6 @@
 """Many architectures: gradients against the generic reference, a step, saving and loading; and what is refused, why."""
 
 import re
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from encoders import ENCODERS, MODELS, REFUSED, VGG, build, inputs
 from engines import WEIGHTS, cut, step
+from pages import block
 from reference import detached_step, gradients
 from runs import arguments, weights
 from torch import nn
@@ -25,7 +25,6 @@ from hf_mmst.planning.budget import planned_peak
 from hf_mmst.records.stages import save_stages
 from hf_mmst.tasks.images import ImageModelArguments, _build
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
 HEADS = {}  # what kind of head each model has got, as far as it has been tested
 
 
@@ -286,7 +285,7 @@ def table():
 
 
 def test_the_table_is_what_was_tested():
-    assert README.partition("<!-- encoders -->\n")[2].partition("\n<!-- /encoders -->")[0] == table()
+    assert block("recipes/models.md", "encoders") == table()
 
 
 def test_a_run_that_cannot_be_planned_says_why(tmp_path, monkeypatch):

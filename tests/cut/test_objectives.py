@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from bert_text import package_folder
 from encoders import CAUSAL, MODELS, OF_TOKENS
 from encoders import build as make_of_tokens
 from engines import assert_close
+from pages import block
 from reference import gradients, next_token_loss, token_loss, train_step
 from runs import StopAt, arguments, assert_same, losses, trainer, weights
 from transformers import (
@@ -367,7 +367,6 @@ def test_metrics_get_the_logits_of_each_stage(name, tmp_path):
     assert {f"eval_stage_{k}_accuracy" for k in (1, 2, 3)} <= metrics_of_stages.keys()
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
 HEADS = {
     PoolingHead: "LayerNorm, pooling, Linear; of maps a convolution",
     TokenHead: "LayerNorm and Linear on each token",
@@ -407,4 +406,4 @@ def _leaves(run):
 
 
 def test_the_table_of_tasks_is_what_was_tested(tmp_path):
-    assert README.partition("<!-- tasks -->\n")[2].partition("\n<!-- /tasks -->")[0] == table(tmp_path)
+    assert block("recipes/models.md", "tasks") == table(tmp_path)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from pages import block
 from safetensors.torch import load_file
 from sharded import RESUMED, train, trainer
 from torch import nn
@@ -166,7 +167,7 @@ SETTINGS = {
 
 
 def combinations(folder):
-    """What works with what, as the README says it."""
+    """What works with what, as the page on several GPUs says it."""
 
     def works(wrapper, settings):
         args = MMSTConfig(str(folder), use_cpu=True, **settings)
@@ -189,8 +190,7 @@ def combinations(folder):
 
 
 def test_the_table_of_combinations_is_true(tmp_path):
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    assert text.partition("<!-- wrappers -->\n")[2].partition("\n<!-- /wrappers -->")[0] == combinations(tmp_path)
+    assert block("recipes/several_gpus.md", "wrappers") == combinations(tmp_path)
 
 
 def test_what_stages_share_is_refused_where_its_gradients_are_not_added_up():

@@ -243,9 +243,8 @@ def test_a_checkpoint_keeps_its_rule(tmp_path):
     assert torch.equal(again(**inputs).logits, early(**inputs).logits)
 
 
-def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    readme = (ROOT / "README.md").read_text()
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "EarlyExit" in block]
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "recipes" / "early_exit.md").read_text(), re.DOTALL)
     run = trainer(tmp_path / "vit-stages", max_steps=2)
     run.train()
     run.save_model()
@@ -254,25 +253,6 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     exec(code, {"validation_batches": [inputs, inputs], "images": plain["pixel_values"]})
     assert "of 4 layers" in capsys.readouterr().out
     assert (tmp_path / "vit-stages" / "exits.json").is_file()
-
-
-def exits_table():
-    lines = ["| model | way to leave | accuracy | layers | fewer layers |", "|---|---|---|---|---|"]
-    for path in sorted((ROOT / "model_cards" / "exits").glob("*.json")):
-        found = json.loads(path.read_text())
-        number, whole = found["num_layers"], found["whole"]
-        lines.append(f"| {path.stem} | none | {100 * whole['accuracy']:.1f} | {number} | - |")
-        together = {"kind": "none, heads together", "max_drop": 0.005, **found.get("together", {})}
-        for row in [*([together] if "together" in found else []), *found["rows"]]:
-            if row["max_drop"] == 0.005:
-                cells = [path.stem, row["kind"], f"{100 * row['accuracy']:.1f}", f"{row['mean_layers']:.2f}"]
-                lines.append("| " + " | ".join([*cells, f"{1 - row['mean_layers'] / number + 0.0:z.0%}"]) + " |")
-    return "\n".join(lines)
-
-
-def test_the_table_is_what_was_measured():
-    readme = (ROOT / "README.md").read_text()
-    assert readme.partition("<!-- exits -->\n")[2].partition("\n<!-- /exits -->")[0] == exits_table()
 
 
 def test_the_recipe_calibrates_on_one_half_and_measures_on_the_other(tmp_path, monkeypatch, capsys):

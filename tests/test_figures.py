@@ -1,0 +1,147 @@
+"""The figures in the sentences of the pages are those of the committed results: where one moves, its sentence must."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import ways
+
+ROOT = Path(__file__).parents[1]
+NEWS, REVIEWS, VIT, MORE = ways.NEWS, ("movie-reviews", 1200), ways.VIT, ("cifar10", 5000)
+FASHION = ("fashion-mnist", 5000)
+BEST = {  # the method of end-to-end training that is the best of a task
+    NEWS: "end-to-end, head rate",
+    REVIEWS: "end-to-end, head rate",
+    VIT: "end-to-end, heads at 0.01",
+    MORE: "end-to-end, heads at 0.01",
+}
+HEADS, ORDER, COUPLED_LORA = "default, heads at 0.01", "coupled, head rate", "coupled, lora, head rate"
+ONE_RATE = "default, constant, one rate"
+
+
+def accuracy(task, method, stages=1, scratch=False, key="accuracy"):
+    return 100 * ways.accuracy_row(task, method, stages, scratch)[key]
+
+
+def behind(task, method, stages=1, key="accuracy"):
+    return accuracy(task, BEST[task]) - accuracy(task, method, stages, key=key)
+
+
+def gain(task, method, other, stages=1, others=1):
+    return accuracy(task, method, stages) - accuracy(task, other, others)
+
+
+def peak(task, method, stages=1, over=None, others=1):
+    row, whole = ways.accuracy_row(task, method, stages), ways.accuracy_row(task, over or BEST[task], others)
+    return 100 * row["peak_bytes"] / whole["peak_bytes"]
+
+
+def mib(task, method, stages=1):
+    return ways.accuracy_row(task, method, stages)["peak_bytes"] / 2**20
+
+
+def memory(method, stages=12):
+    return [100 * one for one in ways.memory_ratios(method, stages)]
+
+
+def times(method, stages=12):
+    return ways.memory_ratios(method, stages, "epoch_seconds")
+
+
+def of_file(method, key="peak_bytes", name="vit_base_cpu_eight_bit"):
+    rows = json.loads((ROOT / "model_cards" / "memory" / f"{name}.json").read_text())["rows"]
+    (found,) = [row for row in rows if row["method"] == method]
+    return found[key] / rows[0][key]
+
+
+def from_scratch(task):
+    whole = accuracy(task, "end-to-end", 1, True)
+    return [accuracy(task, "transport", k, True) - whole for k in (2, 4, 8, 12)]
+
+
+README, ACCURACY, MEMORY = "README.md", "model_cards/accuracy.md", "model_cards/memory.md"
+WITH_LAYERS = "simultaneous+head_layers"
+COUPLED, CHECKPOINTING, LORA = (memory(name) for name in ("coupled", "end-to-end+checkpointing", "lora"))
+STAGES = sorted(memory(WITH_LAYERS, 4) + memory(WITH_LAYERS))
+STAGES_TIME = sorted(times(WITH_LAYERS, 4) + times(WITH_LAYERS))
+COUPLED_TIME, CHECKPOINTING_TIME = times("coupled"), times("end-to-end+checkpointing")
+SAID = [  # page, sentence, figures
+    (README, "Train all weights of a ViT-Base in {:.0f} % of the memory", [COUPLED[-1]]),
+    (README, "one layer on the device: {:.0f} to {:.0f} % of the peak", [COUPLED[0], COUPLED[-1]]),
+    (README, "checkpointing takes {:.0f} % and LoRA {:.0f} %", [CHECKPOINTING[-1], LORA[-1]]),
+    (README, "takes {:.1f} to {:.1f} times as long", [COUPLED_TIME[0], COUPLED_TIME[-1]]),
+    (README, "(checkpointing: {:.1f} to {:.1f})", [CHECKPOINTING_TIME[0], CHECKPOINTING_TIME[-1]]),
+    (README, "were {:.1f} to {:.1f} points worse", [behind(NEWS, "default, resident", 6), behind(VIT, HEADS, 12)]),
+    (README, "{:.1f} to {:.1f} points better on CIFAR-10", [min(from_scratch(MORE)), max(from_scratch(MORE))]),
+    (README, "between {:.1f} better and {:.1f} worse", [max(from_scratch(FASHION)), -min(from_scratch(FASHION))]),
+    (README, "take {:.0f} % of the memory and {:.2f} times", [memory("resident+cache")[0], times("resident+cache")[0]]),
+    (README, "in memory ({:.0f} to {:.0f} %", [STAGES[0], STAGES[-1]]),
+    (README, "time ({:.1f} to {:.1f} times)", [STAGES_TIME[0], STAGES_TIME[-1]]),
+    (README, "trains it in {:.0f} % of its memory", [peak(VIT, COUPLED_LORA, over="lora, head rate")]),
+    (README, "loses {:.1f} points with 4 stages and {:.1f} with 12", [behind(MORE, HEADS, k) for k in (4, 12)]),
+    (ACCURACY, "in {:.0f} to {:.0f} % of its memory on the texts", [peak(NEWS, ORDER), peak(REVIEWS, ORDER)]),
+    (ACCURACY, "{:.0f} % on ViT-S", [peak(VIT, "coupled, heads at 0.01")]),
+    (ACCURACY, "in {:.0f} MiB against {:.0f}", [mib(VIT, COUPLED_LORA), mib(VIT, "lora, head rate")]),
+    (ACCURACY, "{:.1f} points on 20 Newsgroups, {:.1f} on", [behind(task, "default", 6) for task in (NEWS, REVIEWS)]),
+    (
+        ACCURACY,
+        "{:.1f} on ViT-S with heads at 0.01 and twelve stages, {:.1f}",
+        [behind(VIT, HEADS, k) for k in (12, 4)],
+    ),
+    (ACCURACY, "One resident stage is {:.1f} behind", [behind(NEWS, "default, resident", 6)]),
+    (ACCURACY, "on 20 Newsgroups in {:.0f} % of the memory", [peak(NEWS, "default, resident", 6)]),
+    (
+        ACCURACY,
+        "four stages are {:.1f} points behind on ViT-S, twelve {:.1f}",
+        [behind(MORE, HEADS, k) for k in (4, 12)],
+    ),
+    (ACCURACY, "at 1e-5 gets {:.1f} with", [accuracy(VIT, ORDER)]),
+    (ACCURACY, "and {:.1f} with heads at 0.01", [accuracy(VIT, BEST[VIT])]),
+    (ACCURACY, "{:.1f} points below the default on 20", [gain(NEWS, "default", "lora, head rate", 6)]),
+    (ACCURACY, "{:.1f} above it on the movie reviews", [gain(REVIEWS, "lora", "default", 1, 6)]),
+    (ACCURACY, "{:.1f} above it on ViT-S", [gain(VIT, "lora, head rate", HEADS, 1, 12)]),
+    (ACCURACY, "with twelve stages and {:.1f} with four", [gain(VIT, "lora, head rate", HEADS, 1, 4)]),
+    (ACCURACY, "last layer alone is {:.1f} below", [gain(NEWS, "default", "freeze", 6, 6)]),
+    (ACCURACY, "on 20 Newsgroups and {:.1f} on ViT-S, in less", [gain(VIT, HEADS, "freeze, heads at 0.01", 12, 12)]),
+    (ACCURACY, "wins {:.1f} points over greedy", [gain(NEWS, "transport", "greedy", 6, 6)]),
+    (ACCURACY, "get worse, it loses {:.1f}", [gain(REVIEWS, "greedy", "transport", 6, 6)]),
+    (ACCURACY, "adaptive one is {:.1f} below none", [gain(VIT, "default, w = 0", "default", 12, 12)]),
+    (ACCURACY, "a constant one {:.1f}", [gain(VIT, "default, w = 0", "default, constant", 12, 12)]),
+    (ACCURACY, "one rate it wins {:.1f}", [gain(NEWS, ONE_RATE, "default, w = 0, one rate", 6, 6)]),
+    (ACCURACY, "20 Newsgroups loses {:.1f} points", [gain(NEWS, ONE_RATE, "default, constant", 6, 6)]),
+    (MEMORY, "by far: {:.0f} to {:.0f} %", [COUPLED[0], memory("resident+cache")[0]]),
+    (MEMORY, "in {:.1f} to {:.1f} times the time of a step", [COUPLED_TIME[0], COUPLED_TIME[-1]]),
+    (MEMORY, "takes {:.1f} times, too", [of_file("end-to-end+checkpointing+8-bit", "step_seconds")]),
+    (MEMORY, "and {:.0f} % of the memory", [100 * of_file("end-to-end+checkpointing+8-bit")]),
+    (MEMORY, "the former alone {:.0f} %", [100 * of_file("end-to-end+8-bit")]),
+    (MEMORY, "take {:.0f} to {:.0f} % of the memory", [STAGES[0], STAGES[-1]]),
+    (MEMORY, "{:.1f} to {:.1f} times the time: more", [STAGES_TIME[0], STAGES_TIME[-1]]),
+    ("recipes/adapters.md", "in {:.0f} % of its memory", [peak(VIT, COUPLED_LORA, over="lora, head rate")]),
+    ("recipes/adapters.md", "{:.1f} points below it", [gain(VIT, "lora, head rate", "default, lora", 1, 12)]),
+]
+
+
+@pytest.mark.parametrize(("page", "sentence", "figures"), SAID)
+def test_the_figures_are_those_of_the_results(page, sentence, figures):
+    text = " ".join((ROOT / page).read_text().split())
+    assert re.sub(r"\s+", " ", sentence.format(*figures)) in text
+
+
+def test_what_is_said_without_figures():
+    """Which way is the better one, where the pages rank them."""
+    for stages in (4, 12):
+        assert memory(WITH_LAYERS, stages)[0] > CHECKPOINTING[-1]
+        assert times(WITH_LAYERS, stages)[0] > CHECKPOINTING_TIME[-1]
+    assert times("simultaneous+stage_clipping")[0] < CHECKPOINTING_TIME[0]
+    assert memory("simultaneous+stage_clipping")[0] < CHECKPOINTING[0]
+    for task, method, same in (
+        (NEWS, "coupled, head rate", BEST[NEWS]),
+        (REVIEWS, "coupled, head rate", BEST[REVIEWS]),
+        (VIT, "coupled, heads at 0.01", BEST[VIT]),
+        (VIT, COUPLED_LORA, "lora, head rate"),
+    ):
+        rows = [ways.accuracy_row(task, name)["accuracies"] for name in (method, same)]
+        assert rows[0] == rows[1]
+    weights = [accuracy(NEWS, name, 6) for name in ("default", "default, constant", "default, w = 0")]
+    assert max(weights) - min(weights) < 0.5
