@@ -93,10 +93,10 @@ def ways_table() -> str:
         ("end to end (plain `Trainer`)", {t: f"end-to-end{heads[t]}" for t in heads}, one, "end-to-end", 12),
         ("the same, `gradient_checkpointing=True`", {}, one, "end-to-end+checkpointing", 12),
         ("LoRA, rank 16, all linear layers", dict.fromkeys(heads, "lora, head rate"), one, "lora", 12),
-        ("only the last layer of 6, of 12", {t: f"freeze{heads[t]}" for t in heads}, layer, "freeze", 12),
+        ("only the last layer, of 6 or 12", {t: f"freeze{heads[t]}" for t in heads}, layer, "freeze", 12),
         ('**`stage_order="coupled"`**', {t: f"coupled{heads[t]}" for t in heads}, one, "coupled", 12),
         (
-            "**stages**, K = 3, 4, 4",
+            "**stages**, 3 for the texts, else 4",
             {NEWS: "default", VIT: "default, heads at 0.01"},
             few,
             "simultaneous+head_layers",

@@ -72,6 +72,12 @@ def test_links_lead_somewhere(path):
             assert not anchor or anchor in anchors(to), target
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_are_there(path):
+    for name in re.findall(r"`(?:python )?((?:recipes|tests|hf_mmst|model_cards)/[\w/.]+)", path.read_text()):
+        assert (ROOT / name).exists(), name
+
+
 def test_every_page_is_within_reach():
     """From the README by links."""
     seen, left = set(), [ROOT / "README.md"]
