@@ -63,8 +63,8 @@ class MMSTConfig(TrainingArguments):
             Number of laps R of the `"multi_lap"` order.
         coupled_laps (`int`, *optional*, defaults to 0):
             Number n of laps of end-to-end training after the laps with local losses, to make up for what local losses
-            missed. With R laps before, each lap has N / (R + n) epochs. With `stage_residency="stage"` one layer is in
-            device memory in these laps, as in the `"coupled"` order.
+            missed. With R laps before, each lap has N / (R + n) epochs. The auxiliary heads do not learn in these laps.
+            With `stage_residency="stage"` one layer is in device memory in them, as in the `"coupled"` order.
         head_pooling (`str`, *optional*, defaults to `"auto"`):
             How an auxiliary head pools the tokens: `"mean"`, the mean over tokens without padding, or `"cls"`, the
             first token. `"auto"`: the first token if the own head of a pretrained model reads nothing else, a

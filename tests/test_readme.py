@@ -48,11 +48,17 @@ def test_every_field_has_its_place():
 
 
 def test_every_room_is_on_the_plan():
-    shown = re.findall(r"^\| `(\w+)", pages.block("hf_mmst/README.md", "rooms"), re.MULTILINE)
+    """In the table of rooms each has a row; what the reading order names is there."""
     rooms = {path.parent.name for path in ROOT.glob("hf_mmst/*/__init__.py")}
-    modules = {path.stem for path in ROOT.glob("hf_mmst/*.py")} - {"__init__"}
-    assert rooms <= {*shown}
-    assert {*shown} <= rooms | modules
+    rooms |= {path.name for path in ROOT.glob("hf_mmst/[!_]*.py")}
+    rows = re.findall(r"^\| (.*?) \|", pages.block("hf_mmst/README.md", "rooms"), re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`([\w.]+)`", row)} == rooms
+    order = (ROOT / "hf_mmst" / "README.md").read_text().partition("## Reading order")[2]
+    named = {*re.findall(r"`([a-z_]+)`", order)}
+    assert len(named) > 20
+    assert named <= {path.stem for path in ROOT.glob("hf_mmst/**/*.py")} | {
+        path.name for path in ROOT.glob("hf_mmst/*/")
+    }
 
 
 def anchors(path):
