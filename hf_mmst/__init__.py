@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import MMSTConfig as MMSTConfig
+    from .cut.layers import find_layers as find_layers
     from .cut.partition import Partition as Partition
-    from .cut.partition import find_layers as find_layers
     from .inference.early_exit import EarlyExit as EarlyExit
     from .inference.early_exit import calibrate as calibrate
     from .inference.truncation import truncate as truncate
@@ -28,7 +28,7 @@ _MODULE_OF = {
     "Stages": "records.stages",
     "Stagewise": "method.engine",
     "calibrate": "inference.early_exit",
-    "find_layers": "cut.partition",
+    "find_layers": "cut.layers",
     "load_stages": "records.stages",
     "pilot": "trials",
     "plan": "planning.planner",

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .copies import copied
 from .example_inputs import ExampleInputs
 from .hidden_states import hidden_states_of, input_hidden_states
-from .partition import Partition, run_ends
+from .layers import run_ends
+from .partition import Partition
 from .tracing import Recorder, Trace
 
 # What a pass without data raises where data decides. Any other error comes again when the model is run as it is.

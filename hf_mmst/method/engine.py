@@ -10,7 +10,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..cut.hidden_states import hidden_states_of, without_tensors
-from ..cut.partition import Partition, run_ends
+from ..cut.layers import run_ends
+from ..cut.partition import Partition
 from .heads import StageHeads
 from .observing_pass import ObservingPass, StageView
 from .partial_forward import left_out, until_stopped

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from ..cut.partition import Partition, tail_parameters
+from ..cut.layers import tail_parameters
+from ..cut.partition import Partition
 from .heads import StageHeads
 
 ELEMENTWISE = ("torch.optim.", "transformers.optimization", "bitsandbytes.optim.")  # but for those in COUPLED

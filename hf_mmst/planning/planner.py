@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from ..cut.layers import checkpoints_across
 from ..cut.objectives import objective_of
-from ..cut.partition import checkpoints_across
 from ..cut.token_flow import attends_causally
 from ..field_checks import one_of, parse_bytes, whole
 from .costs import bytes_elsewhere, relative_compute

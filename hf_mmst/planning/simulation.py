@@ -14,8 +14,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..cut.copies import copied
 from ..cut.example_inputs import ExampleInputs
+from ..cut.layers import find_layers, run_ends, tied_parameters
 from ..cut.objectives import CLASSES, objective_of
-from ..cut.partition import Partition, find_layers, run_ends, tied_parameters
+from ..cut.partition import Partition
 from ..cut.probe import LayerProfile, on_meta, profile_layers
 from ..method.engine import Stagewise
 from ..method.heads import StageHeads, num_head_layers

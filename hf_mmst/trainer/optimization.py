@@ -8,7 +8,7 @@ from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from ..config import MMSTConfig
-from ..cut.partition import tail_parameters
+from ..cut.layers import tail_parameters
 from ..method.heads import HEADS, is_pretrained
 from ..method.learning_rates import PRETRAINED_DECAY, PRETRAINED_FACTOR, join_groups, rate_factors, split_groups
 from ..method.order import Segment

@@ -9,8 +9,9 @@ from transformers import Trainer
 from transformers.trainer_utils import unwrap_peft_model
 
 from ..config import MMSTConfig
+from ..cut.layers import checkpoints_across
 from ..cut.objectives import objective_of
-from ..cut.partition import Partition, checkpoints_across
+from ..cut.partition import Partition
 
 
 def refuse_other_arguments(args: Any) -> None:

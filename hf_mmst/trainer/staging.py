@@ -9,8 +9,9 @@ from torch import nn
 
 from ..config import MMSTConfig
 from ..cut.example_inputs import SAMPLES, ExampleInputs
+from ..cut.layers import find_layers, last_norm, run_ends, tied_parameters
 from ..cut.objectives import CLASSES, Objective, objective_of
-from ..cut.partition import Partition, find_layers, last_norm, run_ends, tied_parameters
+from ..cut.partition import Partition
 from ..cut.probe import LayerProfile, check_cut, logits_of, profile_layers, run_example
 from ..cut.token_flow import attends_causally, ignores_padding, own_pooling
 from ..distributed.wrappers import Wrapper, numel

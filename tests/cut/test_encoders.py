@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_mmst import MMSTConfig, MMSTTrainer, StageHeads, Stages, find_layers, load_stages, plan
-from hf_mmst.cut.partition import run_ends
+from hf_mmst.cut.layers import run_ends
 from hf_mmst.cut.probe import profile_layers
 from hf_mmst.inference.early_exit import EarlyExit
 from hf_mmst.inference.exit_rules import ExitRule

@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification
 from zoo import make
 
 from hf_mmst import MMSTConfig, load_stages
-from hf_mmst.cut.partition import Partition, find_layers
+from hf_mmst.cut.layers import find_layers
+from hf_mmst.cut.partition import Partition
 from hf_mmst.distributed.compiling import refuse_compilation
 from hf_mmst.distributed.wrappers import DeepSpeedWrapper, FullyShardedWrapper, Wrapper, wrapper_of
 from hf_mmst.method.heads import HEADS, StageHeads

@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 from zoo import NUM_LABELS, make
 
 from hf_mmst import Partition, StageHeads, Stagewise, find_layers
-from hf_mmst.cut.partition import run_ends
+from hf_mmst.cut.layers import run_ends
 from hf_mmst.cut.probe import check_cut, profile_layers
 
 

@@ -8,7 +8,7 @@ from transformers import BertForSequenceClassification, set_seed
 from zoo import make
 
 from hf_mmst import load_stages
-from hf_mmst.cut.partition import find_layers, last_norm
+from hf_mmst.cut.layers import find_layers, last_norm
 from hf_mmst.cut.token_flow import own_pooling
 
 
