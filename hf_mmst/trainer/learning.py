@@ -31,14 +31,18 @@ class StageLearning:
     Args:
         args ([`MMSTConfig`]): the settings of the run.
         staged ([`StagedModel`]): what learns.
+        stages ([`AllStages`]): which stages this process has, and how activations go on to the next one.
+        features ([`Features`]): the inputs of stages that are cached.
+        watch ([`Watch`]): refuses what a custom trainer must not do in a training step.
 
     Attributes:
         reduction ([`Reduction`], *optional*): averages the gradients of stages over several processes.
         sums (`torch.Tensor`): `[K, 3]`, of the losses, the transports and the optimizer steps since the last log.
     """
 
-    def __init__(self, args: MMSTConfig, staged: StagedModel):
+    def __init__(self, args: MMSTConfig, staged: StagedModel, stages: AllStages, features: Features, watch: Watch):
         self._args, self._staged = args, staged
+        self._stages, self._features, self._watch = stages, features, watch
         self.reduction: Reduction | None = None
         self.sums = torch.zeros(staged.num_stages, 3)
         self._step_labels, self._step_samples = 0.0, 0.0
@@ -74,9 +78,6 @@ class StageLearning:
         criterion: Callable[[torch.Tensor], torch.Tensor],
         optimizer: torch.optim.Optimizer,
         wrapper: Wrapper,
-        stages: AllStages,
-        features: Features,
-        watch: Watch,
     ) -> tuple[torch.Tensor, Any]:
         """
         Let the stages of `turn` learn from a micro-batch, but for the last of them, whose loss is returned.
@@ -88,16 +89,16 @@ class StageLearning:
             mask (`torch.Tensor`, *optional*): `[B, N]`, 1 for tokens that count.
             share (`float`): the share that the micro-batch has of its optimizer step.
             criterion (`Callable`): logits of a head to the task's loss, a scalar.
-            optimizer, wrapper, stages, features, watch: of the run.
+            optimizer, wrapper: of the run.
         """
         args, staged = self._args, self._staged
-        watch.learn(stepped=bool(self._early_norms))
+        self._watch.learn(stepped=bool(self._early_norms))
         weigh, scale = _weighing(share)
         first, last = turn.stages[0], turn.stages[-1]
         # Transport is a mean over samples, whatever number of labels they have.
         samples = len(labels) / (self._step_samples or len(labels))
         weights = [staged.weights[stage] * samples / scale for stage in range(staged.num_stages)]
-        given = features.get(first) or stages.take()
+        given = self._features.get(first) or self._stages.take()
         learning = staged.engine.step(
             criterion=lambda logits: weigh(criterion(logits)),
             weights=weights,
@@ -109,15 +110,15 @@ class StageLearning:
         )
         with wrapper.forward(staged.model, staged.partition), learning as step:
             loss, outputs = forward()
-        stages.hand_on(step.output)
-        features.add(first, step.features, given)
+        self._stages.hand_on(step.output)
+        self._features.add(first, step.features, given)
         loss = weigh(loss)
         step.losses[last] = loss.detach()
         self._record(step, scale, samples)
         if weights[last] > 0:
             loss = loss + weights[last] * step.transport
         loss = loss * scale
-        watch.awaits(loss)
+        self._watch.awaits(loss)
         return loss, outputs
 
     def _step_early(self, optimizer: torch.optim.Optimizer, wrapper: Wrapper, stage: int, shared: bool) -> None:
@@ -170,11 +171,11 @@ class StageLearning:
         self.sums.zero_()
         return logs
 
-    def bring_together(self, loss: torch.Tensor, norm: Any, stages: AllStages) -> Any:
+    def bring_together(self, loss: torch.Tensor, norm: Any) -> Any:
         """Make loss, sums and the norm of the gradients, which is returned, those of all stages, to be logged."""
-        if not stages.are_shared:
+        if not self._stages.are_shared:
             return norm
-        found = stages.gather((loss.item(), float(norm), self.sums.cpu()))
+        found = self._stages.gather((loss.item(), float(norm), self.sums.cpu()))
         losses, norms, sums = zip(*found, strict=True)
         loss.fill_(losses[-1])
         self.sums = torch.stack(sums).sum(0)

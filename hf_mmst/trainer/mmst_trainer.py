@@ -210,7 +210,8 @@ class MMSTTrainer(WholeCheckpoints):
         else:
             task.refuse_no_labels(inputs)
             criterion = functools.partial(task.of, labels=labels, num_items=num_items_in_batch)
-            loss, outputs = run.learn(forward, labels, inputs.get("attention_mask"), share, criterion, self.optimizer)
+            given = forward, run.turns.now, labels, inputs.get("attention_mask"), share, criterion
+            loss, outputs = run.learning.loss(*given, self.optimizer, run.wrapper)
         return (loss, outputs) if return_outputs else loss
 
     @property
@@ -235,7 +236,7 @@ class MMSTTrainer(WholeCheckpoints):
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
         """What is logged is brought together, where processes share out the stages."""
         if self.control.should_log and grad_norm is not None:
-            grad_norm = self._run.learning.bring_together(tr_loss, grad_norm, self._run.stages)
+            grad_norm = self._run.learning.bring_together(tr_loss, grad_norm)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def log(self, logs, start_time=None):

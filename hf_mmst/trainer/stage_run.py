@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class StageRun:
         """Cut the model into stages and make their heads. Raises what [`Staging.of`] raises."""
         self.staged = staging.of(model)
         self.turns = Turns(self._args, self.staged.num_stages)
-        self.learning = StageLearning(self._args, self.staged)
+        self.learning = StageLearning(self._args, self.staged, self.stages, self.features, self.watch)
         self.stages.take_share(self.staged, self._args)
 
     def prepare(self, keeps_half: bool) -> None:
@@ -198,19 +198,6 @@ class StageRun:
             yield
         if self.coupled is not None:
             self.coupled.settle()
-
-    def learn(
-        self,
-        forward: Callable[[], tuple[torch.Tensor, Any]],
-        labels: Any,
-        mask: torch.Tensor | None,
-        share: float,
-        criterion: Callable[[torch.Tensor], torch.Tensor],
-        optimizer: torch.optim.Optimizer,
-    ) -> tuple[torch.Tensor, Any]:
-        """Let the stages of this turn learn from a micro-batch, see [`StageLearning.loss`]."""
-        turn, others = self.turns.now, (self.stages, self.features, self.watch)
-        return self.learning.loss(forward, turn, labels, mask, share, criterion, optimizer, self.wrapper, *others)
 
     def clip(self, max_norm: float) -> torch.Tensor | None:
         """The norm of the gradients before clipping, where they are not the host's to clip; `None` where they are."""

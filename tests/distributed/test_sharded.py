@@ -23,6 +23,7 @@ from hf_mmst.cut.partition import Partition
 from hf_mmst.distributed.compiling import refuse_compilation
 from hf_mmst.distributed.wrappers import DeepSpeedWrapper, FullyShardedWrapper, Wrapper, wrapper_of
 from hf_mmst.method.heads import HEADS, StageHeads
+from hf_mmst.trainer.refusals import refuse_placement
 
 WORKER = Path(__file__).parents[1] / "helpers/sharded.py"
 KINDS = {
@@ -220,7 +221,7 @@ def test_a_model_that_is_in_shards_already_is_refused(tmp_path):
     made = trainer("alone", str(tmp_path), "vit", use_cpu=True)
     made.is_distributed_loading_by_transformers = True
     with pytest.raises(ValueError, match="put in shards when it was loaded.*Load the model whole, and set fsdp=True"):
-        made._refuse_wrappers()
+        refuse_placement(made)
 
 
 def test_a_process_alone_has_no_wrapper():
