@@ -35,7 +35,7 @@ from transformers import (
 
 from hf_mmst import MMSTConfig, MMSTTrainer
 from hf_mmst.cut.example_inputs import dummy_inputs
-from hf_mmst.memory.residency import Shelf
+from hf_mmst.memory.slabs import Slab
 from hf_mmst.planning.fake_memory import FlatMemTracker
 from hf_mmst.planning.simulation import Simulation
 from hf_mmst.planning.ways import Way
@@ -125,7 +125,8 @@ def measured_bytes(model, precision: str, way: Way, head_layers: int, folder: st
         tracker.track_external(trainer.heads)
     with ExitStack() as stack:
         for name in ("__init__", "put"):  # what is at rest is not in memory
-            stack.enter_context(mock.patch.object(Shelf, name, _uncounted(getattr(Shelf, name))))
+            stack.enter_context(mock.patch.object(Slab, name, _uncounted(getattr(Slab, name))))
+        stack.enter_context(mock.patch.object(Slab, "take", _copies))  # but what is taken is
         # Optimizer states that are in memory are seen when they are made or taken.
         stack.enter_context(mock.patch.object(FlatMemTracker, "_track_optimizer_states", return_value=None))
         stack.enter_context(tracker)
@@ -174,6 +175,10 @@ def _uncounted(method):
             method(*args)
 
     return call
+
+
+def _copies(slab, device):
+    return [tensor.clone() for tensor in slab.tensors]
 
 
 if __name__ == "__main__":

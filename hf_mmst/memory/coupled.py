@@ -2,18 +2,20 @@
 
 import contextlib
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
 from ..cut.partition import Partition
 from ..cut.temporary_attributes import not_caching, replaced
-from .residency import Residency, Shelf
+from ..method.stepping import steps_elementwise
+from .residency import Residency
+from .slabs import HOST, Slab
+from .states import RestingStates
 
 
 class CoupledResidency(Residency):
@@ -22,9 +24,12 @@ class CoupledResidency(Residency):
 
     Within [`streaming`], a layer comes to the device for its forward pass, whose activations are let go, and again when
     the backward pass recomputes it; its gradient is put to rest when the backward pass has reached the layer before it.
-    [`step`] takes the layers once more, one at a time. The gradients are those of end-to-end training; what the device
-    holds is one layer's weights, gradient, states and activations, the input of each layer, and what is around the
-    layers.
+    The optimizer steps where everything rests, in host memory, one layer at a time. The gradients are those of
+    end-to-end training; what the device holds is one layer's weights, gradient and activations, the input of each
+    layer, and the weights and gradients of what is around the layers.
+
+    With W bytes of weights in the layers, G of gradients, and n micro-batches a step, 2 n W + (n - 1) G bytes come in
+    and n G go out in a step: clipping adds none, for the norms are taken when the gradients are there.
 
     Args: those of [`Residency`].
 
@@ -35,16 +40,15 @@ class CoupledResidency(Residency):
     def __init__(self, model: nn.Module, partition: Partition, device: torch.device, folder: str):
         _refuse_shared(model, partition)
         super().__init__(model, partition, device, folder)
-        self._gradients: dict[str, Shelf] = {}
-        self._filled: set[str] = set()
+        self._gradients: dict[str, tuple[list[nn.Parameter], Slab]] = {}  # of the layers' parameters that learn
+        self._norms: dict[nn.Parameter, tuple[torch.Tensor, int, torch.Tensor]] = {}  # gradient, its version, its norm
+        self._limit: tuple[float, torch.Tensor] | None = None  # of the norm of all gradients, and what that is
         self._in_backward: str | None = None
+        self._away: list[tuple[nn.Parameter, torch.Tensor]] = []  # parameters at their step, and where they belong
 
-    def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """As [`Residency.watch`]; the states go back to rest after each step, those around the layers among them."""
-        before = self._optimizer
-        super().watch(optimizer)
-        if self._optimizer is not None and self._optimizer is not before:
-            self._optimizer.register_step_post_hook(lambda *_: self._rest_states())
+    def _hook(self, optimizer: torch.optim.Optimizer, states: RestingStates) -> None:
+        super()._hook(optimizer, states)
+        optimizer.register_step_post_hook(lambda *_: self._end_step(states))
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
@@ -68,11 +72,11 @@ class CoupledResidency(Residency):
         if torch._C._current_graph_task_id() == -1:
             return forward(*args, **kwargs)
         # The backward pass recomputes it.
-        if name not in self._active:
-            if self._in_backward is not None:
-                self._put_gradient(self._in_backward)
+        if name not in self._active and name != self._in_backward:
+            self.settle()
             self._in_backward = name
             self._take(name)
+            self._take_gradient(name)
         buffers = [(buffer.data, buffer.clone()) for buffer in self._model.get_submodule(name).buffers()]
         try:
             return forward(*args, **kwargs)
@@ -80,72 +84,124 @@ class CoupledResidency(Residency):
             for buffer, before in buffers:  # else a batch would count twice in running statistics
                 buffer.copy_(before)
 
+    def settle(self) -> None:
+        """Put to rest what the backward pass has left on the device: the layer that it came to last."""
+        if self._in_backward is not None:
+            self._put_gradient(self._in_backward)
+            self._in_backward = None
+
     def rest(self) -> None:
         """As [`Residency.rest`]; gradients of a step that was not taken are forgotten."""
+        self._put_back()
+        for parameters in self._parameters.values():
+            for parameter in parameters:
+                parameter.grad = None
+        self._in_backward = self._limit = None
+        self._norms.clear()
         super().rest()
-        self._in_backward = None
-        self._filled.clear()
 
-    def settle(self) -> None:
-        """After a backward pass, put to rest what is left of it on the device."""
-        self._in_backward = None
-        for name in self._partition.layers:
-            if name not in self._active:
-                self._put_gradient(name)
+    def _take_gradient(self, name: str) -> None:
+        """Bring what earlier backward passes of the step have left, to which this one adds."""
+        if any(p.grad is not None for p in self._parameters[name]):
+            learning, slab = self._gradients[name]
+            for parameter, gradient in zip(learning, slab.take(self._device), strict=True):
+                if parameter.grad is not None:
+                    parameter.grad = gradient
+                    self.moved["moved_in_bytes"] += gradient.nbytes
 
     def _put_gradient(self, name: str) -> None:
-        """Put a layer to rest, and add its gradient, if there is one, to what it has."""
+        """Put a layer to rest, and its gradient beside it."""
+        learning = [p for p in self._parameters[name] if p.requires_grad]
+        gradients = {p: p.grad for p in learning if p.grad is not None}
+        slab = self._gradient_slab(name, learning)
+        norms = {p: torch.linalg.vector_norm(gradient) for p, gradient in gradients.items()}
+        for parameter in gradients:
+            parameter.grad = None  # it is on the device, where the weights are no longer
         self._rest(name)
-        if all(p.grad is None for p in self._parameters[name]):
-            return
-        gradients = [_gradient(p) for p in self._learning(name)]
-        if name not in self._gradients:
-            self._gradients[name] = self.shelf(gradients, self._device, self._folder)
-        elif name in self._filled:
-            before = self._gradients[name].take()
-            self._gradients[name].put([old.add_(new) for old, new in zip(before, gradients, strict=True)])
-        else:
-            self._gradients[name].put(gradients)
-        self._filled.add(name)
-        for parameter in self._parameters[name]:
-            parameter.grad = None
+        slab.put([gradients.get(p, resting) for p, resting in zip(learning, slab.tensors, strict=True)])
+        for parameter, resting in zip(learning, slab.tensors, strict=True):
+            if parameter in gradients:
+                parameter.grad = resting
+                self._norms[parameter] = resting, resting._version, norms[parameter]
+                self.moved["moved_out_bytes"] += resting.nbytes
+        slab.let_go()
+
+    def _gradient_slab(self, name: str, learning: list[nn.Parameter]) -> Slab:
+        """Where a layer's gradient rests; made anew if others of its parameters learn than before."""
+        before, slab = self._gradients.get(name, ([], None))
+        if slab is None or [*map(id, before)] != [*map(id, learning)]:
+            slab = self.slab(learning, self._device, self._folder)
+            self._gradients[name] = learning, slab
+        return slab
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Scale all gradients so that their norm is at most `max_norm`; returns what it was."""
-        around = [p.grad for p in self._model.parameters() if p.grad is not None]
-        norms = [get_total_norm(around)] if around else []
-        norms += [get_total_norm(self._gradients[name].take()) for name in sorted(self._filled)]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        if math.isfinite(max_norm):
-            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for gradient in around:
-                gradient.mul_(scale)
-            for name in self._filled:
-                self._gradients[name].put([gradient.mul_(scale) for gradient in self._gradients[name].take()])
+        """The norm of all gradients; the step will scale them so that it is at most `max_norm`."""
+        learning = [p for p in self._model.parameters() if p.grad is not None]
+        norm = get_total_norm([self._norm(p) for p in learning])  # of norms, in the order of the parameters
+        self._limit = max_norm, norm
         return norm
 
-    def step(self, optimizer: Any) -> None:
-        """Step each layer's parameters; those around the layers keep their gradients, for the caller's step."""
-        around = [(p, p.grad) for p in self._model.parameters() if p.grad is not None]
-        for parameter, _ in around:
-            parameter.grad = None
-        for name in self._partition.layers:
-            if name not in self._filled:
-                continue
-            self._take(name)
-            for parameter, gradient in zip(self._learning(name), self._gradients[name].take(), strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-            self._shelves[name].put([p.data for p in self._parameters[name]])
-            self._rest(name)
-            for parameter in self._parameters[name]:
-                parameter.grad = None
-        self._filled.clear()
-        for parameter, gradient in around:
-            parameter.grad = gradient
+    def _norm(self, parameter: nn.Parameter) -> torch.Tensor:
+        gradient = parameter.grad
+        assert gradient is not None
+        measured, version, norm = self._norms.get(parameter, (None, 0, gradient))
+        if measured is gradient and version == gradient._version:
+            return norm
+        return torch.linalg.vector_norm(gradient)  # around the layers, or changed since
 
-    def _learning(self, name: str) -> list[nn.Parameter]:
-        return [p for p in self._parameters[name] if p.requires_grad]
+    def step(self, optimizer: Any) -> None:
+        """
+        Step each layer's parameters, and have those around the layers in host memory for the caller's own step.
+
+        An optimizer of which is not known that it steps each parameter by itself has all of them in the caller's step.
+        """
+        gradients = {p: p.grad for p in self._model.parameters() if p.grad is not None}
+        if steps_elementwise(optimizer):
+            for parameter in gradients:
+                parameter.grad = None
+            for name in self._partition.layers:
+                if not gradients.keys().isdisjoint(self._parameters[name]):
+                    self._step(name, optimizer, gradients)
+        inside = {p for parameters in self._parameters.values() for p in parameters}
+        for parameter, gradient in gradients.items():
+            if parameter not in inside:
+                self._away.append((parameter, parameter.data))
+                parameter.grad = None
+                parameter.data = parameter.data.to(HOST)
+                parameter.grad = gradient.to(HOST)
+        self._clip(gradients)
+
+    def _step(self, name: str, optimizer: Any, having: Iterable[nn.Parameter]) -> None:
+        self._set(name, self._slabs[name].take(HOST))
+        learning, slab = self._gradients[name]
+        for parameter, gradient in zip(learning, slab.take(HOST), strict=True):
+            if parameter in having:
+                parameter.grad = gradient
+        self._clip(learning)
+        optimizer.step()
+        for parameter in learning:
+            parameter.grad = None
+        self._put(name)
+        slab.let_go()
+
+    def _clip(self, parameters: Iterable[nn.Parameter]) -> None:
+        if self._limit is not None:
+            max_norm, norm = self._limit
+            if not max_norm / (norm + 1e-6) >= 1:  # else they would be multiplied by 1
+                clip_grads_with_norm_(parameters, max_norm, norm)
+
+    def _end_step(self, states: RestingStates) -> None:
+        self._put_back()
+        states.rest()
+
+    def _put_back(self) -> None:
+        """Bring back what is around the layers."""
+        for parameter, tensor in self._away:
+            if tensor.device != HOST:
+                tensor.copy_(parameter.data)
+                parameter.grad = None
+                parameter.data = tensor
+        self._away.clear()
 
 
 def _refuse_shared(model: nn.Module, partition: Partition) -> None:
@@ -157,7 +213,3 @@ def _refuse_shared(model: nn.Module, partition: Partition) -> None:
                     f"{name} of {type(model).__name__} shares weights with {layer_of[parameter]}, so that the two "
                     'cannot rest one by one. Set stage_order to another than "coupled", or coupled_laps=0.'
                 )
-
-
-def _gradient(parameter: nn.Parameter) -> torch.Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

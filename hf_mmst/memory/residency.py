@@ -1,69 +1,14 @@
 """Which layers are in device memory: those of the stages that learn, and of the others one at a time."""
 
 import contextlib
-import math
-import mmap
-import os
-import tempfile
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
 
 from ..cut.partition import Partition
-
-ALIGNMENT = 64
-StateKeys = tuple[tuple[torch.Tensor, str], ...]  # parameters and names of their states, at rest together
-
-
-class Shelf:
-    """
-    Tensors at rest: beside a GPU in pinned host memory, otherwise in a memory-mapped file that has no name.
-
-    Args:
-        tensors (`Sequence[torch.Tensor]`): what is put on the shelf; the tensors themselves are left alone.
-        device (`torch.device`): where they are used.
-        folder (`str`): where the file lies, if there is one. It vanishes with the process, however that ends.
-
-    Attributes:
-        tensors (`list[torch.Tensor]`): the copies at rest, on the CPU. They can be read and written like any other.
-
-    Raises:
-        `OSError`: if the disk has no room for them.
-    """
-
-    def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device, folder: str):
-        self.device, self._map = device, None
-        if device.type == "cuda":
-            self.tensors = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
-        else:
-            self._map = _unnamed_file(sum(_aligned(tensor.nbytes) for tensor in tensors), folder)
-            self.tensors, offset = [], 0
-            for tensor in tensors:
-                flat = torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-                self.tensors.append(flat.view(tensor.shape))
-                offset += _aligned(tensor.nbytes)
-        self.put(tensors)
-
-    def take(self) -> list[torch.Tensor]:
-        """Copies of the tensors in device memory."""
-        taken = []
-        for tensor in self.tensors:
-            taken.append(tensor.to(self.device, copy=True, non_blocking=True))
-            self.let_go()  # one at a time, else all would be in memory twice
-        return taken
-
-    def put(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Overwrite what is on the shelf."""
-        for resting, tensor in zip(self.tensors, tensors, strict=True):
-            resting.copy_(tensor)
-            self.let_go()
-
-    def let_go(self) -> None:
-        """Let the file's pages leave this process's memory; what they hold stays."""
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)
+from .slabs import Slab
+from .states import RestingStates
 
 
 class Residency:
@@ -77,23 +22,26 @@ class Residency:
         model (`nn.Module`): the model, which is moved out of device memory here.
         partition (`Partition`): the cut.
         device (`torch.device`): where training takes place.
-        folder (`str`): for the memory-mapped files, see [`Shelf`].
+        folder (`str`): for the memory-mapped files, see [`Slab`].
+
+    Attributes:
+        moved (`dict[str, int]`): `moved_in_bytes` of weights and gradients that came from where they rest to forward
+            and backward passes since [`count_moved`], and `moved_out_bytes` that went from there to rest. On a CPU they
+            are not copied, but used in place: as many bytes are mapped in, or written.
     """
 
-    shelf: type[Shelf] = Shelf
+    slab: type[Slab] = Slab
 
     def __init__(self, model: nn.Module, partition: Partition, device: torch.device, folder: str):
         self._model, self._partition, self._device, self._folder = model, partition, device, folder
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._states: dict[StateKeys, Shelf] = {}
-        self._taken: set[StateKeys] = set()
+        self.states: RestingStates | None = None
         self._active: frozenset[str] = frozenset()
         self.is_streaming = False
+        self.count_moved()
         self._parameters = {name: list(model.get_submodule(name).parameters()) for name in partition.layers}
-        self._shelves: dict[str, Shelf] = {}
-        for name, parameters in self._parameters.items():
-            self._shelves[name] = self.shelf([p.data for p in parameters], device, folder)
-            self._rest(name)
+        self._slabs = {name: self.slab(parameters, device, folder) for name, parameters in self._parameters.items()}
+        for name in partition.layers:
+            self._put(name)
         inside = {id(p) for parameters in self._parameters.values() for p in parameters}
         for tensor in [*(p for p in model.parameters() if id(p) not in inside), *model.buffers()]:
             # A copy on a CPU, too: one tensor that maps the checkpoint's file keeps all that was read of it in memory.
@@ -102,9 +50,16 @@ class Residency:
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on keep the states of `optimizer` at rest, too; they are taken when it is about to use them."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
-        if optimizer is not self._optimizer:
-            self._optimizer, self._states, self._taken = optimizer, {}, set()
-            optimizer.register_step_pre_hook(lambda *_: self.take_states())
+        if self.states is None or self.states.optimizer is not optimizer:
+            self.states = RestingStates(optimizer, self._parameters, self._device, self._folder, self.slab)
+            self._hook(optimizer, self.states)
+
+    def _hook(self, optimizer: torch.optim.Optimizer, states: RestingStates) -> None:
+        optimizer.register_step_pre_hook(lambda *_: states.take())
+
+    def count_moved(self) -> None:
+        """Count from nothing what moves."""
+        self.moved = {"moved_in_bytes": 0, "moved_out_bytes": 0}
 
     def activate(self, stages: Collection[int]) -> None:
         """Bring the layers of `stages` to the device and put all others to rest."""
@@ -119,17 +74,20 @@ class Residency:
 
     def rest(self) -> None:
         """Put everything to rest, also what an error has left on the device."""
-        for name in self._active:
-            self._shelves[name].put([p.data for p in self._parameters[name]])
         for name in self._partition.layers:
-            self._rest(name)
+            if name in self._active:
+                self.moved["moved_out_bytes"] += self._nbytes(name)
+                self._put(name)
+            else:
+                self._rest(name)
         self._active = frozenset()
-        self._rest_states()
+        if self.states is not None:
+            self.states.rest()
 
     def let_go(self) -> None:
         """Let what has been read of the layers at rest leave this process's memory."""
-        for shelf in self._shelves.values():
-            shelf.let_go()
+        for slab in self._slabs.values():
+            slab.let_go()
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
@@ -159,69 +117,23 @@ class Residency:
         return hook
 
     def _take(self, name: str) -> None:
-        for parameter, tensor in zip(self._parameters[name], self._shelves[name].take(), strict=True):
-            parameter.data = tensor
+        """Bring a layer's weights to the device."""
+        self._set(name, self._slabs[name].take(self._device))
+        self.moved["moved_in_bytes"] += self._nbytes(name)
 
     def _rest(self, name: str) -> None:
-        for parameter, tensor in zip(self._parameters[name], self._shelves[name].tensors, strict=True):
+        """Leave a layer's weights where they rest, as they were before they were taken."""
+        self._set(name, self._slabs[name].tensors)
+        self._slabs[name].let_go()
+
+    def _put(self, name: str) -> None:
+        """Put a layer's weights to rest, as they are now."""
+        self._slabs[name].put([p.data for p in self._parameters[name]])
+        self._rest(name)
+
+    def _nbytes(self, name: str) -> int:
+        return sum(p.nbytes for p in self._parameters[name])
+
+    def _set(self, name: str, tensors: list[torch.Tensor]) -> None:
+        for parameter, tensor in zip(self._parameters[name], tensors, strict=True):
             parameter.data = tensor
-
-    def take_states(self) -> None:
-        """Bring the states of parameters that have gradients to the device."""
-        assert self._optimizer is not None
-        for keys, shelf in self._states.items():
-            if keys not in self._taken and any(parameter.grad is not None for parameter, _ in keys):
-                self._taken.add(keys)
-                for (parameter, name), tensor in zip(keys, shelf.take(), strict=True):
-                    self._optimizer.state[parameter][name] = tensor
-
-    def _rest_states(self) -> None:
-        """Put the states that are on the device on the shelf that they came from, or, new ones, on a new one."""
-        if self._optimizer is None:
-            return
-        state = self._optimizer.state
-        self._forget_replaced()
-        known = {key for keys in self._states for key in keys}
-        owner = {id(p): name for name, parameters in self._parameters.items() for p in parameters}
-        new: dict[Any, list[tuple[torch.Tensor, str]]] = {}  # by layer, or else by parameter: what is taken together
-        for parameter, values in state.items():
-            for name, value in values.items():
-                if torch.is_tensor(value) and value.numel() > 1 and (parameter, name) not in known:
-                    new.setdefault(owner.get(id(parameter), id(parameter)), []).append((parameter, name))
-        for keys in self._taken:
-            self._states[keys].put([state[parameter][name] for parameter, name in keys])
-        fresh = [tuple(keys) for keys in new.values()]
-        for keys in fresh:
-            tensors = [state[parameter][name] for parameter, name in keys]
-            self._states[keys] = self.shelf(tensors, self._device, self._folder)
-        for keys in [*self._taken, *fresh]:
-            for (parameter, name), tensor in zip(keys, self._states[keys].tensors, strict=True):
-                state[parameter][name] = tensor
-        self._taken.clear()
-
-    def _forget_replaced(self) -> None:
-        """Forget the states at rest in whose place others have come, as with a checkpoint that was loaded."""
-        assert self._optimizer is not None
-        state = self._optimizer.state
-        for keys in self._states.keys() - self._taken:
-            resting = zip(keys, self._states[keys].tensors, strict=True)
-            if any(state.get(parameter, {}).get(name) is not tensor for (parameter, name), tensor in resting):
-                del self._states[keys]
-
-
-def _unnamed_file(size: int, folder: str) -> mmap.mmap:
-    os.makedirs(folder, exist_ok=True)
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))
-            return mmap.mmap(file.fileno(), max(size, 1))
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{size:,} bytes for layers at rest cannot be had in {folder} ({error.strerror}). Set output_dir to a "
-            'folder on a disk with room for the weights and optimizer states, or stage_residency="all".',
-        ) from error
-
-
-def _aligned(size: int) -> int:
-    return math.ceil(size / ALIGNMENT) * ALIGNMENT

@@ -30,8 +30,8 @@ def bytes_elsewhere(simulation: Simulation, way: Way) -> tuple[int, int, int]:
         resting = sum(layer.weights + layer.states for layer in layers.values())
     if way.stage_order == "coupled":
         resting = sum(layer.weights + layer.gradients + layer.states for layer in layers.values())
-        # Weights in the forward and backward pass, to the step and back; gradients five times, as they are clipped.
-        moved = sum(4 * layer.weights + 5 * layer.gradients + 2 * layer.states for layer in layers.values())
+        # Weights in for the forward and the backward pass, gradients out; the step is where they rest.
+        moved = sum(2 * layer.weights + layer.gradients for layer in layers.values())
     elif resting and way.feature_cache == "none":
         stages = simulation.partition(way.num_stages).stages
         after = [(way.num_stages - 1 - k) * layers[name].weights for k, stage in enumerate(stages) for name in stage]

@@ -7,7 +7,8 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from ..memory.coupled import CoupledResidency
-from ..memory.residency import Residency, Shelf
+from ..memory.residency import Residency
+from ..memory.slabs import Slab
 
 
 class FlatMemTracker(MemTracker):
@@ -34,16 +35,16 @@ class _NoModules:
     def __exit__(self, *_): ...
 
 
-class _FakeShelf(Shelf):
-    """A shelf whose tensors take no memory."""
+class _FakeSlab(Slab):
+    """A slab whose tensors take no memory; those that are taken do, also on a CPU, where they are mapped in."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device, folder: str):
         alike = {(tensor.shape, tensor.dtype): tensor for tensor in tensors}
         made = {kind: tensor.new_empty(()).expand(tensor.shape) for kind, tensor in alike.items()}
-        self.device, self.tensors = device, [made[tensor.shape, tensor.dtype] for tensor in tensors]
+        self.tensors = [made[tensor.shape, tensor.dtype] for tensor in tensors]
 
-    def take(self) -> list[torch.Tensor]:
-        return [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for tensor in self.tensors]
+    def take(self, device: torch.device) -> list[torch.Tensor]:
+        return [torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in self.tensors]
 
     def put(self, tensors: Sequence[torch.Tensor]) -> None: ...
 
@@ -51,8 +52,8 @@ class _FakeShelf(Shelf):
 
 
 class FakeResidency(Residency):
-    shelf = _FakeShelf
+    slab = _FakeSlab
 
 
 class FakeCoupledResidency(CoupledResidency):
-    shelf = _FakeShelf
+    slab = _FakeSlab

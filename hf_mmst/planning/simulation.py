@@ -166,7 +166,7 @@ class Simulation:
                 learning = [parameter for parameter in learning if parameter.requires_grad]
                 for parameter in learning:  # its states have come with an earlier step
                     parameter.grad = torch.empty_like(parameter)
-                residency.take_states()
+                residency.states.take()
                 for parameter in learning:
                     parameter.grad = None
             tracker = self._tracker(everything, optimizer, *([] if given is None else given[1:]))
@@ -203,9 +203,9 @@ class Simulation:
                 loss.backward()
                 del loss
                 residency.settle()
-                residency.clip(1.0)
-                residency.step(optimizer)
-                optimizer.step()
+                if self.device == "cpu":  # otherwise the step is in other memory
+                    residency.step(optimizer)
+                    optimizer.step()
             return self._read(tracker, parameters, optimizer)
 
     @contextlib.contextmanager

@@ -240,9 +240,9 @@ class MMSTTrainer(WholeCheckpoints):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def log(self, logs, start_time=None):
-        """The log has loss and transport of each stage since the last one, and the peaks of memory."""
+        """The log has loss and transport of each stage since the last one, memory peaks and moved bytes."""
         if "loss" in logs and self.is_in_train:
-            logs |= self._run.learning.read_log(self._run.mean) | self.peaks.read()
+            logs |= self._run.learning.read_log(self._run.mean) | self.peaks.read() | self._run.moved
         super().log(logs, start_time)
 
     # ---- Evaluation ----

@@ -41,6 +41,7 @@ def results_of(trainer: Any, run: StageRun, metrics: Mapping[str, Any], **found:
         "input_shape": shape,
         "peak_bytes": max(trainer.peaks.by_name.values(), default=None),
         "planned_bytes": _planned_bytes(run, args, batch),
+        **run.moved,
     }
     return run_results(args, staged.partition, metrics, **{**known, **found})
 

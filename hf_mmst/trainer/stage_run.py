@@ -43,6 +43,7 @@ class StageRun:
             [`use`]: the host's accelerator, which stages this process has, and how layers are compiled.
         staged ([`StagedModel`]), turns ([`Turns`]), learning ([`StageLearning`]): set by [`cut`], anew for each model.
         features ([`Features`]), watch ([`Watch`]) and peaks ([`TurnPeaks`]): made once.
+        moved (`dict[str, int]`): bytes that layers at rest moved in the last step, see [`Residency`].
     """
 
     accelerator: Any
@@ -57,6 +58,7 @@ class StageRun:
         self._args = args
         self.features = Features(args)
         self.watch = Watch(owner)
+        self.moved: dict[str, int] = {}
         self._with_heads = contextlib.ExitStack()  # holds the heads in the model
         self._streams = contextlib.ExitStack()  # holds what streams and compiles layers
 

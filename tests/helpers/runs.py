@@ -89,16 +89,16 @@ def own_loss(cls):
     return Own
 
 
-def run_coupled(folder, name="bert", cls=MMSTTrainer, callbacks=None, model=None, **settings):
+def run_coupled(folder, name="bert", cls=MMSTTrainer, callbacks=None, model=None, extra=None, **settings):
     """Plain Trainer checkpoints, too: in bf16 that is not without rounding."""
-    config = MMSTConfig if cls is MMSTTrainer else TrainingArguments
-    order = {"stage_order": "coupled"} if cls is MMSTTrainer else {"activation_checkpointing": True}
+    ours = issubclass(cls, MMSTTrainer)
+    config = MMSTConfig if ours else TrainingArguments
+    order = {"stage_order": "coupled"} if ours else {"activation_checkpointing": True}
     args = arguments(folder, config, **order, **settings)
     set_seed(0)
     model = make(name, dropout=True) if model is None else model
-    return cls(
-        model, args, train_dataset=Samples(name, 48), eval_dataset=Samples(name, 16, seed=1), callbacks=callbacks
-    )
+    data = {"train_dataset": Samples(name, 48), "eval_dataset": Samples(name, 16, seed=1)}
+    return cls(model, args, callbacks=callbacks, **data | (extra or {}))
 
 
 def run_resting(folder, name="bert", model=None, order="multi_lap", residency="stage", extra=None, **kwargs):

@@ -4,14 +4,14 @@ import errno
 import os
 
 import pytest
-import torch
+from elsewhere import PLACES, Elsewhere
 from runs import ORDERS, StopAt, arguments, assert_same, losses, moments, weights
 from runs import run_resting as run
 from torch import nn
 from transformers import TrainerCallback, set_seed
 from zoo import make
 
-from hf_mmst.memory.residency import Shelf
+from hf_mmst.memory.residency import Residency
 
 RESTING = [order for order in ORDERS if order != "simultaneous"]
 MIXED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True}
@@ -19,8 +19,9 @@ MIXED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True}
 
 @pytest.mark.parametrize("order", RESTING)
 @pytest.mark.parametrize("name", ["vit", "bert", "swin"])
-@pytest.mark.parametrize("settings", [{}, MIXED])
-def test_the_numbers_are_those_of_all_stages_in_memory(name, order, settings, tmp_path):
+@pytest.mark.parametrize(("settings", "place"), [({}, "in place"), (MIXED, "elsewhere")])
+def test_the_numbers_are_those_of_all_stages_in_memory(name, order, settings, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(Residency, "slab", PLACES[place])
     trained = {}
     for residency in ("all", "stage"):
         folder = tmp_path / residency
@@ -66,18 +67,18 @@ class Watch(TrainerCallback):
         self.layers, self.states = [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        shelves = self.trainer._run.staged.residency._shelves
+        slabs = self.trainer._run.staged.residency._slabs
         self.layers.append(
             [
                 name
-                for name, shelf in shelves.items()
-                if next(model.get_submodule(name).parameters()).data_ptr() != shelf.tensors[0].data_ptr()
+                for name, slab in slabs.items()
+                if next(model.get_submodule(name).parameters()).data_ptr() != slab.tensors[0].data_ptr()
             ]
         )
 
     def on_step_end(self, args, state, control, **kwargs):
         residency = self.trainer._run.staged.residency
-        at_rest = {t.data_ptr() for shelf in residency._states.values() for t in shelf.tensors}
+        at_rest = {t.data_ptr() for slab in residency.states._slabs.values() for t in slab.tensors}
         owner = {id(p): name for name, parameters in residency._parameters.items() for p in parameters}
         found = self.trainer.optimizer.state.items()
         self.states.append(
@@ -91,7 +92,8 @@ class Watch(TrainerCallback):
         )
 
 
-def test_only_the_stage_that_learns_is_in_memory(tmp_path):
+def test_only_the_stage_that_learns_is_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(Residency, "slab", Elsewhere)
     watch = Watch()
     watch.trainer = trained = run(tmp_path, extra={"callbacks": [watch]})
     trained.train()
@@ -100,11 +102,12 @@ def test_only_the_stage_that_learns_is_in_memory(tmp_path):
         assert layers == list(trained.partition.stages[stage])
         assert states <= set(layers)
     assert any(watch.states)
-    resting = {shelf.tensors[0].data_ptr() for shelf in trained._run.staged.residency._shelves.values()}
+    resting = {slab.tensors[0].data_ptr() for slab in trained._run.staged.residency._slabs.values()}
     assert {next(trained.model.get_submodule(n).parameters()).data_ptr() for n in trained.partition.layers} == resting
 
 
-def test_after_resume_only_the_stage_that_learns_is_in_memory(tmp_path):
+def test_after_resume_only_the_stage_that_learns_is_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(Residency, "slab", Elsewhere)
     settings = {"save_strategy": "steps", "save_steps": 31}
     run(tmp_path, extra={"callbacks": [StopAt(31)]}, **settings).train()
     watch = Watch()
@@ -147,17 +150,6 @@ def test_training_twice_goes_on(tmp_path):
         one.train()
         one.train()
     assert_same(weights(trained["stage"].model), weights(trained["all"].model))
-
-
-def test_a_shelf_gives_back_what_was_put(tmp_path):
-    tensors = [torch.randn(3, 5), torch.arange(7), torch.randn(2).bfloat16(), torch.zeros(0)]
-    shelf = Shelf(tensors[:3], torch.device("cpu"), str(tmp_path))
-    assert all(torch.equal(a, b) for a, b in zip(shelf.take(), tensors, strict=False))
-    changed = [tensor + 1 for tensor in tensors[:3]]
-    shelf.put(changed)
-    taken = shelf.take()
-    assert all(torch.equal(a, b) for a, b in zip(taken, changed, strict=True))
-    assert not {t.data_ptr() for t in taken} & {t.data_ptr() for t in shelf.tensors}
 
 
 def test_a_full_disk_is_said_at_once(tmp_path, monkeypatch):
