@@ -11,6 +11,7 @@ from .example_inputs import ExampleInputs
 from .hidden_states import call_with, hidden_states_of, input_hidden_states, with_hidden_states
 from .partition import Partition
 from .probe import evaluating, logits_of, run_example
+from .side_inputs import graph_behind
 from .temporary_attributes import not_caching
 
 
@@ -18,20 +19,27 @@ def own_pooling(model: nn.Module, last_layer: str, example: ExampleInputs | None
     """
     How the model's own head pools the tokens: `"cls"` if it reads the first one only, else `"mean"`.
 
-    All other tokens that leave its last layer are made NaN, which spreads to whatever is computed from them. A model
-    without data (on the meta device) is taken to read them all. Arguments are those of [`profile_layers`].
+    All other tokens that leave its last layer are made NaN, which spreads to whatever is computed from them. Of a model
+    without data (on the meta device) the graph tells: whether all ways from the logits to the hidden states lead
+    through the choice of the first token. Arguments are those of [`profile_layers`].
     """
+    hidden: list[torch.Tensor] = []
 
     def after(_name, output):
-        hidden = hidden_states_of(output).clone()
-        hidden[:, 1:] = torch.nan
-        return with_hidden_states(output, hidden)
+        hidden.append(hidden_states_of(output).detach().clone())
+        if is_meta:
+            hidden[0].requires_grad_()
+        else:
+            hidden[0][:, 1:] = torch.nan
+        return with_hidden_states(output, hidden[0])
 
-    if next(model.parameters()).is_meta:
-        return "mean"
-    with torch.no_grad():
-        outputs = run_example(model, [last_layer], after, example or ExampleInputs.made_up(model))
-    return "cls" if bool(logits_of(outputs).isfinite().all()) else "mean"
+    is_meta = next(model.parameters()).is_meta
+    with torch.set_grad_enabled(is_meta):
+        logits = logits_of(run_example(model, [last_layer], after, example or ExampleInputs.made_up(model)))
+    if is_meta:
+        _, leaves = graph_behind([logits.grad_fn], lambda node: not _chooses_first_token(node))
+        return "mean" if id(hidden[0]) in leaves else "cls"
+    return "cls" if bool(logits.isfinite().all()) else "mean"
 
 
 def attends_causally(model: nn.Module, layers: Sequence[str], example: ExampleInputs | None = None) -> bool:
@@ -95,6 +103,11 @@ def ignores_padding(model: nn.Module, partition: Partition, example: ExampleInpu
         found.append([end[:, :half] if end.dim() == 3 else end for end in (*ends, logits_of(outputs))])
     rounding = torch.finfo(found[0][0].dtype).eps ** 0.5
     return all((a - b).abs().max() <= rounding * a.abs().max() for a, b in zip(*found, strict=True))
+
+
+def _chooses_first_token(node: Any) -> bool:
+    """Whether a node of a graph is that of `hidden[:, 0]`."""
+    return (getattr(node, "_saved_dim", None), getattr(node, "_saved_index", None)) == (1, 0)
 
 
 def _earlier_tokens_change(

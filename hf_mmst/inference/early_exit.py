@@ -68,6 +68,7 @@ class EarlyExit:
         self.model, self.partition = model, stages.partition
         weight = next(model.parameters())
         self.heads = stages.heads.to(weight.device, weight.dtype).eval()
+        self.heads.read_first_token(model, self.partition.layers[-1])
         self.rule = rule or ExitRule()
         self._per_sample: set[tuple] | None = None
 

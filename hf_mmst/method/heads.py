@@ -6,10 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..cut.copies import copied
+from ..cut.example_inputs import ExampleInputs
 from ..cut.hidden_states import call_with, hidden_states_of
 from ..cut.objectives import HeadKind
+from ..cut.token_flow import own_pooling
+from .first_token import first_tokens_of, token_mixer
+
+logger = logging.get_logger(__name__)
 
 HEADS = "mmst_heads"  # the name by which the model has the heads while it trains
 
@@ -40,9 +46,11 @@ class PoolingHead(nn.Module):
         """Logits `[B, num_labels]` of hidden states `[B, N, D]` or `[B, D, H, W]` and a mask `[B, N]` (1: token)."""
         if hidden_states.dim() == 4:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if self.pooling == "cls":
+            hidden_states = hidden_states[:, 0]
         tokens = self.norm(hidden_states.to(self.norm.weight.dtype))
         if self.pooling == "cls":
-            return self.classifier(tokens[:, 0])
+            return self.classifier(tokens)
         if mask is None:
             return self.classifier(tokens.mean(1))
         kept = mask.to(tokens.dtype).unsqueeze(-1)
@@ -109,7 +117,8 @@ class StageHeads(nn.Module):
 
     Without `layers` they are the paper's for Transformers. With them, a stage is judged by what copies of the model's
     last layers make of its output (auxiliary networks of later layers: AugLocal, Ma et al., 2024, here with pretrained
-    weights). All stages share the copies, which learn from the losses of all.
+    weights). All stages share the copies, which learn from the losses of all. Where the heads pool the first token,
+    the last of the copies can be run for that alone, see [`read_first_token`].
 
     Args:
         widths (`Sequence[int]`): features D of the hidden states at the end of each of those stages.
@@ -124,6 +133,7 @@ class StageHeads(nn.Module):
 
     Attributes:
         apart (`bool`): whether a model that has them keeps them out of its state dict, see [`heads_beside`].
+        mixer (`str`, *optional*): where the last of `layers` mixes its tokens, if it is run for the first one alone.
     """
 
     apart = True
@@ -144,10 +154,30 @@ class StageHeads(nn.Module):
         self.pooling = "mean" if pooling == "auto" else pooling
         self.maps = tuple(maps) or (False,) * len(self.widths)
         self.layers = nn.ModuleList(copied(layer) for layer in layers)
+        self.mixer: str | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.heads = nn.ModuleList(
                 self._head(width, is_map, norm) for width, is_map in zip(self.widths, self.maps, strict=True)
+            )
+
+    def read_first_token(self, model: nn.Module, last_layer: str, example: ExampleInputs | None = None) -> None:
+        """
+        From now on run the last of `layers` for the first token alone, if that is all that the heads read and the layer
+        is found to put it out then as before; that of all others is said once.
+
+        Args:
+            model (`nn.Module`): whose layers were copied.
+            last_layer (`str`): the name of the last of them.
+            example ([`ExampleInputs`], *optional*): see [`token_mixer`].
+        """
+        if len(self.layers) == 0 or self.kind != "pooled" or self.pooling != "cls" or any(self.maps):
+            return
+        self.mixer = token_mixer(model, last_layer, example)
+        if self.mixer is None:
+            logger.warning_once(
+                f"The heads read the first token alone, but their copy of {last_layer} of {type(model).__name__} runs "
+                "for all tokens: it mixes them in more than one place. Set head_layers to 0 for heads that cost less."
             )
 
     def _head(self, width: int, is_map: bool, norm: nn.LayerNorm | None) -> nn.Module:
@@ -187,7 +217,9 @@ class StageHeads(nn.Module):
             head is to get, `[B, N, D]`.
         """
         for layer in self.layers:
-            hidden_states = hidden_states_of(call_with(layer, hidden_states, args, kwargs or {}))
+            mixer = self.mixer if layer is self.layers[-1] else None
+            with contextlib.nullcontext() if mixer is None else first_tokens_of(layer, mixer):
+                hidden_states = hidden_states_of(call_with(layer, hidden_states, args, kwargs or {}))
         return self.heads[stage](hidden_states, mask)
 
 
@@ -245,6 +277,19 @@ def num_head_layers(given: int | None, model: Any, widths: Sequence[int], blocks
             f"which are {', '.join(map(str, dict.fromkeys(widths)))} wide. Set head_layers to 0."
         )
     return int(fitting and is_pretrained(model)) if given is None else given
+
+
+def head_pooling(given: str, kind: HeadKind, model: Any, last_layer: str, example: ExampleInputs | None = None) -> str:
+    """
+    What the auxiliary heads pool: as `given`, or for `"auto"` as the own head of a pretrained model.
+
+    Args:
+        given (`str`): `"auto"`, `"mean"` or `"cls"`.
+        kind (`str`): of the heads; only `"pooled"` ones pool.
+        model, last_layer, example: see [`own_pooling`].
+    """
+    looks = given == "auto" and kind == "pooled" and is_pretrained(model)
+    return own_pooling(model, last_layer, example) if looks else given
 
 
 def is_pretrained(model: Any) -> bool:

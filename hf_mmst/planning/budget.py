@@ -51,6 +51,7 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any] | None
             + (["stage_residency"] if args.world_size > 1 else [])
             + (["coupled"] if not couples else []),
             head_layers=args.head_layers,
+            head_pooling=args.head_pooling,
         )
     except RuntimeError as error:  # which fake tensors raise where data decides
         raise ValueError(
@@ -88,7 +89,7 @@ def planned_peak(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -
 
 def simulation_of(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Simulation:
     """The simulation of a run with these arguments and batches like this one."""
-    return Simulation(model, _inputs_of(batch), *_precision_and_device(args), args.head_layers)
+    return Simulation(model, _inputs_of(batch), *_precision_and_device(args), args.head_layers, args.head_pooling)
 
 
 def _inputs_of(batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -38,6 +38,7 @@ def plan(
     head_layers: int | None = None,
     seq_len: int | None = None,
     image_size: int | None = None,
+    head_pooling: str = "auto",
 ) -> Plan:
     """
     Estimate the memory of ways of training a model, without allocating it, and choose one that fits.
@@ -60,12 +61,14 @@ def plan(
         head_layers (`int`, *optional*): of the auxiliary heads, see [`MMSTConfig`].
         seq_len (`int`, *optional*): tokens of a text, if `batch` is a number; 128, or as many as there are positions.
         image_size (`int`, *optional*): side of an image, if `batch` is a number; the model's own by default.
+        head_pooling (`str`): of the auxiliary heads, see [`MMSTConfig`].
 
     Raises:
         `ValueError`: for an argument that cannot be, or a model that cannot be cut.
     """
     one_of("precision", precision, ("auto", *PRECISIONS))
     one_of("device", device, ("cpu", "cuda"))
+    one_of("head_pooling", head_pooling, ("auto", "mean", "cls"))
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but PyTorch finds no GPU here. Set device to cpu.")
     without = {without} if isinstance(without, str) else {*without}
@@ -84,12 +87,12 @@ def plan(
         )
     if precision == "auto":
         plans = [
-            plan(model, batch, budget, one, device, num_stages, without, head_layers, seq_len, image_size)
+            plan(model, batch, budget, one, device, num_stages, without, head_layers, seq_len, image_size, head_pooling)
             for one in ("fp32", "bf16")
         ]
         return min(plans, key=lambda found: math.inf if found.chosen is None else found.chosen.compute)
     inputs = batch_of(model, batch, seq_len, image_size)
-    simulation = Simulation(model, inputs, precision, device, head_layers)
+    simulation = Simulation(model, inputs, precision, device, head_layers, head_pooling)
     without_data = any(torch.is_tensor(value) and value.is_meta for value in inputs.values())
     example = None if without_data else simulation.example  # it is run, for which it needs data
     if simulation.objective.head == "pooled" and attends_causally(model, simulation.layers, example):

@@ -13,13 +13,14 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..cut.copies import copied
-from ..cut.example_inputs import ExampleInputs
+from ..cut.example_inputs import SAMPLES, ExampleInputs
 from ..cut.layers import find_layers, run_ends, tied_parameters
 from ..cut.objectives import CLASSES, objective_of
 from ..cut.partition import Partition
 from ..cut.probe import LayerProfile, on_meta, profile_layers
 from ..method.engine import Stagewise
-from ..method.heads import StageHeads, num_head_layers
+from ..method.first_token import token_mixer
+from ..method.heads import StageHeads, head_pooling, num_head_layers
 from ..method.stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
 from .fake_memory import FakeCoupledResidency, FakeResidency, FlatMemTracker
 from .layer_memory import LayerMemory, memory_by_layer
@@ -47,7 +48,7 @@ class Simulation:
         inputs (`Mapping[str, Any]`): a batch, with labels if the model learns from them; of tensors only shapes count.
         precision (`str`): `"fp32"`, or autocast to `"bf16"` or `"fp16"`.
         device (`str`): where tensors are counted; `"cuda"` only where there is one.
-        head_layers (`int`, *optional*): see [`MMSTConfig`].
+        head_layers (`int`, *optional*), head_pooling (`str`): see [`MMSTConfig`].
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Simulation:
         precision: str = "fp32",
         device: str = "cpu",
         head_layers: int | None = None,
+        head_pooling: str = "auto",
     ):
         self.device, self.dtype = device, PRECISIONS[precision]
         self.config: Any = getattr(model, "config", None)
@@ -66,7 +68,10 @@ class Simulation:
         tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
         self.num_samples = len(tensors.get("labels", next(iter(tensors.values()))))
         self.given, self.example = model, ExampleInputs.of_batch(model, inputs, self.num_samples)
-        self._head_layers = head_layers
+        self._head_layers, self._head_pooling = head_layers, head_pooling
+        has_data = not any(value.is_meta for value in tensors.values())
+        few = {name: tensors[name][:SAMPLES] if name in tensors else value for name, value in inputs.items()}
+        self._samples = ExampleInputs.of_batch(model, few, SAMPLES) if has_data else None
         self._mode = FakeTensorMode()
         self._states = WeakTensorKeyDictionary()
         self.model = self._without_data(model)
@@ -87,6 +92,15 @@ class Simulation:
         """Number of layers of the auxiliary heads."""
         widths, blocks = [layer.width for layer in self.profile], len(self.ends) == len(self.layers)
         return num_head_layers(self._head_layers, self.given, widths, blocks)
+
+    @functools.cached_property
+    def _pooling(self) -> str:
+        return head_pooling(self._head_pooling, self.objective.head, self.given, self.layers[-1], self._samples)
+
+    @functools.cached_property
+    def _mixer(self) -> str | None:
+        """See [`StageHeads`]."""
+        return token_mixer(self.given, self.layers[-1], self._samples) if self._pooling == "cls" else None
 
     def partition(self, num_stages: int) -> Partition:
         """The cut into stages of about equal cost."""
@@ -133,17 +147,20 @@ class Simulation:
 
     def _stagewise(self, partition: Partition, stages: Sequence[int], way: Way) -> Peak:
         layers = {layer.name: layer for layer in self.profile}
+        pooling, mixer = (self._pooling, self._mixer) if self.head_layers > 0 else ("mean", None)
         with self._mode, self._checkpointing(self.model, way), contextlib.ExitStack() as stack:
             with torch.device(self.device), _default_dtype(self.model):
                 ends = [layers[name] for name in partition.boundaries[:-1]]
                 heads = StageHeads(
                     [end.width for end in ends],
                     self.config.num_labels,
+                    pooling,
                     maps=[end.is_map for end in ends],
                     kind=self.objective.head,
                 )
             last = self.layers[len(self.layers) - self.head_layers :]
             heads.layers = nn.ModuleList(self._without_data(self.model.get_submodule(name)) for name in last)
+            heads.mixer = mixer
             engine = Stagewise(self.model, partition, heads)
             shared = parameters_by_stage(self.model, partition, heads)
             common = shared_parameters(self.model, partition, heads)

@@ -13,12 +13,12 @@ from ..cut.layers import find_layers, last_norm, run_ends, tied_parameters
 from ..cut.objectives import CLASSES, Objective, objective_of
 from ..cut.partition import Partition
 from ..cut.probe import LayerProfile, check_cut, logits_of, profile_layers, run_example
-from ..cut.token_flow import attends_causally, ignores_padding, own_pooling
+from ..cut.token_flow import attends_causally, ignores_padding
 from ..distributed.wrappers import Wrapper, numel
 from ..memory.coupled import CoupledResidency
 from ..memory.residency import Residency
 from ..method.engine import Stagewise
-from ..method.heads import StageHeads, is_pretrained, num_head_layers
+from ..method.heads import StageHeads, head_pooling, is_pretrained, num_head_layers
 from ..method.stepping import parameters_by_stage
 from ..method.transport import TransportWeights
 from .refusals import refuse_task
@@ -235,19 +235,18 @@ class Staging:
     ) -> StageHeads:
         """The auxiliary heads of all stages but the last."""
         args, by_name = self.args, {layer.name: layer for layer in profile}
-        ends = [by_name[name] for name in partition.boundaries[:-1]]
-        pooling: str = args.head_pooling
-        if objective.head == "pooled" and pooling == "auto" and is_pretrained(model):
-            pooling = own_pooling(model, partition.layers[-1], example)
-        return StageHeads(
+        ends, last = [by_name[name] for name in partition.boundaries[:-1]], partition.layers[-1]
+        heads = StageHeads(
             [end.width for end in ends],
             self._num_labels(model, example),
-            pooling,
+            head_pooling(args.head_pooling, objective.head, model, last, example),
             args.seed,
             [end.is_map and args.head_pooling == "auto" for end in ends],
             *self._last_layers(model, partition.layers, [*(end.width for end in ends), profile[-1].width]),
             objective.head,
         )
+        heads.read_first_token(model, last, example)
+        return heads
 
     def _last_layers(
         self, model: nn.Module, layers: Sequence[str], widths: list[int]

@@ -223,7 +223,7 @@ except SystemExit as end:
 
 def test_the_command(tmp_path, capsys):
     SMALL.save_pretrained(tmp_path)
-    assert main(["plan", str(tmp_path), "--batch-size", "64", "--budget", "100MiB", "--layers"]) == 0
+    assert main(["plan", str(tmp_path), "--batch-size", "64", "--budget", "60MiB", "--layers"]) == 0
     out = capsys.readouterr().out
     assert "end to end, checkpointing" in out
     assert "LoRA" in out
