@@ -25,11 +25,12 @@ class CoupledResidency(Residency):
     Within [`streaming`], a layer comes to the device for its forward pass, whose activations are let go, and again when
     the backward pass recomputes it; its gradient is put to rest when the backward pass has reached the layer before it.
     The optimizer steps where everything rests, in host memory, one layer at a time. The gradients are those of
-    end-to-end training; what the device holds is one layer's weights, gradient and activations, the input of each
-    layer, and the weights and gradients of what is around the layers.
+    end-to-end training; what the device holds is one layer's weights (in a [`Ring`], two layers'), gradient and
+    activations, the input of each layer, and the weights and gradients of what is around the layers.
 
     With W bytes of weights in the layers, G of gradients, and n micro-batches a step, 2 n W + (n - 1) G bytes come in
-    and n G go out in a step: clipping adds none, for the norms are taken when the gradients are there.
+    and n G go out in a step, less n times what a ring holds: the backward pass finds it there. Clipping adds none, for
+    the norms are taken when the gradients are there.
 
     Args: those of [`Residency`].
 
@@ -73,9 +74,10 @@ class CoupledResidency(Residency):
             return forward(*args, **kwargs)
         # The backward pass recomputes it.
         if name not in self._active and name != self._in_backward:
-            self.settle()
+            if self._in_backward is not None:
+                self._put_gradient(self._in_backward)
             self._in_backward = name
-            self._take(name)
+            self._take(name, -1)
             self._take_gradient(name)
         buffers = [(buffer.data, buffer.clone()) for buffer in self._model.get_submodule(name).buffers()]
         try:
@@ -89,6 +91,7 @@ class CoupledResidency(Residency):
         if self._in_backward is not None:
             self._put_gradient(self._in_backward)
             self._in_backward = None
+            self.link.wait()
 
     def rest(self) -> None:
         """As [`Residency.rest`]; gradients of a step that was not taken are forgotten."""
@@ -107,7 +110,7 @@ class CoupledResidency(Residency):
             for parameter, gradient in zip(learning, slab.take(self._device), strict=True):
                 if parameter.grad is not None:
                     parameter.grad = gradient
-                    self.moved["moved_in_bytes"] += gradient.nbytes
+                    self.link.bytes_in += gradient.nbytes
 
     def _put_gradient(self, name: str) -> None:
         """Put a layer to rest, and its gradient beside it."""
@@ -118,13 +121,12 @@ class CoupledResidency(Residency):
         for parameter in gradients:
             parameter.grad = None  # it is on the device, where the weights are no longer
         self._rest(name)
-        slab.put([gradients.get(p, resting) for p, resting in zip(learning, slab.tensors, strict=True)])
+        self.link.put(slab, [gradients.get(p, resting) for p, resting in zip(learning, slab.tensors, strict=True)])
         for parameter, resting in zip(learning, slab.tensors, strict=True):
             if parameter in gradients:
                 parameter.grad = resting
                 self._norms[parameter] = resting, resting._version, norms[parameter]
-                self.moved["moved_out_bytes"] += resting.nbytes
-        slab.let_go()
+                self.link.bytes_out += resting.nbytes
 
     def _gradient_slab(self, name: str, learning: list[nn.Parameter]) -> Slab:
         """Where a layer's gradient rests; made anew if others of its parameters learn than before."""
@@ -186,7 +188,7 @@ class CoupledResidency(Residency):
 
     def _clip(self, parameters: Iterable[nn.Parameter]) -> None:
         if self._limit is not None:
-            max_norm, norm = self._limit
+            max_norm, norm = self._limit[0], self._limit[1].to(HOST)
             if not max_norm / (norm + 1e-6) >= 1:  # else they would be multiplied by 1
                 clip_grads_with_norm_(parameters, max_norm, norm)
 

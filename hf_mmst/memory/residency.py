@@ -1,12 +1,13 @@
 """Which layers are in device memory: those of the stages that learn, and of the others one at a time."""
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import nn
 
 from ..cut.partition import Partition
+from .ring import Link, Ring, Streams, streams_of
 from .slabs import Slab
 from .states import RestingStates
 
@@ -25,21 +26,21 @@ class Residency:
         folder (`str`): for the memory-mapped files, see [`Slab`].
 
     Attributes:
-        moved (`dict[str, int]`): `moved_in_bytes` of weights and gradients that came from where they rest to forward
-            and backward passes since [`count_moved`], and `moved_out_bytes` that went from there to rest. On a CPU they
-            are not copied, but used in place: as many bytes are mapped in, or written.
+        link ([`Link`]): by which layers come to the device and go back, and which counts their bytes.
     """
 
     slab: type[Slab] = Slab
+    streams_of: Callable[[torch.device], Streams | None] = staticmethod(streams_of)
 
     def __init__(self, model: nn.Module, partition: Partition, device: torch.device, folder: str):
         self._model, self._partition, self._device, self._folder = model, partition, device, folder
         self.states: RestingStates | None = None
         self._active: frozenset[str] = frozenset()
         self.is_streaming = False
-        self.count_moved()
         self._parameters = {name: list(model.get_submodule(name).parameters()) for name in partition.layers}
         self._slabs = {name: self.slab(parameters, device, folder) for name, parameters in self._parameters.items()}
+        streams, sizes = self.streams_of(device), [len(slab.memory) for slab in self._slabs.values()]
+        self.link = Link(device) if streams is None else Ring(device, max(sizes, default=0), streams)
         for name in partition.layers:
             self._put(name)
         inside = {id(p) for parameters in self._parameters.values() for p in parameters}
@@ -57,10 +58,6 @@ class Residency:
     def _hook(self, optimizer: torch.optim.Optimizer, states: RestingStates) -> None:
         optimizer.register_step_pre_hook(lambda *_: states.take())
 
-    def count_moved(self) -> None:
-        """Count from nothing what moves."""
-        self.moved = {"moved_in_bytes": 0, "moved_out_bytes": 0}
-
     def activate(self, stages: Collection[int]) -> None:
         """Bring the layers of `stages` to the device and put all others to rest."""
         wanted = frozenset(name for stage in stages for name in self._partition.stages[stage])
@@ -69,14 +66,17 @@ class Residency:
         self.rest()
         self._active = wanted
         for name in self._partition.layers:
-            if name in wanted:
-                self._take(name)
+            if name in wanted:  # in memory of their own, for longer than a pass
+                self._set(name, self._slabs[name].take(self._device))
+                self.link.bytes_in += self._slabs[name].nbytes
 
     def rest(self) -> None:
         """Put everything to rest, also what an error has left on the device."""
+        self.link.wait()
+        self.link.begin()
         for name in self._partition.layers:
             if name in self._active:
-                self.moved["moved_out_bytes"] += self._nbytes(name)
+                self.link.bytes_out += self._slabs[name].nbytes
                 self._put(name)
             else:
                 self._rest(name)
@@ -103,8 +103,10 @@ class Residency:
 
     def _before_layer(self, name: str):
         def hook(_module, _args):
+            if name == self._partition.layers[0]:
+                self.link.begin()
             if name not in self._active:
-                self._take(name)
+                self._take(name, 1)
 
         return hook
 
@@ -116,23 +118,24 @@ class Residency:
 
         return hook
 
-    def _take(self, name: str) -> None:
-        """Bring a layer's weights to the device."""
-        self._set(name, self._slabs[name].take(self._device))
-        self.moved["moved_in_bytes"] += self._nbytes(name)
+    def _take(self, name: str, step: int) -> None:
+        """Bring a layer's weights to the device; the next one to come is `step` layers further."""
+        self._set(name, self.link.take(self._slabs[name]))
+        number = self._partition.layers.index(name) + step
+        if 0 <= number < len(self._partition.layers):
+            following = self._partition.layers[number]
+            if following not in self._active:
+                self.link.expect(self._slabs[following])
 
     def _rest(self, name: str) -> None:
         """Leave a layer's weights where they rest, as they were before they were taken."""
         self._set(name, self._slabs[name].tensors)
-        self._slabs[name].let_go()
+        self.link.release(self._slabs[name])
 
     def _put(self, name: str) -> None:
         """Put a layer's weights to rest, as they are now."""
         self._slabs[name].put([p.data for p in self._parameters[name]])
         self._rest(name)
-
-    def _nbytes(self, name: str) -> int:
-        return sum(p.nbytes for p in self._parameters[name])
 
     def _set(self, name: str, tensors: list[torch.Tensor]) -> None:
         for parameter, tensor in zip(self._parameters[name], tensors, strict=True):

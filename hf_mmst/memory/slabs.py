@@ -7,6 +7,9 @@ import tempfile
 from collections.abc import Sequence
 
 import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 ALIGNMENT = 64
 HOST = torch.device("cpu")
@@ -24,6 +27,7 @@ class Slab:
         folder (`str`): where the file lies, if there is one. It vanishes with the process, however that ends.
 
     Attributes:
+        memory (`torch.Tensor`): all of it, `uint8`.
         tensors (`list[torch.Tensor]`): those at rest, on the CPU. They can be read and written like any other.
 
     Raises:
@@ -31,13 +35,31 @@ class Slab:
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device, folder: str):
-        size = sum(_aligned(tensor.nbytes) for tensor in tensors)
-        self._map = _unnamed_file(size, folder) if device.type != "cuda" else None
-        memory = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy() if self._map is None else self._map
-        self.tensors, offset = [], 0
-        for tensor in tensors:  # each with a storage of its own, as files of weights and states are made of storages
-            self.tensors.append(_view(memory, offset, tensor))
-            offset += _aligned(tensor.nbytes)
+        size = self._lay_out(tensors)
+        self._map = None if has_streams(device) else _unnamed_file(size, folder)
+        self.memory = _pinned(size) if self._map is None else torch.frombuffer(self._map, dtype=torch.uint8)
+        self.tensors = [_at(self.memory, offset, like) for offset, like in self._layout]
+
+    def _lay_out(self, tensors: Sequence[torch.Tensor]) -> int:
+        """Note where each tensor begins, and how it lies; returns the bytes of all of them."""
+        self._layout: list[tuple[int, torch.Tensor]] = []
+        size = 0
+        for tensor in tensors:
+            self._layout.append((size, torch.empty_like(tensor, device="meta")))
+            size += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
+        return size
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def views(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors in memory on any device to which all of this one was copied."""
+        return [
+            memory[offset : offset + like.nbytes].view(like.dtype).as_strided(like.shape, like.stride())
+            for offset, like in self._layout
+        ]
 
     def take(self, device: torch.device) -> list[torch.Tensor]:
         """The tensors on `device`: copies, unless it is where they rest."""
@@ -56,12 +78,29 @@ class Slab:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
-def _view(memory, offset: int, like: torch.Tensor) -> torch.Tensor:
-    """A tensor that lies in `memory` as `like` lies in its own."""
+def has_streams(device: torch.device) -> bool:
+    """Whether a device has memory of its own, and copies to it run beside what it computes."""
+    return device.type in ("cuda", "xpu")
+
+
+def _at(memory: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
+    """A tensor in `memory` with a storage of its own: files of weights and states are made of storages."""
     if like.numel() == 0:
-        return torch.empty_like(like, device="cpu")
-    strides = torch.empty_like(like, device="meta").stride()
-    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=offset).as_strided(like.shape, strides)
+        return torch.empty_like(like, device=HOST)
+    flat = torch.frombuffer(memory.numpy(), dtype=like.dtype, count=like.numel(), offset=offset)
+    return flat.as_strided(like.shape, like.stride())
+
+
+def _pinned(size: int) -> torch.Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:
+        logger.warning_once(
+            "hf_mmst: the system does not let more host memory be pinned, so that some layers rest in memory from "
+            "which copies are slower, and do not run beside the computation. Raise its limit (ulimit -l; for WSL, "
+            "memory in .wslconfig)."
+        )
+        return torch.empty(size, dtype=torch.uint8)
 
 
 def _unnamed_file(size: int, folder: str) -> mmap.mmap:
@@ -76,7 +115,3 @@ def _unnamed_file(size: int, folder: str) -> mmap.mmap:
             f"{size:,} bytes for layers at rest cannot be had in {folder} ({error.strerror}). Set output_dir to a "
             'folder on a disk with room for the weights and optimizer states, or stage_residency="all".',
         ) from error
-
-
-def _aligned(size: int) -> int:
-    return math.ceil(size / ALIGNMENT) * ALIGNMENT

@@ -1,5 +1,9 @@
 """What a way of training costs beside device memory: compute, and bytes at rest, moved and cached."""
 
+import torch
+
+from ..memory.ring import BUFFERS
+from ..memory.slabs import has_streams
 from .simulation import Simulation
 from .ways import Way
 
@@ -32,6 +36,8 @@ def bytes_elsewhere(simulation: Simulation, way: Way) -> tuple[int, int, int]:
         resting = sum(layer.weights + layer.gradients + layer.states for layer in layers.values())
         # Weights in for the forward and the backward pass, gradients out; the step is where they rest.
         moved = sum(2 * layer.weights + layer.gradients for layer in layers.values())
+        if has_streams(torch.device(simulation.device)):  # the backward pass finds in the ring what the forward left
+            moved -= sum(layers[name].weights for name in simulation.layers[-BUFFERS:])
     elif resting and way.feature_cache == "none":
         stages = simulation.partition(way.num_stages).stages
         after = [(way.num_stages - 1 - k) * layers[name].weights for k, stage in enumerate(stages) for name in stage]

@@ -1,6 +1,6 @@
 """Stand-ins for memory in a simulation: a tracker of fake tensors, and layers at rest that take no memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from ..memory.coupled import CoupledResidency
 from ..memory.residency import Residency
-from ..memory.slabs import Slab
+from ..memory.ring import Streams
+from ..memory.slabs import Slab, has_streams
 
 
 class FlatMemTracker(MemTracker):
@@ -42,6 +43,7 @@ class _FakeSlab(Slab):
         alike = {(tensor.shape, tensor.dtype): tensor for tensor in tensors}
         made = {kind: tensor.new_empty(()).expand(tensor.shape) for kind, tensor in alike.items()}
         self.tensors = [made[tensor.shape, tensor.dtype] for tensor in tensors]
+        self.memory = torch.empty((), dtype=torch.uint8, device=device).expand(self._lay_out(tensors))
 
     def take(self, device: torch.device) -> list[torch.Tensor]:
         return [torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in self.tensors]
@@ -51,9 +53,28 @@ class _FakeSlab(Slab):
     def let_go(self) -> None: ...
 
 
+class _NoStreams(Streams):
+    """Streams that copy nothing."""
+
+    def __init__(self): ...
+
+    def copy(self, way: str, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], after: Any) -> Any:
+        return torch.Event()
+
+    def mark(self) -> Any: ...
+
+    def wait(self, event: Any) -> None: ...
+
+
+def _no_streams_of(device: torch.device) -> Streams | None:
+    return _NoStreams() if has_streams(device) else None
+
+
 class FakeResidency(Residency):
     slab = _FakeSlab
+    streams_of = staticmethod(_no_streams_of)
 
 
 class FakeCoupledResidency(CoupledResidency):
     slab = _FakeSlab
+    streams_of = staticmethod(_no_streams_of)

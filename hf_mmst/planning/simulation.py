@@ -174,9 +174,11 @@ class Simulation:
                     stack.callback(parameter.requires_grad_, parameter.requires_grad)
                     parameter.requires_grad_(False)
             given = self._input_of(engine, stages[0]) if way.feature_cache != "none" and stages[0] > 0 else None
+            buffers: list[torch.Tensor] = []
             if way.stage_residency == "stage":
                 residency = stack.enter_context(self._residency(FakeResidency, partition, optimizer))
                 residency.activate(stages)
+                buffers = residency.link.buffers
                 learning = [*shared[stages[0]]]
                 if stages[0] < way.num_stages - 1:
                     learning += common
@@ -186,7 +188,7 @@ class Simulation:
                 residency.states.take()
                 for parameter in learning:
                     parameter.grad = None
-            tracker = self._tracker(everything, optimizer, *([] if given is None else given[1:]))
+            tracker = self._tracker(everything, optimizer, *buffers, *([] if given is None else given[1:]))
             early = way.stage_clipping and len(stages) > 1
             with tracker:
                 with (
@@ -213,7 +215,7 @@ class Simulation:
             parameters = list(self.model.parameters())
             optimizer = self._with_states([p for p in parameters if p.requires_grad])
             residency = stack.enter_context(self._residency(FakeCoupledResidency, partition, optimizer))
-            tracker = self._tracker(parameters, optimizer)
+            tracker = self._tracker(parameters, optimizer, *residency.link.buffers)
             with tracker:
                 with self._autocast():
                     loss = self._loss(self.model)

@@ -42,7 +42,7 @@ class StageCallback(TrainerCallback):
         run = self._run
         run.learning.begin_step()
         if run.staged.residency is not None:
-            run.staged.residency.count_moved()
+            run.staged.residency.link.count()
         if not run.is_plain and not run.turns.now.coupled:
             run.watch.begin(run.staged.engine)
 
@@ -60,7 +60,7 @@ class StageCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         run, turn = self._run, self._run.turns.now
         if run.staged.residency is not None:
-            run.moved = {**run.staged.residency.moved}
+            run.moved = run.staged.residency.link.moved
         if not turn.coupled and not run.is_plain:
             run.staged.weights.step(turn.stages, run.mean)
         run.begin_step(state.global_step)

@@ -43,7 +43,7 @@ class StageRun:
             [`use`]: the host's accelerator, which stages this process has, and how layers are compiled.
         staged ([`StagedModel`]), turns ([`Turns`]), learning ([`StageLearning`]): set by [`cut`], anew for each model.
         features ([`Features`]), watch ([`Watch`]) and peaks ([`TurnPeaks`]): made once.
-        moved (`dict[str, int]`): bytes that layers at rest moved in the last step, see [`Residency`].
+        moved (`dict[str, int]`): bytes that layers at rest moved in the last step, see [`Link`].
     """
 
     accelerator: Any

@@ -1,5 +1,7 @@
-"""A device with memory of its own, played by a CPU."""
+"""A device with memory and streams of its own, played by a CPU."""
 
+from hf_mmst.memory import residency
+from hf_mmst.memory.ring import Ring
 from hf_mmst.memory.slabs import Slab
 
 
@@ -10,4 +12,58 @@ class Elsewhere(Slab):
         return [tensor.clone() for tensor in self.tensors]
 
 
-PLACES = {"in place": Slab, "elsewhere": Elsewhere}
+class Copying:
+    """Streams whose copies are made when they are waited for (late), or at once, beside what is still computing."""
+
+    def __init__(self, late):
+        self.late, self.queued = late, {"in": [], "out": []}
+
+    def copy(self, way, pairs, after):
+        event = Copied(self.queued[way], list(pairs))
+        self.queued[way].append(event)
+        if not self.late:
+            event.synchronize()
+        return event
+
+    def mark(self):
+        return None
+
+    def wait(self, event):
+        event.synchronize()
+
+
+class Copied:
+    """The end of a copy: waiting for it makes it, and those of its stream before it."""
+
+    def __init__(self, queue, pairs):
+        self._queue, self._pairs = queue, pairs
+
+    def synchronize(self):
+        while self in self._queue:
+            for to, tensor in self._queue.pop(0)._pairs:
+                to.copy_(tensor)
+
+
+class Littered(Ring):
+    """A ring in whose buffers no number is right before one has come, nor after the last use."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        for memory in self.buffers:
+            memory.fill_(255)
+
+    def begin(self):
+        super().begin()
+        for memory in self.buffers:
+            memory.fill_(255)
+
+
+PLACES = ("in place", "late", "early")
+
+
+def play(place, monkeypatch):
+    """Have layers rest in place, or beside a device whose copies are late or early."""
+    if place != "in place":
+        monkeypatch.setattr(residency, "Ring", Littered)
+        monkeypatch.setattr(residency.Residency, "slab", Elsewhere)
+        monkeypatch.setattr(residency.Residency, "streams_of", staticmethod(lambda _: Copying(place == "late")))

@@ -4,14 +4,12 @@ import errno
 import os
 
 import pytest
-from elsewhere import PLACES, Elsewhere
+from elsewhere import play
 from runs import ORDERS, StopAt, arguments, assert_same, losses, moments, weights
 from runs import run_resting as run
 from torch import nn
 from transformers import TrainerCallback, set_seed
 from zoo import make
-
-from hf_mmst.memory.residency import Residency
 
 RESTING = [order for order in ORDERS if order != "simultaneous"]
 MIXED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True}
@@ -19,9 +17,9 @@ MIXED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True}
 
 @pytest.mark.parametrize("order", RESTING)
 @pytest.mark.parametrize("name", ["vit", "bert", "swin"])
-@pytest.mark.parametrize(("settings", "place"), [({}, "in place"), (MIXED, "elsewhere")])
+@pytest.mark.parametrize(("settings", "place"), [({}, "in place"), (MIXED, "late")])
 def test_the_numbers_are_those_of_all_stages_in_memory(name, order, settings, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(Residency, "slab", PLACES[place])
+    play(place, monkeypatch)
     trained = {}
     for residency in ("all", "stage"):
         folder = tmp_path / residency
@@ -93,7 +91,7 @@ class Watch(TrainerCallback):
 
 
 def test_only_the_stage_that_learns_is_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(Residency, "slab", Elsewhere)
+    play("late", monkeypatch)
     watch = Watch()
     watch.trainer = trained = run(tmp_path, extra={"callbacks": [watch]})
     trained.train()
@@ -107,7 +105,7 @@ def test_only_the_stage_that_learns_is_in_memory(tmp_path, monkeypatch):
 
 
 def test_after_resume_only_the_stage_that_learns_is_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(Residency, "slab", Elsewhere)
+    play("late", monkeypatch)
     settings = {"save_strategy": "steps", "save_steps": 31}
     run(tmp_path, extra={"callbacks": [StopAt(31)]}, **settings).train()
     watch = Watch()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_mmst.memory import slabs
 from hf_mmst.memory.slabs import Slab
 
 CPU = torch.device("cpu")
@@ -65,3 +66,22 @@ def test_what_is_let_go_is_not_in_memory(tmp_path):
     assert resident() == 4096
     slab.let_go()
     assert resident() == 0
+
+
+def test_memory_that_cannot_be_pinned_is_taken_as_it_is(monkeypatch):
+    """And said once, however many layers there are."""
+    empty, said = torch.empty, []
+
+    def refuse(*size, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*size, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    monkeypatch.setattr(slabs.logger, "warning_once", said.append)
+    slab = Slab([torch.zeros(3)], torch.device("cuda"), "")
+    slab.put([torch.ones(3)])
+    slab.let_go()
+    assert slab.tensors[0].tolist() == [1, 1, 1]
+    (message,) = said
+    assert "Raise its limit (ulimit -l" in message
