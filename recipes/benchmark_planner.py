@@ -12,14 +12,12 @@ optimizer states to the last gradient; tensors at rest, which lie in files, are 
 
 import argparse
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
@@ -36,7 +34,7 @@ from transformers import (
 from hf_mmst import MMSTConfig, MMSTTrainer
 from hf_mmst.cut.example_inputs import dummy_inputs
 from hf_mmst.memory.slabs import Slab
-from hf_mmst.planning.fake_memory import FlatMemTracker
+from hf_mmst.memory.tensor_peaks import TensorPeak
 from hf_mmst.planning.simulation import Simulation
 from hf_mmst.planning.ways import Way
 from hf_mmst.records.results import provenance
@@ -117,21 +115,15 @@ def measured_bytes(model, precision: str, way: Way, head_layers: int, folder: st
         **settings,
     )
     trainer = (MMSTTrainer if stagewise else Trainer)(model, args, train_dataset=Zeros(model))
-    tracker = FlatMemTracker()
     resting = trainer.partition.layers if stagewise and args.stage_residency == "stage" else ()
     inside = {p for name in resting for p in model.get_submodule(name).parameters()}
-    tracker.track_external(*(p for p in model.parameters() if p not in inside), *model.buffers())
+    held = [*(p for p in model.parameters() if p not in inside), *model.buffers()]
     if stagewise:
-        tracker.track_external(trainer.heads)
-    with ExitStack() as stack:
-        for name in ("__init__", "put"):  # what is at rest is not in memory
-            stack.enter_context(mock.patch.object(Slab, name, _uncounted(getattr(Slab, name))))
-        stack.enter_context(mock.patch.object(Slab, "take", _copies))  # but what is taken is
-        # Optimizer states that are in memory are seen when they are made or taken.
-        stack.enter_context(mock.patch.object(FlatMemTracker, "_track_optimizer_states", return_value=None))
-        stack.enter_context(tracker)
+        held += trainer.heads.parameters()
+    # What is taken is in memory; on a CPU it is mapped in, which a tracker does not see.
+    with mock.patch.object(Slab, "take", _copies), TensorPeak(held) as tracker:
         trainer.train()
-    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    return tracker.peak_bytes
 
 
 def main() -> None:
@@ -167,14 +159,6 @@ def main() -> None:
         table.add_row(row["model"], row["precision"], way, *numbers)
     Console(width=160).print(table)
     print(f"written to {args.output_dir / 'results.json'}")
-
-
-def _uncounted(method):
-    def call(*args):
-        with _disable_current_modes():
-            method(*args)
-
-    return call
 
 
 def _copies(slab, device):

@@ -72,7 +72,7 @@ def bbc_news() -> datasets.DatasetDict:
 
 
 def main() -> None:
-    """Load, train, evaluate once, write."""
+    """Load, train, evaluate, write."""
     begin = time.perf_counter()
     defaults = {"output_dir": "outputs/bert_text", "num_stages": 3, **DEFAULTS}
     model_args, data_args, args = parse_arguments(

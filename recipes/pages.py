@@ -82,10 +82,10 @@ def recipes_table() -> str:
                 found["num_stages"],
                 percent([last]),
                 percent(before),
-                mib(found["peak_bytes"]),
+                mib(found["planned_bytes"]),
             )
         )
-    return table(("dataset", "model", "method", "K", "accuracy", "stages before", "peak MiB (CPU)"), rows)
+    return table(("dataset", "model", "method", "K", "accuracy", "stages before", "planned MiB of tensors"), rows)
 
 
 def memory_table() -> str:

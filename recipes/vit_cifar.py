@@ -64,7 +64,7 @@ def mnist_digits() -> datasets.DatasetDict:
 
 
 def main() -> None:
-    """Load, train, evaluate once, write."""
+    """Load, train, evaluate, write."""
     begin = time.perf_counter()
     defaults = {"output_dir": "outputs/vit_cifar", **DEFAULTS}
     model_args, data_args, args = parse_arguments(

@@ -15,22 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_mmst.records.colours import WAYS
+
 CARDS = Path(__file__).parents[1] / "model_cards"
 PICTURE = CARDS / "ways.png"
 NEWS, VIT = ("20newsgroups", 1200), ("cifar10", 1000)
 SCRATCH = ("cifar10", 5000)
-# Each way has one colour in all panels.
-COLOURS = {
-    "end to end": "#222222",
-    "end to end, checkpointing": "#8c8c8c",
-    "LoRA": "#e69f00",
-    "last layers only": "#c5b000",
-    "end to end, one layer on the device": "#0072b2",
-    "the same, with LoRA": "#56b4e9",
-    "stages, greedy": "#cc79a7",
-    "stages": "#d55e00",
-    "one stage on the device": "#009e73",
-}
 RIVALS = ("end to end", "end to end, checkpointing", "LoRA", "last layers only")  # squares in the picture
 
 
@@ -198,7 +188,7 @@ def draw(path: Path = PICTURE) -> None:
     named = {}
     for axes, (title, points) in zip(figure.subplots(1, 3), panels().items(), strict=True):
         for point in points:
-            colour, at = COLOURS[point.way], (point.peak, point.value)
+            colour, at = WAYS[point.way], (point.peak, point.value)
             axes.errorbar(*at, point.error, color=colour, capsize=2)
             marker = "s" if point.way in RIVALS else "o"
             (named[point.way],) = axes.plot(*at, color=colour, marker=marker, ls="none", markersize=6)
@@ -218,7 +208,7 @@ def draw(path: Path = PICTURE) -> None:
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    names = [name for name in COLOURS if name in named]
+    names = [name for name in WAYS if name in named]
     figure.legend(
         [named[name] for name in names], names, loc="outside lower center", ncols=3, fontsize=9, frameon=False
     )

@@ -171,12 +171,12 @@ def _console():
 def _evaluate(given: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from ..records.results import stage_rows
-    from ..tasks.report import print_stage_table, write_json
+    from ..records.stage_table import print_stages
+    from ..tasks.report import write_json
     from .train_and_evaluate import evaluate
 
     metrics = evaluate(given.model, given.dataset, given.batch_size, given.max_samples, given.max_seq_length)
-    print_stage_table(stage_rows(metrics))
+    print_stages(metrics)
     print(f"accuracy {metrics['eval_accuracy']:.2%}, loss {metrics['eval_loss']:.4f}")
     if given.json is not None:
         write_json(Path(given.json), metrics)

@@ -42,7 +42,7 @@ class TrialArguments:
 
 def train(task: str, flags: Sequence[str]) -> None:
     """
-    Train, evaluate once, save, and write `results.json`, as the recipes do.
+    Train, evaluate, save, and write `results.json`, as the recipes do.
 
     Args:
         task (`str`): `"images"` or `"texts"`.

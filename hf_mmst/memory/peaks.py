@@ -2,12 +2,17 @@
 
 import contextlib
 import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
 import psutil
 import torch
+
+from .tensor_peaks import TensorPeak
+
+TRACKED_STEPS = 2  # from the second on, optimizer states and the batch that the data loader has ready are there
 
 
 class PeakMemory:
@@ -22,24 +27,23 @@ class PeakMemory:
 
     Args:
         device (`torch.device` or `str`): where the work runs.
-        above (`str`): CPU only: what the process's memory is compared to, on `"entry"` of the block or at the
-            `"import"` of this package, which a script does before it makes a model.
+        whole (`bool`): CPU only: whether to count what the process held before the block, too.
 
     Attributes:
-        peak_bytes (`int`): CUDA: most bytes allocated by tensors; CPU: most resident bytes of this process, above what
-            it held before. Within the block: so far, as of the last [`read`]. Where a process cannot reset its own peak
-            (other systems than Linux, some containers), a peak below an earlier one is seen only if it lasts to a read.
+        peak_bytes (`int`): CUDA: most bytes allocated by tensors; CPU: most resident bytes of this process, if
+            not `whole` above what it held before. Within the block: so far, as of the last [`read`]. Where a process
+            cannot reset its own peak (other systems than Linux, some containers), a peak below an earlier one is seen
+            only if it lasts to a read.
         reserved_bytes (`int`, *optional*): CUDA: most bytes that the caching allocator held; `None` on the CPU.
     """
 
     _open: ClassVar[list["PeakMemory"]] = []
 
-    def __init__(self, device: torch.device | str = "cpu", above: str = "entry"):
+    def __init__(self, device: torch.device | str = "cpu", whole: bool = False):
         self.device = torch.device(device)
         self.peak_bytes = 0
         self.reserved_bytes: int | None = None
-        self._baseline = _AT_IMPORT
-        self._above, self._highest_before = above, 0
+        self._whole, self._baseline, self._highest_before = whole, 0, 0
 
     def read(self) -> int:
         """The peak so far."""
@@ -61,7 +65,7 @@ class PeakMemory:
             with contextlib.suppress(OSError):  # set the process's recorded peak back to what it holds now
                 _CLEAR_REFS.write_text("5")
             self._highest_before = _highest_bytes()
-            if self._above == "entry":
+            if not self._whole:
                 self._baseline = _resident_bytes()
         self._open.append(self)
         return self
@@ -81,44 +85,89 @@ class TurnPeaks:
         device (`torch.device` or `str`): where the work runs. CUDA's own peak statistics begin anew with each turn.
 
     Attributes:
-        by_name (`dict[str, int]`): bytes, as in [`PeakMemory`], above the import; the most, if a name comes again.
-        reserved_by_name (`dict[str, int]`): CUDA: what the allocator held, "reserved" in the place of "peak".
+        by_name (`dict[str, int]`): bytes, by the turn's name and `"peak_bytes"`, the most that tensors took (CUDA; CPU:
+            where they are tracked), `"reserved_bytes"`, that the allocator held (CUDA), or `"process_bytes"`, that this
+            process held in all (CPU). The most, if a turn comes again.
+        tracks_tensors (`bool`): CPU: whether tensors are tracked, in the first two steps of each turn, which are slower
+            then. They are not where layers rest in files, as these are mapped in, and not copied.
     """
 
     def __init__(self, device: torch.device | str):
-        self.device = device
+        self.device = torch.device(device)
         self.by_name: dict[str, int] = {}
-        self.reserved_by_name: dict[str, int] = {}
+        self.tracks_tensors = False
         self._turn: tuple[str, PeakMemory] | None = None
+        self._tracker: TensorPeak | None = None
+        self._steps = 0  # of the turn
         self._unread: set[str] = set()
 
-    def begin(self, name: str) -> None:
-        """End the turn and begin that of `name`, unless that has begun already."""
-        if self._turn is None or self._turn[0] != name:
-            self.end()
-            self._turn = name, PeakMemory(self.device, above="import").__enter__()
+    def begin(self, turn: str, held: Callable[[], Iterable[torch.Tensor]] | None = None) -> None:
+        """
+        Begin a step of the turn whose names begin with `turn`; `held` gives the tensors that are there before it, if
+        they can be tracked.
+        """
+        if self._turn is not None and self._turn[0] == turn:
+            self._steps += 1
+            if self._steps == TRACKED_STEPS:
+                self._end_tracking()
+            return
+        self.end()
+        self._turn, self._steps = (turn, PeakMemory(self.device, whole=True).__enter__()), 0
+        tracks = self.tracks_tensors and self.device.type == "cpu" and f"{turn}peak_bytes" not in self.by_name
+        if tracks and held is not None:
+            self._tracker = TensorPeak(held())
+            self._tracker.__enter__()
 
     def read(self) -> dict[str, int]:
         """The names and peaks of the turns that have ended since the last call, and of the turn so far."""
         self._note()
-        everything = self.by_name | self.reserved_by_name
-        found = {name: everything[name] for name in sorted(self._unread)}
+        found = {name: self.by_name[name] for name in sorted(self._unread)}
         self._unread.clear()
         return found
 
+    def most(self, what: str) -> int | None:
+        """The most over all turns of `"peak_bytes"`, `"process_bytes"` or `"reserved_bytes"`, if it was measured."""
+        return max((value for name, value in self.by_name.items() if name.endswith(what)), default=None)
+
+    def summary(self, planned_bytes: int | None) -> str:
+        """Measured and planned bytes of tensors, and what the process held, in words."""
+        peak, process = self.most("peak_bytes"), self.most("process_bytes")
+        known = {"measured": peak, "planned": planned_bytes}
+        tensors = ", ".join(f"{how} {value / 2**20:,.0f} MiB" for how, value in known.items() if value is not None)
+        parts = [f"tensors {tensors}"] if tensors else []
+        return "; ".join(parts + ([f"the whole process {process / 2**20:,.0f} MiB"] if process is not None else []))
+
     def _note(self) -> None:
         if self._turn is not None:
-            name, peak = self._turn
-            _raise_to(self.by_name, name, peak.read())
-            self._unread.add(name)
+            turn, peak = self._turn
+            on_gpu = self.device.type == "cuda"
+            self._raise(f"{turn}{'peak' if on_gpu else 'process'}_bytes", peak.read())
             if peak.reserved_bytes is not None:
-                reserved = name.replace("peak", "reserved")
-                _raise_to(self.reserved_by_name, reserved, peak.reserved_bytes)
-                self._unread.add(reserved)
+                self._raise(f"{turn}reserved_bytes", peak.reserved_bytes)
+
+    def _raise(self, name: str, value: int) -> None:
+        self.by_name[name] = max(self.by_name.get(name, 0), value)
+        self._unread.add(name)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context no tensors are tracked, as in an evaluation."""
+        with contextlib.ExitStack() as stack:
+            if self._tracker is not None:
+                stack.callback(self._tracker.__enter__)
+                self._tracker.__exit__(None, None, None)
+            yield
+
+    def _end_tracking(self) -> None:
+        if self._tracker is not None and self._turn is not None:
+            self._tracker.__exit__(None, None, None)
+            self._raise(f"{self._turn[0]}peak_bytes", self._tracker.peak_bytes)
+            self._tracker = None
 
     def end(self) -> None:
         """End the turn, if one has begun."""
         if self._turn is not None:
+            self._end_tracking()
             self._turn[1].__exit__(None, None, None)
             self._note()
             self._turn = None
@@ -126,10 +175,6 @@ class TurnPeaks:
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-
-
-def _raise_to(most: dict[str, int], name: str, value: int) -> None:
-    most[name] = max(most.get(name, 0), value)
 
 
 def _resident_bytes() -> int:
@@ -146,6 +191,3 @@ def _status(field: str) -> int:
     text = _STATUS.read_text() if _STATUS.exists() else ""
     match = re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
-
-
-_AT_IMPORT = _resident_bytes()

@@ -1,39 +1,14 @@
-"""Stand-ins for memory in a simulation: a tracker of fake tensors, and layers at rest that take no memory."""
+"""Stand-ins for memory in a simulation: layers at rest that take no memory."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.distributed._tools.mem_tracker import MemTracker
 
 from ..memory.coupled import CoupledResidency
 from ..memory.residency import Residency
 from ..memory.ring import Streams
 from ..memory.slabs import Slab, has_streams
-
-
-class FlatMemTracker(MemTracker):
-    """PyTorch's tracker without its account by modules, which a backward pass within a forward pass would upset."""
-
-    def __init__(self):
-        super().__init__()
-        self._mod_tracker: Any = _NoModules()
-
-
-class _NoModules:
-    parents: frozenset = frozenset()
-    is_bw = False
-
-    def register_user_hooks(self, *_args, **_kwargs): ...
-
-    def clear_user_hooks(self): ...
-
-    def get_known_fqn(self, _module): ...
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_): ...
 
 
 class _FakeSlab(Slab):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..cut.hidden_states import hidden_states_of
-from .fake_memory import FlatMemTracker
+from ..memory.tensor_peaks import FlatMemTracker
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from ..cut.layers import find_layers, run_ends, tied_parameters
 from ..cut.objectives import CLASSES, objective_of
 from ..cut.partition import Partition
 from ..cut.probe import LayerProfile, on_meta, profile_layers
+from ..memory.tensor_peaks import FlatMemTracker
 from ..method.engine import Stagewise
 from ..method.first_token import token_mixer
 from ..method.heads import StageHeads, head_pooling, num_head_layers
 from ..method.stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
-from .fake_memory import FakeCoupledResidency, FakeResidency, FlatMemTracker
+from .fake_memory import FakeCoupledResidency, FakeResidency
 from .layer_memory import LayerMemory, memory_by_layer
 from .ways import PRECISIONS, Way
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..cut.objectives import objective_of
 from .atomic_writes import write_atomically
-from .results import ENSEMBLE, SETTINGS
+from .colours import PLANNED, WAYS
+from .pictures import light_page
+from .results import ENSEMBLE, SETTINGS, standard_error
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -46,7 +48,9 @@ class CardContent:
         datasets (`Sequence[str]`): names on the Hub of that.
         input_shape (`Sequence[int]`, *optional*): `[channels, height, width]` where no image processor is saved.
         num_labels (`int`, *optional*): number of classes.
-        peak_bytes (`int`, *optional*), planned_bytes (`int`, *optional*): measured and planned memory.
+        peak_bytes (`int`, *optional*), planned_bytes (`int`, *optional*): of tensors, measured and planned.
+        process_bytes (`int`, *optional*): of the whole process, on a CPU.
+        num_eval_samples (`int`, *optional*): how many samples the metrics are of.
         device (`str`), command (`str`): where and how it was trained.
         language (`Sequence[str]`), license (`str`, *optional*), tags (`Sequence[str]`): metadata.
         library (`str`): `"transformers"`, or `"peft"` for adapters.
@@ -67,6 +71,8 @@ class CardContent:
     num_labels: int | None = None
     peak_bytes: int | None = None
     planned_bytes: int | None = None
+    process_bytes: int | None = None
+    num_eval_samples: int | None = None
     device: str = ""
     command: str = ""
     language: Sequence[str] = ()
@@ -83,6 +89,13 @@ class CardContent:
     def exits(self) -> bool:
         """Whether samples can leave early."""
         return self.task not in ("token-classification", "fill-mask", "text-generation")
+
+    @property
+    def errors(self) -> list[float] | None:
+        """Of each stage's accuracy the standard error, if that is plotted and the number of samples is known."""
+        if self.plotted != "accuracy" or not self.num_eval_samples:
+            return None
+        return [standard_error(value, self.num_eval_samples) for value in self.stage_metrics["accuracy"]]
 
     @property
     def plotted(self) -> str | None:
@@ -112,6 +125,8 @@ class CardContent:
             "num_labels": results.get("num_labels"),
             "peak_bytes": results.get("peak_bytes"),
             "planned_bytes": results.get("planned_bytes"),
+            "process_bytes": results.get("process_bytes"),
+            "num_eval_samples": results.get("num_eval_samples"),
             "device": "{type}, {name}".format(**results["device"]),
             "command": results["command"],
         }
@@ -175,8 +190,6 @@ def model_card(content: CardContent, plot: str | None = None, picture: str | Non
         title=title,
         introduction=_introduction(content),
         snippet=_snippet(content),
-        measured=("tensors" if content.device.startswith("cuda") else "the process, above what it held before")
-        + f"; {content.device}",
         card=content,
         plot=plot,
         picture=picture,
@@ -206,21 +219,34 @@ def write_card(folder: str | Path, content: CardContent, picture: Path | None = 
 
 
 def draw_stages(content: CardContent, path: Path) -> None:
-    """A picture, PNG, of the metric and the transport of each stage."""
+    """A picture, PNG, of the metric and the transport of each stage, from zero on."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
-    metric = content.plotted
+    metric, numbers = content.plotted, range(1, content.num_stages + 1)
     assert metric is not None
-    numbers = range(1, content.num_stages + 1)
-    figure = Figure(figsize=(5, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(numbers, content.stage_metrics[metric], "o-", label=metric)
-    axes.set(xlabel="stage", ylabel=metric, xticks=list(numbers))
-    if "transport" in content.stage_metrics:
-        other = axes.twinx()
-        other.bar(numbers, content.stage_metrics["transport"], width=0.3, alpha=0.3, color="tab:grey")
-        other.set_ylabel("transport (grey)")
-    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
+    panels = {name: content.stage_metrics[name] for name in (metric, "transport") if name in content.stage_metrics}
+    colour = WAYS["stages" if content.settings.get("transport_weight") else "stages, greedy"]
+    with light_page():
+        figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
+        for axes, (name, values) in zip(
+            figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
+        ):
+            errors = content.errors if name == "accuracy" else None
+            bars = axes.bar(numbers, values, width=0.6, yerr=errors, capsize=3, color=colour, ecolor=PLANNED)
+            if content.num_stages <= 6:
+                axes.bar_label(bars, fmt="{:.1%}" if name == "accuracy" else "{:.3f}", fontsize=8, padding=2)
+            more = ", ± 1 standard error" if errors else ""
+            axes.set(title=f"{name}{more}", xlabel="stage", xticks=list(numbers))
+            axes.title.set_fontsize(10)
+            axes.margins(y=0.12)
+            if name == "accuracy":
+                axes.set_ylim(0, 1.12)
+                axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+                axes.yaxis.set_major_formatter(PercentFormatter(1))
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+        figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
 
 
 def task_of(model: Any) -> str | None:

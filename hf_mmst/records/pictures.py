@@ -1,8 +1,9 @@
 """Plots of a run's stages over time, made from its log: in `training.png`, TensorBoard and trackio."""
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback
 from transformers.utils import logging
 
 from .atomic_writes import write_atomically
+from .colours import PLANNED, of_stages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +43,7 @@ def stage_curves(history: Sequence[Mapping[str, Any]], name: str, prefix: str = 
         (entry["step"], {int(found[1]): value for key, value in entry.items() if (found := pattern.fullmatch(key))})
         for entry in history
     ]
-    entries = [(step, values) for step, values in entries if values]
+    entries = list({step: (step, values) for step, values in entries if values}.values())  # of a step, the last
     curves: dict[int, list[float]] = {0: [step for step, _ in entries]}
     for stage in sorted({stage for _, values in entries for stage in values}):
         curves[stage] = [values.get(stage, math.nan) for _, values in entries]
@@ -69,8 +71,8 @@ def draw_training(
     Returns:
         `Figure`: with a panel for each of these that is known; `None` if nothing is.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     metric = metric_shown(history)
     panels: list[tuple[str, dict[int, list[float]]]] = [
@@ -78,35 +80,49 @@ def draw_training(
         ("task loss in training", stage_curves(history, "loss")),
         ("transport in training", stage_curves(history, "transport")),
     ]
-    panels = [(title, curves) for title, curves in panels if len(curves) > 1]
+    panels = [(title, curves) for title, curves in panels if len(curves[0]) > 1]  # one point shows no course
     count = len(panels) + bool(peaks)
     if count == 0:
         return None
     rows = 1 if count < 3 else 2
-    figure = Figure(figsize=(9, 3.2 * rows), layout="constrained")
-    spots = list(figure.subplots(rows, -(-count // rows), squeeze=False).flat)
     stages = sorted({stage for _, curves in panels for stage in curves} - {0})
     last = max((step for _, curves in panels for step in curves[0]), default=0)
-    colors = {k: colormaps["viridis"](0.88 * i / max(len(stages) - 1, 1)) for i, k in enumerate(stages)}
-    lines: dict[int, Any] = {}
-    for axes, (title, curves) in zip(spots, panels, strict=False):
-        for stage, values in curves.items():
-            if stage > 0:
-                steps, means = _thinned(curves[0], values)
-                mark = "o" if len(steps) <= FEW_POINTS else ""
-                lines[stage] = axes.plot(steps, means, color=colors[stage], marker=mark, markersize=3, linewidth=1.4)[0]
-        axes.set(title=title, xlabel="step", xlim=(0, 1.03 * last))
-        axes.grid(alpha=0.25)
-        if title.startswith("transport"):
-            axes.set_ylim(bottom=0)
-    if peaks:
-        _draw_memory(spots[len(panels)], peaks, planned_bytes, colors)
-    for axes in spots[count:]:
-        axes.remove()
-    if len(lines) > 1:
-        names = [f"stage {stage}" for stage in lines]
-        figure.legend(lines.values(), names, loc="outside lower center", ncols=min(len(lines), 6), frameon=False)
+    shades = of_stages(stages)
+    with light_page():
+        figure = Figure(figsize=(9, 3.2 * rows), layout="constrained")
+        spots = list(figure.subplots(rows, -(-count // rows), squeeze=False).flat)
+        lines: dict[int, Any] = {}
+        for axes, (title, curves) in zip(spots, panels, strict=False):
+            for stage, values in curves.items():
+                if stage > 0:
+                    steps, means = _thinned(curves[0], values)
+                    mark = "o" if len(steps) <= FEW_POINTS else ""
+                    line = axes.plot(steps, means, color=shades[stage], marker=mark, markersize=3, linewidth=1.4)
+                    lines[stage] = line[0]
+            axes.set(title=title, xlabel="optimizer step", xlim=(0, 1.03 * last))
+            axes.grid(alpha=0.25)
+            if title.startswith("accuracy"):
+                axes.set_ylim(top=1.02)
+                axes.yaxis.set_major_formatter(PercentFormatter(1))
+            else:
+                axes.set_ylim(bottom=0)
+        if peaks:
+            _draw_memory(spots[len(panels)], peaks, planned_bytes, shades)
+        for axes in spots[count:]:
+            axes.remove()
+        if len(lines) > 1:
+            names = [f"stage {stage}" for stage in lines]
+            figure.legend(lines.values(), names, loc="outside lower center", ncols=min(len(lines), 6), frameon=False)
     return figure
+
+
+@contextlib.contextmanager
+def light_page() -> Iterator[None]:
+    """Within this context pictures are made on white, with dark text, whatever the user's style or page is."""
+    from matplotlib import style
+
+    with style.context("default"):
+        yield
 
 
 def write_picture(folder: str | Path, history: Sequence[Mapping[str, Any]], *memory: Any) -> Path | None:
@@ -200,25 +216,33 @@ def _show(target: TrainerCallback, image: np.ndarray, step: int) -> None:
     trackio.log({"stages": trackio.Image(image), "train/global_step": step})
 
 
-def _draw_memory(axes: Any, peaks: Mapping[str, int], planned_bytes: int | None, colors: Mapping[int, Any]) -> None:
-    """Bars of the measured peaks, one for each turn of training, and a line at what was planned."""
-    names = [name for name in peaks if name.endswith("peak_bytes")]
-    found = {name: re.fullmatch(r"(?:stage_(\d+)|(coupled))?_?peak_bytes", name) for name in names}
-    labels = [one[1] or one[2] or "all stages" if one else name for name, one in found.items()]
-    shades = [colors.get(int(one[1]), "tab:grey") if one and one[1] else "tab:grey" for one in found.values()]
-    mib = [peaks[name] / 2**20 for name in names]
-    bars = axes.bar(range(len(names)), mib, width=0.6 if len(names) > 1 else 0.3, color=shades)
-    if len(names) <= 8:
-        axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
-    if planned_bytes is not None:
+def _draw_memory(axes: Any, peaks: Mapping[str, int], planned_bytes: int | None, shades: Mapping[int, str]) -> None:
+    """
+    A bar for each turn of training: of the tensors, with a line at what was planned; of the process, if they are not
+    known.
+    """
+    of_tensors = any(name.endswith("peak_bytes") for name in peaks)
+    measured = {
+        name: value for name, value in peaks.items() if name.endswith("peak_bytes" if of_tensors else "process_bytes")
+    }
+    found = [re.match(r"(?:stage_(\d+)|(coupled))?_?", name) for name in measured]
+    labels = [one[1] or one[2] or "all stages" for one in found if one]
+    colors = [shades.get(int(one[1]), "tab:grey") if one[1] else "tab:grey" for one in found if one]
+    mib = [value / 2**20 for value in measured.values()]
+    bars = axes.bar(range(len(mib)), mib, width=0.6 if len(mib) > 1 else 0.3, color=colors)
+    if len(mib) <= 8:
+        plate = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.bar_label(bars, fmt="{:,.0f}", fontsize=8, label_type="center", bbox=plate)
+    highest = max(mib)
+    if of_tensors and planned_bytes is not None:
         planned = planned_bytes / 2**20
-        axes.axhline(
-            planned, color="tab:red", linestyle="--", linewidth=1.4, label=f"planned, of tensors: {planned:,.0f}"
-        )
+        highest = max(highest, planned)
+        axes.axhline(planned, color=PLANNED, linestyle="--", linewidth=1.4, label=f"planned: {planned:,.0f}")
         axes.legend(loc="upper left", fontsize=8)
-    axes.set(title="peak with model, MiB", xticks=range(len(names)), xticklabels=labels, xlim=(-0.8, len(names) - 0.2))
-    axes.set_ylim(0, 1.3 * max([*mib, (planned_bytes or 0) / 2**20]))
-    axes.set_xlabel("turn of stage" if len(names) > 1 else "")
+    title = "most memory of tensors, MiB" if of_tensors else "most memory of the process, MiB"
+    axes.set(title=title, xticks=range(len(mib)), xticklabels=labels, xlim=(-0.8, len(mib) - 0.2))
+    axes.set_ylim(0, 1.3 * highest)
+    axes.set_xlabel("turn of stage" if len(mib) > 1 else "")
 
 
 def _thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -1,5 +1,6 @@
 """Results of a finished run as plain data: metrics of each stage, settings, memory, device, versions."""
 
+import math
 import os
 import platform
 import re
@@ -49,24 +50,9 @@ ENSEMBLE = "ensemble"  # begins the names of metrics of all heads together
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
-@dataclass(frozen=True)
-class StageRow:
-    """What one stage reached: its number from 1, accuracy (0 to 1), mean task loss, mean transport."""
-
-    stage: int
-    accuracy: float
-    loss: float
-    transport: float
-
-
-def stage_rows(metrics: Mapping[str, float], prefix: str = "eval") -> list[StageRow]:
-    """The stages in the metrics that [`MMSTTrainer.evaluate`] returns, with an `accuracy` among the user's metrics."""
-    rows: list[StageRow] = []
-    while f"{prefix}_stage_{len(rows) + 1}_accuracy" in metrics:
-        stage = len(rows) + 1
-        found = [metrics[f"{prefix}_stage_{stage}_{name}"] for name in ("accuracy", "loss", "transport")]
-        rows.append(StageRow(stage, *found))
-    return rows
+def standard_error(accuracy: float, num_samples: int) -> float:
+    """The standard error of an accuracy (0 to 1) that was found with that many samples, each right or wrong."""
+    return math.sqrt(accuracy * (1 - accuracy) / num_samples)
 
 
 def split_metrics(
@@ -141,6 +127,8 @@ class _MoreResults(_Results, total=False):
     num_labels: int | None
     peak_bytes: int | None
     planned_bytes: int | None
+    process_bytes: int | None
+    num_eval_samples: int
     max_steps: int
 
 

@@ -32,6 +32,7 @@ DEFAULTS = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "weight_decay": 0.05,
+    "eval_strategy": "epoch",
     "logging_steps": 50,
     "save_strategy": "no",
     "remove_unused_columns": False,
@@ -127,6 +128,7 @@ def image_trainer(
     """
     splits = splits.cast_column("image", datasets.Image(decode=False))  # so that files that cannot be read are named
     train, test = choose_splits(splits, data, args.data_seed or 0)
+    args.dataloader_pin_memory &= args.device.type != "cpu"
     torch.manual_seed(args.seed)
     model, processor = _build(model_args, splits, data.image_size)
     return MMSTTrainer(

@@ -22,6 +22,7 @@ DEFAULTS = {
     "per_device_eval_batch_size": 64,
     "learning_rate": 1e-4,
     "warmup_steps": 0.1,
+    "eval_strategy": "epoch",
     "logging_steps": 20,
     "save_strategy": "no",
 }
@@ -89,6 +90,7 @@ def text_trainer(
     """
     name: Any = model_args.model_name_or_path
     train, test = choose_splits(splits, data, args.data_seed or 0)
+    args.dataloader_pin_memory &= args.device.type != "cpu"
     set_seed(args.seed)
     model = pretrained_classifier(AutoModelForSequenceClassification, name, splits)
     tokenizer = AutoTokenizer.from_pretrained(name)

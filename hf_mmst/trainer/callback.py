@@ -89,6 +89,5 @@ class StageCallback(TrainerCallback):
         run, planned = self._run, self.trainer.planned_bytes
         run.peaks.end()
         if planned is not None and state.is_world_process_zero:
-            measured = max(run.peaks.by_name.values()) / 2**20
-            print(f"hf_mmst: planned {planned / 2**20:,.0f} MiB of tensors, measured {measured:,.0f} MiB")
+            print(f"hf_mmst: {run.peaks.summary(planned)}")
         run.features.delete()

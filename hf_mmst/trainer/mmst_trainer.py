@@ -2,7 +2,6 @@
 
 import functools
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from .task_loss import TaskLoss
 from .whole_checkpoints import WholeCheckpoints
 
 
-class MMSTTrainer(WholeCheckpoints):
+class MMSTTrainer(publishing.Reports, WholeCheckpoints):
     """
     A [`~transformers.Trainer`] that trains an encoder stage by stage by the minimizing movement scheme.
 
@@ -268,7 +267,7 @@ class MMSTTrainer(WholeCheckpoints):
         host = functools.partial(
             super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        with self._run.streaming_alone(self.is_in_train):
+        with self._run.evaluating(self.is_in_train):
             if self.partition.num_stages == 1:
                 return host()
             output, names = evaluated(self, self._run, host, metric_key_prefix)
@@ -344,7 +343,3 @@ class MMSTTrainer(WholeCheckpoints):
     def create_model_card(self, *args, **kwargs):
         if self.args.model_card and self.is_world_process_zero():
             publishing.publish_card(self, *args, **kwargs)
-
-    def results(self, metrics: Mapping[str, Any], **found: Any) -> dict[str, Any]:
-        """What is known of the run, ready for JSON, with `metrics` of [`evaluate`] and what else is `found`."""
-        return publishing.results_of(self, self._run, metrics, **found)

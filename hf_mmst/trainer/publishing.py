@@ -1,8 +1,8 @@
 """The results and the model card of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
@@ -10,12 +10,42 @@ from transformers.utils import logging
 from ..config import MMSTConfig
 from ..planning.budget import planned_peak
 from ..records.card import CardContent, task_of, write_card
-from ..records.pictures import write_picture
+from ..records.pictures import draw_training, write_picture
 from ..records.results import run_results
+from ..records.stage_table import print_stages
 from .stage_run import StageRun, first_batch_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.get_logger(__name__)
 FILE_FORMATS = ("csv", "json", "pandas", "parquet", "text", "imagefolder", "audiofolder", "generator")
+
+
+class Reports:
+    """What a trainer tells of its run: results, the table of the stages, the picture."""
+
+    _run: StageRun
+
+    def results(self, metrics: Mapping[str, Any], **found: Any) -> dict[str, Any]:
+        """What is known of the run, ready for JSON, with `metrics` of [`evaluate`] and what else is `found`."""
+        return results_of(self, self._run, metrics, **found)
+
+    def stages(self) -> None:
+        """Print the table of the stages, by the last evaluation."""
+        print_stages(last_evaluation(self))
+
+    def plot(self) -> "Figure | None":
+        """The picture of the run so far, see [`draw_training`], which a notebook shows; `None` before the first log."""
+        return draw_training(
+            cast(Any, self).state.log_history, self._run.peaks.by_name, self.results({})["planned_bytes"]
+        )
+
+
+def last_evaluation(trainer: Any) -> Mapping[str, Any]:
+    """What the last evaluation found; nothing if there was none."""
+    logs = (entry for entry in reversed(trainer.state.log_history) if any(name.startswith("eval_") for name in entry))
+    return next(logs, {})
 
 
 def results_of(trainer: Any, run: StageRun, metrics: Mapping[str, Any], **found: Any) -> dict[str, Any]:
@@ -39,8 +69,8 @@ def results_of(trainer: Any, run: StageRun, metrics: Mapping[str, Any], **found:
         "base_model": name if name and not Path(name).exists() else None,
         "num_labels": getattr(config, "num_labels", None),
         "input_shape": shape,
-        "peak_bytes": max(trainer.peaks.by_name.values(), default=None),
         "planned_bytes": _planned_bytes(run, args, batch),
+        **{what: trainer.peaks.most(what) for what in ("peak_bytes", "reserved_bytes", "process_bytes")},
         **run.moved,
     }
     return run_results(args, staged.partition, metrics, **{**known, **found})
@@ -78,8 +108,7 @@ def publish_card(
     """
     args, history = trainer.args, trainer.state.log_history
     try:
-        evaluations = [entry for entry in history if any(name.startswith("eval_") for name in entry)]
-        results = trainer.results(evaluations[-1] if evaluations else {})
+        results = trainer.results(last_evaluation(trainer), **_number_of(trainer.eval_dataset))
         builder = getattr(trainer.eval_dataset or trainer.train_dataset, "builder_name", None)
         found = [] if builder in (None, *FILE_FORMATS) else [builder]
         content = CardContent.from_results(
@@ -98,6 +127,10 @@ def publish_card(
         write_card(args.output_dir, content, picture)
     except Exception as error:  # a card must not end a run
         logger.warning(f"hf_mmst wrote no model card ({type(error).__name__}: {error}). Set model_card=False.")
+
+
+def _number_of(dataset: Any) -> dict[str, int]:
+    return {"num_eval_samples": len(dataset)} if isinstance(dataset, Sized) and not isinstance(dataset, Mapping) else {}
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

@@ -138,6 +138,7 @@ class StageRun:
 
     def watch_states(self, optimizer: Any) -> None:
         """Keep the states of an optimizer where layers at rest, and shares of stages, have them."""
+        self._optimizer = optimizer
         if self.staged.residency is not None:
             self.staged.residency.watch(optimizer)
         self.stages.keep_own_states(optimizer)
@@ -157,10 +158,18 @@ class StageRun:
         turn = self.turns.now = self.stages.own_part(self.turns.order.at(step))
         for parameter in self.staged.tied:  # else later stages would change what the first, at rest, begins with
             parameter.requires_grad_(turn.coupled or 0 in turn.stages)
-        self.peaks.begin(f"{turn_name(turn)}peak_bytes" if self.turns.are_several else "peak_bytes")
+        tracked = self._held if self.staged.residency is None else None  # else all is mapped in, unseen
+        self.peaks.begin(turn_name(turn) if self.turns.are_several else "", tracked)
         if self.staged.residency is not None:
             self.staged.residency.activate(() if turn.coupled else turn.stages)
         self.features.begin_step(turn)
+
+    def _held(self) -> Iterator[torch.Tensor]:
+        """The model's tensors and the optimizer's states."""
+        yield from self.staged.model.parameters()
+        yield from self.staged.model.buffers()
+        states = (value for state in self._optimizer.state.values() for value in state.values())
+        yield from (value for value in states if torch.is_tensor(value))
 
     def begin_streaming(self) -> None:
         """From now on layers at rest stream through the device, and layers are compiled, if they are to be."""
@@ -183,10 +192,11 @@ class StageRun:
             self.begin_streaming()
 
     @contextlib.contextmanager
-    def streaming_alone(self, is_in_train: bool) -> Iterator[None]:
-        """Within this context layers at rest stream through the device, in training or not."""
+    def evaluating(self, is_in_train: bool) -> Iterator[None]:
+        """Within this context layers at rest stream through the device, in training or not; no tensors are tracked."""
         residency = self.staged.residency
-        with residency.streaming() if residency is not None and not is_in_train else contextlib.nullcontext():
+        streaming = residency.streaming() if residency is not None and not is_in_train else contextlib.nullcontext()
+        with self.peaks.paused(), streaming:
             yield
 
     @contextlib.contextmanager

@@ -244,7 +244,7 @@ def test_coupled_laps_are_end_to_end_from_where_the_stages_are(settings, tmp_pat
     assert [segment.coupled for segment in whole._run.turns.order.segments][-settings["coupled_laps"] :] == [
         True
     ] * settings["coupled_laps"]
-    assert "coupled_peak_bytes" in whole.peaks.by_name
+    assert "coupled_process_bytes" in whole.peaks.by_name
 
 
 @pytest.mark.parametrize("settings", LAPS[1:])

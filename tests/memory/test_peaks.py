@@ -3,10 +3,12 @@
 import gc
 
 import pytest
+import runs
 import torch
 
 from hf_mmst.memory import peaks
 from hf_mmst.memory.peaks import PeakMemory, TurnPeaks
+from hf_mmst.memory.tensor_peaks import TensorPeak
 
 MIB = 2**20
 
@@ -62,33 +64,99 @@ def test_turns_are_told_apart():
     turns = TurnPeaks("cpu")
     assert turns.read() == {}
     before = set()
-    for name, mib in (("a", 20), ("b", 220), ("b", 20), ("a", 120)):
-        turns.begin(name)
+    for turn, mib in (("a_", 20), ("b_", 220), ("b_", 20), ("a_", 120)):
+        turns.begin(turn)
         tensor = held(mib)
         del tensor
+        name = f"{turn}process_bytes"
         assert turns.read().keys() == {name} | before
         before = {name}
     turns.end()
     found = turns.by_name
-    assert 80 * MIB < found["b"] - found["a"] < 120 * MIB
+    assert 80 * MIB < found["b_process_bytes"] - found["a_process_bytes"] < 120 * MIB
+    assert turns.most("process_bytes") == found["b_process_bytes"] > 220 * MIB
+    assert turns.most("peak_bytes") is None  # tensors were not tracked
 
 
 def test_the_last_word_on_a_turn_is_read_after_it():
     """However rarely it is read: as logs are, every so many steps."""
     turns = TurnPeaks("cpu")
-    for name in ("a", "b", "c"):
-        turns.begin(name)
-    assert turns.read().keys() == {"a", "b", "c"}
-    assert turns.read().keys() == {"c"}
+    for turn in ("a_", "b_", "c_"):
+        turns.begin(turn)
+    assert turns.read().keys() == {"a_process_bytes", "b_process_bytes", "c_process_bytes"}
+    assert turns.read().keys() == {"c_process_bytes"}
     turns.end()
-    assert turns.read().keys() == {"c"}
+    assert turns.read().keys() == {"c_process_bytes"}
     assert turns.read() == {}
 
 
 def test_reserved_bytes_are_kept_by_turn():
     turns = TurnPeaks("cpu")
-    turns.begin("stage_1_peak_bytes")
+    turns.begin("stage_1_")
     turns._turn[1].reserved_bytes = 7  # as on CUDA
     assert turns.read()["stage_1_reserved_bytes"] == 7
-    assert turns.by_name.keys() == {"stage_1_peak_bytes"}
-    assert turns.reserved_by_name == {"stage_1_reserved_bytes": 7}
+    assert turns.by_name.keys() == {"stage_1_process_bytes", "stage_1_reserved_bytes"}
+
+
+def test_tensors_are_tracked_for_two_steps_of_a_turn():
+    turns, there = TurnPeaks("cpu"), held(4)
+    turns.tracks_tensors = True
+    turns.begin("", lambda: [there])
+    for mib in (2, 3, 8):  # the last of them after the tracked ones
+        tensor = held(mib)
+        del tensor
+        turns.begin("")
+    turns.end()
+    assert turns.by_name["peak_bytes"] == 7 * MIB
+
+
+def test_what_was_there_before_is_not_counted():
+    before = held(4)
+    with TensorPeak() as peak:
+        before.view(2, -1).mul_(2.0)
+        made = torch.tensor([1.0] * (MIB // 4))
+        del made
+    assert peak.peak_bytes == MIB
+
+
+def test_a_pause_is_not_counted():
+    turns = TurnPeaks("cpu")
+    turns.tracks_tensors = True
+    turns.begin("", list)
+    first = held(2)
+    with turns.paused():
+        large = held(9)
+        del large
+    second = held(3)
+    del first, second
+    turns.end()
+    assert turns.by_name["peak_bytes"] == 5 * MIB
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_stages": 1},
+        {"stage_order": "sequential", "stage_clipping": True},
+    ],
+)
+def test_planned_tensors_are_those_measured_and_training_is_the_same(settings, tmp_path):
+    plain = runs.trainer(tmp_path, dropout=True, **settings)
+    run = runs.trainer(tmp_path, dropout=True, eval_strategy="epoch", **settings)
+    run.peaks.tracks_tensors = True
+    for one in (plain, run):
+        torch.manual_seed(0)
+        one.train()
+    runs.assert_same(runs.weights(run.model), runs.weights(plain.model))
+    results = run.results({})
+    assert results["peak_bytes"] == pytest.approx(results["planned_bytes"], rel=0.03)
+    assert results["process_bytes"] > results["peak_bytes"]
+    assert plain.results({})["peak_bytes"] is None
+
+
+def test_layers_in_files_are_not_tracked(tmp_path):
+    run = runs.trainer(tmp_path, max_steps=1, stage_order="coupled")
+    run.peaks.tracks_tensors = True
+    run.train()
+    assert run.peaks.by_name.keys() == {"process_bytes"}

@@ -268,12 +268,12 @@ def test_a_budget_in_the_arguments_plans_before_training(way, tmp_path, capsys):
     trained.train()
     said = capsys.readouterr().out
     assert "fits in" in said
-    assert "hf_mmst: planned" in said
-    turns = {f"stage_{k + 1}_peak_bytes" for k in range(args.num_stages)}
-    expected = turns if order == "sequential" else {"peak_bytes"}
+    assert "hf_mmst: tensors planned" in said
+    turns = {f"stage_{k + 1}_process_bytes" for k in range(args.num_stages)}
+    expected = turns if order == "sequential" else {"process_bytes"}
     assert trained.peaks.by_name.keys() == expected
     assert all(value > 0 for value in trained.peaks.by_name.values())
-    logged = [key for entry in trained.state.log_history for key in entry if "peak" in key]
+    logged = [key for entry in trained.state.log_history for key in entry if "process" in key]
     assert {*logged} == expected
 
 

@@ -11,7 +11,7 @@ from transformers import Trainer, ViTForImageClassification
 from zoo import make
 
 from hf_mmst.records.card import CardContent, model_card, task_of, write_card
-from hf_mmst.records.results import command_line, split_metrics
+from hf_mmst.records.results import command_line, split_metrics, standard_error
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 
@@ -24,9 +24,9 @@ def test_the_recipes_cards_are_made_of_their_results(name):
     assert (CARDS / name / "README.md").read_text() == card
     assert (CARDS / name / "stages.png").read_bytes().startswith(b"\x89PNG")
     assert f"| accuracy | {results['accuracy']:.4f} |" in card
-    assert (
-        f"{results['peak_bytes'] / 2**20:.0f} |\n| planned, of tensors | {results['planned_bytes'] / 2**20:.0f}" in card
-    )
+    assert f"| tensors, planned | {results['planned_bytes'] / 2**20:.0f} |" in card
+    error = standard_error(results["accuracy"], results["num_eval_samples"])
+    assert f"The standard error of the accuracy is {error:.4f}" in card
     found = {one.metric_type: one.metric_value for one in ModelCard(card).data.eval_results}
     assert found["accuracy"] == results["accuracy"]
 

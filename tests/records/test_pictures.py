@@ -17,6 +17,8 @@ HISTORY = [
     {"step": 2, "loss": 2.0, "stage_1_loss": 1.0, "stage_1_transport": 0.1},
     {"step": 2, "eval_stage_1_accuracy": 0.5, "eval_stage_2_accuracy": 0.4, "eval_stage_2_loss": 3.0},
     {"step": 4, "loss": 2.0, "stage_2_loss": 0.9, "stage_2_transport": 0.2},
+    {"step": 4, "eval_stage_1_accuracy": 0.6, "eval_stage_2_accuracy": 0.6, "eval_stage_2_loss": 3.0},
+    {"step": 4, "eval_stage_1_accuracy": 0.7, "eval_stage_2_accuracy": 0.8, "eval_stage_2_loss": 3.0},
     {"step": 4, "train_runtime": 1.0},
 ]
 PEAKS = {"stage_1_peak_bytes": 3 * 2**20, "stage_2_peak_bytes": 2**20, "stage_1_reserved_bytes": 2**30}
@@ -28,7 +30,7 @@ def test_curves_are_what_was_logged():
     assert (curves[1][0], curves[2][1]) == (1.0, 0.9)
     assert math.isnan(curves[1][1])
     assert math.isnan(curves[2][0])
-    assert stage_curves(HISTORY, "accuracy", "eval_") == {0: [2], 1: [0.5], 2: [0.4]}
+    assert stage_curves(HISTORY, "accuracy", "eval_") == {0: [2, 4], 1: [0.5, 0.7], 2: [0.4, 0.8]}  # the last of a step
 
 
 def test_a_panel_for_each_that_is_known():
@@ -38,17 +40,38 @@ def test_a_panel_for_each_that_is_known():
         "accuracy in evaluation",
         "task loss in training",
         "transport in training",
-        "peak with model, MiB",
+        "most memory of tensors, MiB",
     ]
     lines = [[list(line.get_ydata()) for line in axes.lines] for axes in figure.axes]
-    assert lines[0] == [[0.5], [0.4]]
+    assert lines[0] == [[0.5, 0.7], [0.4, 0.8]]
     assert lines[1][0][0] == 1.0
     assert lines[2][1][1] == 0.2
     assert [bar.get_height() for bar in figure.axes[3].patches] == [3, 1]
     assert set(lines[3][0]) == {2}  # the plan
     assert pixels(figure).shape == (640, 900, 3)
     assert draw_training([]) is None
-    assert [axes.get_title() for axes in draw_training(HISTORY[:1]).axes] == titles[1:3]
+    assert [axes.get_title() for axes in draw_training([*HISTORY[:1], HISTORY[2]]).axes] == titles[1:3]
+
+
+def test_a_single_point_is_no_panel():
+    assert draw_training(HISTORY[:2]) is None
+    (axes,) = draw_training(HISTORY[:2], PEAKS, 2**20).axes
+    assert "memory" in axes.get_title()
+
+
+def test_the_memory_of_a_process_is_not_beside_a_plan_of_tensors():
+    (axes,) = draw_training([], {"process_bytes": 2**30}, 2**20).axes
+    assert axes.get_title() == "most memory of the process, MiB"
+    assert [bar.get_height() for bar in axes.patches] == [1024]
+    assert len(axes.lines) == 0
+
+
+def test_pictures_are_on_white_in_a_dark_notebook():
+    from matplotlib import style
+
+    with style.context("dark_background"):
+        corner = pixels(draw_training(HISTORY))[0, 0]
+    assert corner.tolist() == [255, 255, 255]
 
 
 def test_long_logs_are_thinned_to_means():
