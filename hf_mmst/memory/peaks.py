@@ -89,7 +89,7 @@ class TurnPeaks:
             where they are tracked), `"reserved_bytes"`, that the allocator held (CUDA), or `"process_bytes"`, that this
             process held in all (CPU). The most, if a turn comes again.
         tracks_tensors (`bool`): CPU: whether tensors are tracked, in the first two steps of each turn, which are slower
-            then. They are not where layers rest in files, as these are mapped in, and not copied.
+            then. They are not where layers rest in files or are compiled, nor in one of several processes.
     """
 
     def __init__(self, device: torch.device | str):

@@ -226,7 +226,7 @@ def draw_stages(content: CardContent, path: Path) -> None:
     metric, numbers = content.plotted, range(1, content.num_stages + 1)
     assert metric is not None
     panels = {name: content.stage_metrics[name] for name in (metric, "transport") if name in content.stage_metrics}
-    colour = WAYS["stages" if content.settings.get("transport_weight") else "stages, greedy"]
+    colour = WAYS["stages" if content.settings.get("transport_weight", 1) else "stages, greedy"]
     with light_page():
         figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
         for axes, (name, values) in zip(

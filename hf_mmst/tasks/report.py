@@ -32,7 +32,7 @@ def train_and_report(trainer: "MMSTTrainer", *, model: str, dataset: str, begin:
     """
     args = trainer.args
     speak_in_lines(trainer)
-    trainer.peaks.tracks_tensors = args.world_size == 1 and not args.torch_compile
+    trainer.peaks.tracks_tensors = True
     with _evaluating_part(trainer):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)  # type: ignore[call-arg]  # functools.wraps hides self
     metrics = trainer.evaluate()

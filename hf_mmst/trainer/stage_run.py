@@ -158,8 +158,9 @@ class StageRun:
         turn = self.turns.now = self.stages.own_part(self.turns.order.at(step))
         for parameter in self.staged.tied:  # else later stages would change what the first, at rest, begins with
             parameter.requires_grad_(turn.coupled or 0 in turn.stages)
-        tracked = self._held if self.staged.residency is None else None  # else all is mapped in, unseen
-        self.peaks.begin(turn_name(turn) if self.turns.are_several else "", tracked)
+        # A tracker does not see what is mapped in, compiled, or in another process.
+        sees = self.staged.residency is None and self.compilation is None and self._args.world_size == 1
+        self.peaks.begin(turn_name(turn) if self.turns.are_several else "", self._held if sees else None)
         if self.staged.residency is not None:
             self.staged.residency.activate(() if turn.coupled else turn.stages)
         self.features.begin_step(turn)
