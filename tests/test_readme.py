@@ -113,8 +113,8 @@ def test_the_picture_is_drawn(tmp_path):
     with Image.open(tmp_path / "ways.png") as drawn, Image.open(ways.PICTURE) as picture:
         assert drawn.size == picture.size
     used = {point.way for points in ways.panels().values() for point in points}
-    assert used == {*ways.COLOURS}
-    assert len({*ways.COLOURS.values()}) == len(ways.COLOURS)
+    assert used == {*ways.WAYS}
+    assert len({*ways.WAYS.values()}) == len(ways.WAYS)
 
 
 def test_pages_are_written_anew(tmp_path):
