@@ -1,4 +1,4 @@
-"""Slabs in host memory -> buffers on a device, while it computes; and gradients back to rest."""
+"""Transfers between host memory, where layers rest, and a device: streams beside the computation, a ring of buffers."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,14 +12,16 @@ BUFFERS = 2  # the layer that computes, and the next one
 
 class Link:
     """
-    How what rests comes to where layers compute, and goes back: as [`Slab`] has it, one after the other.
+    Transfers between host memory and a device, one after the other, in the order of the computation.
+
+    On a CPU nothing is copied: what is taken is used where it rests, and its pages are let go when it is released.
 
     Args:
         device (`torch.device`): where layers compute.
 
     Attributes:
-        bytes_in (`int`): what has come from slabs since [`count`]. On a CPU it is used in place: mapped in.
-        bytes_out (`int`): what has gone to slabs since then.
+        bytes_in (`int`), bytes_out (`int`): bytes to the device and from it since [`count`]; on a CPU, bytes of pages
+            that were mapped in, and of gradients that were written to rest.
     """
 
     def __init__(self, device: torch.device):
@@ -27,24 +29,24 @@ class Link:
         self.count()
 
     def count(self) -> None:
-        """Count from nothing."""
+        """Set the counters back to 0."""
         self.bytes_in = self.bytes_out = 0
 
     @property
     def buffers(self) -> list[torch.Tensor]:
-        """What it takes on the device all along."""
+        """Memory that is allocated on the device all along."""
         return []
 
     @property
     def moved(self) -> dict[str, int]:
-        """What was counted, as it is logged."""
+        """The counters, by the names under which they are logged."""
         return {"moved_in_bytes": self.bytes_in, "moved_out_bytes": self.bytes_out}
 
     def begin(self) -> None:
-        """A forward pass begins: what rests may have changed since the last one."""
+        """Begin a forward pass: copies of weights that were made before are out of date."""
 
     def expect(self, slab: Slab) -> None:
-        """What is about to be taken may come already."""
+        """Prefetch a slab, which is taken next."""
 
     def take(self, slab: Slab) -> list[torch.Tensor]:
         """The tensors of a slab on the device."""
@@ -52,21 +54,21 @@ class Link:
         return slab.take(self.device)
 
     def release(self, slab: Slab) -> None:
-        """What was taken is used no more by what is computed from now on."""
+        """End the use of a slab that was taken, by what is computed from now on."""
         slab.let_go()
 
     def put(self, slab: Slab, tensors: Sequence[torch.Tensor]) -> None:
-        """Put tensors to rest; they are there after [`wait`]."""
+        """Copy tensors to a slab; they are there after [`wait`]."""
         slab.put(tensors)
         slab.let_go()
 
     def wait(self) -> None:
-        """Wait until all that was put is at rest."""
+        """Wait until all tensors that were put are in host memory."""
 
 
 class Streams:
     """
-    The streams of a device: one to it, one from it, beside the one on which it computes.
+    Two streams of a device for copies, one in each direction, beside the current stream, on which it computes.
 
     Args:
         device (`torch.device`): the device.
@@ -77,7 +79,7 @@ class Streams:
         self._ways = {"in": torch.Stream(device), "out": torch.Stream(device)}
 
     def copy(self, way: str, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], after: Any) -> Any:
-        """Copy the second of each pair to the first, after an event; returns the event of its end."""
+        """Copy the second tensor of each pair to the first, "in" or "out", after an event; returns that of its end."""
         stream = self._ways[way]
         stream.wait_event(after)
         with stream:
@@ -86,21 +88,22 @@ class Streams:
         return stream.record_event()
 
     def mark(self) -> Any:
-        """An event: all that was to be computed so far, is."""
+        """Record an event in the computation."""
         return torch.accelerator.current_stream(self._device).record_event()
 
     def wait(self, event: Any) -> None:
-        """What is to be computed from now on, is after the event."""
+        """Have the computation wait for an event."""
         torch.accelerator.current_stream(self._device).wait_event(event)
 
 
 class Ring(Link):
     """
-    A [`Link`] whose copies run beside the computation, through buffers that are allocated once.
+    Transfers that run beside the computation, to buffers that are allocated once.
 
-    A slab is copied as a whole to the buffer that was released first, after what was computed with it; what is computed
-    next waits for its arrival. What is put to rest is referred to until the computation has waited for its copy, so
-    that its memory is not used again before. A slab that a buffer still holds since [`begin`] is not copied again.
+    A slab is copied as a whole, to the buffer that was filled first of those that are not in use. The copy waits until
+    what was computed with the buffer has ended, and the computation that takes it waits for the copy. Tensors that are
+    put are referred to until the computation has waited for their copy, so that their memory is not used again before.
+    A slab that is in a buffer since [`begin`] is not copied again.
 
     Args:
         device (`torch.device`): where layers compute.
@@ -153,7 +156,7 @@ class Ring(Link):
         self._leaving.clear()
 
     def _buffer_of(self, slab: Slab) -> "_Buffer":
-        """The buffer in which a slab is, or is about to be."""
+        """The buffer that holds a slab, or that it is now copied to."""
         for buffer in self._buffers:
             if buffer.slab is slab:
                 return buffer
@@ -172,7 +175,7 @@ def streams_of(device: torch.device) -> Streams | None:
 
 
 class _Buffer:
-    """Memory of a device, whose slab it holds, when that has arrived, and when what was computed with it has ended."""
+    """A buffer on the device: the slab in it, the event of its arrival, and that of the end of its last use."""
 
     def __init__(self, memory: torch.Tensor):
         self.memory = memory

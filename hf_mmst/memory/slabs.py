@@ -1,4 +1,4 @@
-"""Tensors -> room for them in one piece of host memory, where they rest."""
+"""Slabs: pieces of host memory in which tensors rest, pinned or mapped from a file."""
 
 import math
 import mmap

@@ -1,4 +1,4 @@
-"""The states of an optimizer -> at rest, but for those that a step is about to use."""
+"""States of an optimizer at rest in host memory, but for those that a step is about to use."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ Keys = tuple[tuple[torch.Tensor, str], ...]  # parameters and the names of their
 
 class RestingStates:
     """
-    Keeps an optimizer's states in [`Slab`]s, and brings them to where their parameters are when they are to step.
+    Keeps an optimizer's states in [`Slab`]s, and brings them to the device of their parameters for a step.
 
     Args:
         optimizer (`torch.optim.Optimizer`): whose states they are. It makes them at its first step.
