@@ -10,6 +10,7 @@ from .field_checks import check_fields, number, parse_bytes, positive, whole
 from .field_conflicts import refuse_conflicts
 
 StageOrder = Literal["simultaneous", "sequential", "multi_lap", "coupled"]
+StageObjective = Literal["local", "model"]
 HeadPooling = Literal["auto", "mean", "cls"]
 TransportNorm = Literal["relative", "mean", "sum"]
 TransportSchedule = Literal["auto", "constant", "paper", "multipliers", "adaptive"]
@@ -34,8 +35,9 @@ class MMSTConfig(TrainingArguments):
     Some fields of `TrainingArguments` differ in effect. `num_train_epochs` is what *every stage* gets (with laps:
     `N / num_laps` epochs per lap), and `max_steps`, when set, is the total over all stages and laps, shared out evenly,
     remainder to the last. In the `"simultaneous"` order all stages learn on each batch, so both mean what they mean in
-    `Trainer`. With several processes the gradients of each stage are averaged as soon as it has learned, so that
-    DistributedDataParallel's settings of buckets and unused parameters have an effect with one stage only.
+    `Trainer`; with `stage_objective="model"` they do, too, shared out over the turns. With several processes the
+    gradients of each stage are averaged as soon as it has learned, so that DistributedDataParallel's settings of
+    buckets and unused parameters have an effect with one stage only.
 
     Below, a *pretrained* model is one that was loaded with `from_pretrained`, a *stage* is a run of consecutive layers,
     and stages are numbered from 1 to K.
@@ -65,6 +67,16 @@ class MMSTConfig(TrainingArguments):
             Number n of laps of end-to-end training after the laps with local losses, to make up for what local losses
             missed. With R laps before, each lap has N / (R + n) epochs. The auxiliary heads do not learn in these laps.
             With `stage_residency="stage"` one layer is in device memory in them, as in the `"coupled"` order.
+        stage_objective (`str`, *optional*, defaults to `"local"`):
+            What a stage minimizes beside its transport, in the orders where one learns at a time.
+
+            - `"local"`: a loss of its own, of its auxiliary head. Layers after the stage do not run.
+            - `"model"`: the model's loss, through the layers after the stage, which are frozen in its turn: block
+              coordinate descent (BAdam, HiFT), here with the transport term. There are no auxiliary heads, so that any
+              model whose layers each run once will do. Gradients and optimizer states are those of one stage, and begin
+              anew with each turn. What comes before the layers (embeddings) learns with the first stage, what comes
+              after them (last norm, classifier) with every stage. An `EarlyStoppingCallback` judges, and the best model
+              is chosen, by the model's own metric. For a single process or DistributedDataParallel.
         head_pooling (`str`, *optional*, defaults to `"auto"`):
             How an auxiliary head pools the tokens: `"mean"`, the mean over tokens without padding, or `"cls"`, the
             first token. `"auto"`: the first token if the own head of a pretrained model reads nothing else, a
@@ -162,6 +174,13 @@ class MMSTConfig(TrainingArguments):
     )
     coupled_laps: Annotated[int, whole(0, "0 leaves all learning to local losses")] = field(
         default=0, metadata={"help": "Laps at the end in which all stages learn end to end."}
+    )
+    stage_objective: StageObjective = field(
+        default="local",
+        metadata={
+            "help": "local: each stage has a loss of its own; model: the stage whose turn it is learns from the "
+            "model's loss, through the frozen layers after it."
+        },
     )
     head_pooling: HeadPooling = field(
         default="auto",

@@ -32,6 +32,7 @@ def refuse_conflicts(args: Any) -> None:
         `ValueError`: for fields that exclude each other, saying which to set to what.
     """
     _refuse_laps(args)
+    _refuse_with_model_loss(args)
     _refuse_with_residency(args)
     _refuse_with_feature_cache(args)
     _refuse_with_budget(args)
@@ -52,6 +53,24 @@ def _refuse_laps(args: Any) -> None:
             f'coupled_laps={args.coupled_laps} has no effect with stage_order="coupled", which is end to end all '
             "along. Set coupled_laps=0, or another stage_order."
         )
+
+
+def _refuse_with_model_loss(args: Any) -> None:
+    if args.stage_objective != "model":
+        return
+    planned = args.memory_budget is not None  # the order is not known yet
+    if args.stage_order in ("simultaneous", "coupled") and not planned:
+        raise ValueError(
+            'stage_objective="model" lets one stage learn from the model\'s loss while the others are frozen, but with '
+            f'stage_order="{args.stage_order}" all of them learn on each batch. Set stage_order to "sequential" or '
+            '"multi_lap", or stage_objective="local".'
+        )
+    for name, value in (("head_layers", None), ("head_pooling", "auto")):
+        if getattr(args, name) != value:
+            raise ValueError(
+                f'{name}={getattr(args, name)!r} has no effect with stage_objective="model", for which no auxiliary '
+                f'heads are made. Leave {name} unset, or set stage_objective="local".'
+            )
 
 
 def _refuse_with_residency(args: Any) -> None:

@@ -20,6 +20,7 @@ OWN_FIELDS = {
     "head_layers": None,
     "head_learning_rate": None,
     "stage_learning_rate_decay": None,
+    "stage_objective": "local",
     "head_pooling": "auto",
     "transport_weight": 0.3,
     "transport_norm": "relative",

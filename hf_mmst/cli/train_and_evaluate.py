@@ -159,13 +159,15 @@ def evaluate(
             f"{model} knows the labels {', '.join(known)}; {dataset} has {', '.join(found)}. Pass a dataset with the "
             "same labels in the same order."
         )
-    pooling: Any = "auto" if any(stages.heads.maps) else stages.heads.pooling
+    cut: dict[str, Any] = {"num_stages": 1}  # without auxiliary heads there are no metrics of stages
+    if len(stages.heads) > 0:
+        pooling = "auto" if any(stages.heads.maps) else stages.heads.pooling
+        cut = {"head_pooling": pooling, "head_layers": len(stages.heads.layers)}
+        cut["stage_boundaries"] = list(stages.partition.boundaries)
     with tempfile.TemporaryDirectory() as folder:
         args = MMSTConfig(
             folder,
-            stage_boundaries=list(stages.partition.boundaries),
-            head_pooling=pooling,
-            head_layers=len(stages.heads.layers),
+            **cut,
             transport_norm=stages.config["transport_norm"],
             per_device_eval_batch_size=batch_size,
             remove_unused_columns=not sees,

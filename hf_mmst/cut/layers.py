@@ -76,6 +76,18 @@ def tied_parameters(model: nn.Module, layers: Sequence[str]) -> list[nn.Paramete
     return [p for p in tail_parameters(model, layers) if id(p) in before]
 
 
+def resting_parameters(model: nn.Module, partition: Partition, stage: int) -> list[nn.Parameter]:
+    """Those that rest while `stage` learns: of the other stages' layers, and of what is before all but the first's."""
+    others = tuple(f"{name}." for k, names in enumerate(partition.stages) if k != stage for name in names)
+    inside = tuple(f"{name}." for name in partition.layers)
+    found, is_before = [], True
+    for name, parameter in model.named_parameters():
+        is_before &= not name.startswith(inside)
+        if name.startswith(others) or (is_before and stage > 0):
+            found.append(parameter)
+    return found
+
+
 def run_ends(model: nn.Module, layers: Sequence[str]) -> list[str]:
     """
     The layers after which a stage may end: each block of a list; in a sequence of single modules, those before the

@@ -36,11 +36,15 @@ def refuse_compilation(args: MMSTConfig, compilation: dict[str, Any]) -> None:
     """
     if args.stage_residency != "stage":
         return
-    if args.coupled_laps or args.stage_order == "coupled":
-        setting = f"coupled_laps={args.coupled_laps}" if args.coupled_laps else 'stage_order="coupled"'
+    if args.coupled_laps or args.stage_order == "coupled" or args.stage_objective == "model":
+        setting, remedy = 'stage_objective="model"', 'stage_residency="all"'
+        if args.stage_order == "coupled":
+            setting, remedy = 'stage_order="coupled"', "another stage_order"
+        elif args.coupled_laps:
+            setting = f"coupled_laps={args.coupled_laps}"
         raise ValueError(
             f"{setting} brings layers to the device while they are recomputed, which cannot be compiled. Set "
-            "torch_compile=False (dynamo_backend to no in the accelerate configuration), or another stage_order."
+            f"torch_compile=False (dynamo_backend to no in the accelerate configuration), or {remedy}."
         )
     if compilation.get("mode") in ("reduce-overhead", "max-autotune"):
         raise ValueError(

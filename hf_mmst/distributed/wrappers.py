@@ -102,6 +102,11 @@ class FullyShardedWrapper(Wrapper):
                 f"{plugin.state_dict_type} saves no model that the stages could be saved with. Set state_dict_type to "
                 "FULL_STATE_DICT in fsdp_config, which is fsdp_state_dict_type in the accelerate configuration."
             )
+        if args.stage_objective == "model":
+            raise ValueError(
+                'stage_objective="model" freezes the other stages in turn, but FSDP knows from the beginning which '
+                'weights learn. Set stage_objective="local", or leave FSDP out.'
+            )
         _refuse_for_shards("FSDP", args)
         _refuse_cache("FSDP", args)
 

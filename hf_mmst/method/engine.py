@@ -79,12 +79,16 @@ class Stagewise:
         backward: Callable[..., Any] = torch.Tensor.backward,
         learned: Callable[[int, bool], Any] = lambda stage, shared: None,
         given: tuple[int, torch.Tensor] | None = None,
+        to_the_end: bool = False,
     ) -> Iterator[StageStep]:
         """
         Within this context, a forward pass of the model (or of a wrapper around it) trains `stages`.
 
         Stages before them run in eval mode without graph; stages after them do not run, and the forward pass then
         returns the last stage's logits, with its task loss if labels were passed. Nothing is left on the model.
+
+        With `to_the_end`, one stage learns from the model's own loss instead (F_k is the rest of the model): stages
+        after it run with graph, and it is for the caller to have their parameters without `requires_grad`.
 
         Args:
             criterion: logits of a head to the task's loss, a scalar.
@@ -97,6 +101,7 @@ class Stagewise:
                 them, through side inputs of all layers.
             given: a stage, at most `stages[0]`, and its input, so that the layers before it need not run. Ignored
                 until they have run once.
+            to_the_end: whether the forward pass goes on to the model's own loss; `stages` is then one stage.
 
         Yields:
             [`StageStep`]: complete when the forward pass has returned.
@@ -115,6 +120,7 @@ class Stagewise:
             mask,
             backward,
             learned,
+            to_the_end,
         )
         self._passes = 0
         try:

@@ -18,9 +18,9 @@ def parameters_by_stage(model: nn.Module, partition: Partition, heads: StageHead
     """
     All parameters, shared out over the K stages.
 
-    A stage has those of its layers and of its head; the first stage those that were registered before the layers
-    (embeddings), the last stage those after them (last norm, classifier) and those that the heads share, whose
-    gradient is there when all other stages have learned.
+    A stage has those of its layers and of its head, if there is one; the first stage those that were registered before
+    the layers (embeddings), the last stage those after them (last norm, classifier) and those that the heads share,
+    whose gradient is there when all other stages have learned.
     """
     of_layers = {
         id(p): k
@@ -28,10 +28,9 @@ def parameters_by_stage(model: nn.Module, partition: Partition, heads: StageHead
         for name in stage
         for p in model.get_submodule(name).parameters()
     }
-    found: list[list[nn.Parameter]] = [
-        *(list(head.parameters()) for head in heads),
-        shared_parameters(model, partition, heads),
-    ]
+    found: list[list[nn.Parameter]] = [[*head.parameters()] for head in heads]
+    found += [[] for _ in range(partition.num_stages - 1 - len(heads))]
+    found.append(shared_parameters(model, partition, heads))
     of_heads = {id(p) for own in found for p in own}
     around = 0
     for parameter in model.parameters():

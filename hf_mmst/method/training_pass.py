@@ -47,7 +47,7 @@ class TrainingPass:
         norm (`str`): see [`movement`].
         logits (`Callable`): see [`Stagewise.logits`].
         outputs (`dict[str, Any]`): where to note what layers that do not learn return, tensors left out, by name.
-        criterion, weights, stages, mask, backward, learned: see [`Stagewise.step`].
+        criterion, weights, stages, mask, backward, learned, to_the_end: see [`Stagewise.step`].
 
     Attributes:
         found ([`StageStep`]): complete when the forward pass has returned.
@@ -65,6 +65,7 @@ class TrainingPass:
     mask: torch.Tensor | None
     backward: Callable[..., Any]
     learned: Callable[[int, bool], Any]
+    to_the_end: bool = False
     found: StageStep = field(default_factory=StageStep)
     _terms: list[torch.Tensor] = field(default_factory=list)
     _sides: SideInputs = field(default_factory=SideInputs)
@@ -76,7 +77,9 @@ class TrainingPass:
     def before_layer(self, name: str, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Cut side inputs off from the graph of earlier stages."""
         stage = self.partition.stage_of[name]
-        return self._sides.enter(stage, args, kwargs, stage == self.last) if stage >= self.first else None
+        if stage < self.first or self.to_the_end:  # one graph, which is stepped back through once
+            return None
+        return self._sides.enter(stage, args, kwargs, stage == self.last)
 
     def after_layer(self, name: str, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Add the layer's transport; at a stage's end, step back through it and return the output without its graph."""
@@ -87,6 +90,8 @@ class TrainingPass:
                 self.found.features = hidden_states_of(output)
                 torch.set_grad_enabled(True)
                 self.model.train()
+            return None
+        if stage > self.last:
             return None
         mark(output, stage)
         y = hidden_states_of(output)
@@ -101,7 +106,7 @@ class TrainingPass:
         self.found.transports[stage] = term.detach()
         if stage == self.last:
             self.found.transport = term
-        if stage == self.partition.num_stages - 1:
+        if stage == self.partition.num_stages - 1 or self.to_the_end:
             return None
         if stage == self.last:
             self.found.output = y.detach()
@@ -120,8 +125,8 @@ class TrainingPass:
             torch.clear_autocast_cache()  # else the low-precision copies of every stage's weights pile up
 
     def forward(self) -> contextlib.AbstractContextManager[None]:
-        """Context for the forward pass: frozen stages build no graph, and it ends after the last stage that learns."""
-        if self.first == 0 and self.last == self.partition.num_stages - 1:
+        """Context for the forward pass: stages before build no graph, and it ends after the last stage that learns."""
+        if self.first == 0 and (self.to_the_end or self.last == self.partition.num_stages - 1):
             return contextlib.nullcontext()
         return until_stopped(self.model, self.criterion, self._frozen_at_first)
 

@@ -86,6 +86,11 @@ class CardContent:
         return len(self.stages)
 
     @property
+    def has_heads(self) -> bool:
+        """Whether the stages have auxiliary heads, from whose losses they have learned."""
+        return self.settings.get("stage_objective") != "model"
+
+    @property
     def exits(self) -> bool:
         """Whether samples can leave early."""
         return self.task not in ("token-classification", "fill-mask", "text-generation")
@@ -273,9 +278,10 @@ def _introduction(content: CardContent) -> str:
     on = f" on {dataset}" if dataset else ""
     if content.num_stages == 1:
         return f"This is {model}{on} with hf_mmst, end to end."
+    loss = "a loss of its own" if content.has_heads else "the model's loss while the others were frozen"
     return (
         f"This is {model}{on} module-wise with hf_mmst: its layers are cut into {content.num_stages} stages, "
-        "each of which has learned from a loss of its own, with a transport term that keeps it from moving the "
+        f"each of which has learned from {loss}, with a transport term that keeps it from moving the "
         "representation further than the task needs "
         "([the minimizing movement scheme](https://arxiv.org/abs/2309.17357))."
     )

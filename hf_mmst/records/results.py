@@ -22,6 +22,7 @@ SETTINGS = (
     "stage_order",
     "num_laps",
     "coupled_laps",
+    "stage_objective",
     "head_pooling",
     "head_layers",
     "head_learning_rate",

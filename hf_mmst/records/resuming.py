@@ -5,7 +5,14 @@ from typing import Any
 
 from ..config import MMSTConfig
 
-FIXED = ("stage_order", "num_laps", "coupled_laps", "head_learning_rate", "stage_learning_rate_decay")
+FIXED = (
+    "stage_order",
+    "num_laps",
+    "coupled_laps",
+    "stage_objective",
+    "head_learning_rate",
+    "stage_learning_rate_decay",
+)
 FROM_HERE_ON = ("transport_weight", "transport_schedule", "transport_norm", "stage_clipping", "cache_views")
 
 

@@ -174,8 +174,9 @@ def read_stages(folder: str | os.PathLike) -> dict[str, Any]:
         raise damaged(path, "stages are not lists of different layers")
     if heads["num_layers"] > len(names):
         raise damaged(path, f"heads.num_layers is {heads['num_layers']}, but there are {len(names)} layers")
+    num_heads = len(stages) - 1 if heads["widths"] else 0  # none with stage_objective="model"
     lengths = [
-        *(("heads.widths", heads["widths"], len(stages) - 1), ("heads.maps", heads["maps"], len(stages) - 1)),
+        *((f"heads.{key}", heads[key], num_heads) for key in ("widths", "maps")),
         *((f"transport_state.{key}", value, len(stages)) for key, value in state.items() if isinstance(value, list)),
         *(("transport_state.sums", sums, 2) for sums in state["sums"]),
     ]
@@ -191,9 +192,14 @@ def read_stages(folder: str | os.PathLike) -> dict[str, Any]:
 def check_model(model: Any, stages: Stages) -> None:
     """
     Raises:
-        `ValueError`: if the stages are those of another model.
+        `ValueError`: if the stages are those of another model, or have no heads.
     """
     _check_layers(model, stages.partition)
+    if not len(stages.heads) and stages.partition.num_stages > 1:
+        raise ValueError(
+            f"The stages of this {type(model).__name__} have learned from its own loss and have no auxiliary heads, so "
+            'that only the whole model answers. Use it by itself, or train with stage_objective="local".'
+        )
     if len(stages.heads) and stages.heads.num_labels != model.config.num_labels:
         raise ValueError(
             f"The stages' heads have num_labels={stages.heads.num_labels}, {type(model).__name__} has "

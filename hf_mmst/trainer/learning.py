@@ -96,7 +96,8 @@ class StageLearning:
         weigh, scale = _weighing(share)
         first, last = turn.stages[0], turn.stages[-1]
         # Transport is a mean over samples, whatever number of labels they have.
-        samples = len(labels) / (self._step_samples or len(labels))
+        number = len(labels) if torch.is_tensor(labels) else 0
+        samples = number / (self._step_samples or number) if number else scale
         weights = [staged.weights[stage] * samples / scale for stage in range(staged.num_stages)]
         given = self._features.get(first) or self._stages.take()
         learning = staged.engine.step(
@@ -107,6 +108,7 @@ class StageLearning:
             backward=lambda loss, **retain: wrapper.backward(loss * scale, **retain),
             learned=functools.partial(self._step_early, optimizer, wrapper),
             given=given and (given[0], given[1].to(args.device)),
+            to_the_end=staged.uses_model_loss,
         )
         with wrapper.forward(staged.model, staged.partition), learning as step:
             loss, outputs = forward()

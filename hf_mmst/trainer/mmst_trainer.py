@@ -209,7 +209,7 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
         else:
             task.refuse_no_labels(inputs)
             criterion = functools.partial(task.of, labels=labels, num_items=num_items_in_batch)
-            given = forward, run.turns.now, labels, inputs.get("attention_mask"), share, criterion
+            given = forward, run.turns.now, labels, inputs.get(run.staged.mask_name), share, criterion
             loss, outputs = run.learning.loss(*given, self.optimizer, run.wrapper)
         return (loss, outputs) if return_outputs else loss
 
@@ -255,7 +255,7 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
         """The model's own metric says nothing before the last stage has begun to learn."""
         before = self.state.best_metric, self.state.best_global_step
         found = super()._determine_best_metric(metrics, trial)
-        if self._run.turns.last_stage_has_begun(self.state.global_step):
+        if self._run.turns.model_counts(self.state.global_step):
             return found
         self.state.best_metric, self.state.best_global_step = before
         return False
@@ -268,7 +268,7 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
             super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         with self._run.evaluating(self.is_in_train):
-            if self.partition.num_stages == 1:
+            if self.partition.num_stages == 1 or self.args.stage_objective == "model":
                 return host()
             output, names = evaluated(self, self._run, host, metric_key_prefix)
         self.metrics_of_stages |= names

@@ -63,6 +63,14 @@ def refuse_task(model: nn.Module, args: MMSTConfig, label_names: Sequence[str], 
             "config.output_router_logits=True adds a loss of all routers at once, from which the stages of "
             f"{type(base).__name__} before the last would not learn. Set it to False."
         )
+
+
+def refuse_layerdrop(model: nn.Module) -> None:
+    """
+    Raises:
+        `ValueError`: if layers, and with them the ends of stages, are skipped at random.
+    """
+    config = getattr(unwrap_peft_model(model), "config", None)
     for name, value in vars(config).items() if config is not None else ():
         if "layerdrop" in name and value:
             raise ValueError(

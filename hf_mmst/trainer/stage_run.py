@@ -153,14 +153,15 @@ class StageRun:
         finally:
             heads.apart = apart
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Make ready for the stages that learn at optimizer step `step`."""
         turn = self.turns.now = self.stages.own_part(self.turns.order.at(step))
-        for parameter in self.staged.tied:  # else later stages would change what the first, at rest, begins with
-            parameter.requires_grad_(turn.coupled or 0 in turn.stages)
+        self.staged.rest(turn.stages)
         # A tracker does not see what is mapped in, compiled, or in another process.
         sees = self.staged.residency is None and self.compilation is None and self._args.world_size == 1
         self.peaks.begin(turn_name(turn) if self.turns.are_several else "", self._held if sees else None)
+        if self.staged.uses_model_loss and step == turn.start:
+            optimizer.state.clear()  # before what rests elsewhere is told of the new turn
         if self.staged.residency is not None:
             self.staged.residency.activate(() if turn.coupled else turn.stages)
         self.features.begin_step(turn)
@@ -209,14 +210,14 @@ class StageRun:
                 stack.enter_context(reduction.micro_batch(model, last=self.accelerator.sync_gradients))
             stack.enter_context(self.stages.micro_batch(self.staged, inputs, seed))
             yield
-        if self.coupled is not None:
-            self.coupled.settle()
+        if isinstance(self.staged.residency, CoupledResidency):
+            self.staged.residency.settle()
 
     def clip(self, max_norm: float) -> torch.Tensor | None:
         """The norm of the gradients before clipping, where they are not the host's to clip; `None` where they are."""
         if self.coupled is not None:
             return self.coupled.clip(max_norm)
-        if not self._args.stage_clipping or self.turns.now.coupled or self.is_plain:
+        if not self._args.stage_clipping or self.turns.now.coupled or self.is_plain or self.staged.uses_model_loss:
             return None
         self.accelerator.unscale_gradients()
         return clip_by_stage(self.staged.parameters, max_norm)
@@ -237,8 +238,7 @@ class StageRun:
             yield
 
     def _clean_up(self) -> None:
-        for parameter in self.staged.tied:
-            parameter.requires_grad_(True)
+        self.staged.rest(range(self.staged.num_stages))
         self._with_heads.close()
         if self.staged.residency is not None:
             self.staged.residency.rest()
@@ -259,7 +259,8 @@ def plan_run(trainer: Any) -> int | None:
     if args.memory_budget is None or trainer.train_dataset is None:
         return None
     batch = first_batch_of(trainer, args.per_device_train_batch_size)
-    found = plan_for(args, model, batch, bool(objective_of(model) or trainer.compute_loss_func))
+    learn = bool(objective_of(model) or trainer.compute_loss_func) or args.stage_objective == "model"
+    found = plan_for(args, model, batch, learn)
     if args.place_model_on_device:
         trainer._move_model_to_device(trainer.model, args.device)
     trainer.accelerator.device_placement &= args.stage_residency == "all"

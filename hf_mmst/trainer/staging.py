@@ -9,10 +9,10 @@ from torch import nn
 
 from ..config import MMSTConfig
 from ..cut.example_inputs import SAMPLES, ExampleInputs
-from ..cut.layers import find_layers, last_norm, run_ends, tied_parameters
+from ..cut.layers import find_layers, last_norm, resting_parameters, run_ends, tied_parameters
 from ..cut.objectives import CLASSES, Objective, objective_of
 from ..cut.partition import Partition
-from ..cut.probe import LayerProfile, check_cut, logits_of, profile_layers, run_example
+from ..cut.probe import LayerProfile, check_cut, logits_of, profile_layers, run_example, trace_stages
 from ..cut.token_flow import attends_causally, ignores_padding
 from ..distributed.wrappers import Wrapper, numel
 from ..memory.coupled import CoupledResidency
@@ -21,7 +21,7 @@ from ..method.engine import Stagewise
 from ..method.heads import StageHeads, head_pooling, is_pretrained, num_head_layers
 from ..method.stepping import parameters_by_stage
 from ..method.transport import TransportWeights
-from .refusals import refuse_task
+from .refusals import refuse_layerdrop, refuse_task
 
 
 @dataclass
@@ -41,8 +41,11 @@ class StagedModel:
         ignores_padding (`bool`): whether the features of tokens do not depend on padding; looked at where features are
             cached.
         parameters (`list[list[nn.Parameter]]`): those of each stage, see [`parameters_by_stage`].
-        tied (`list[nn.Parameter]`): weights that learn and that the model's own head shares with what is before its
-            layers, where all stages use that head.
+        resting (`list[list[nn.Parameter]]`): of each stage, the weights that its loss has a gradient for, but that do
+            not learn in its turn: with the model's loss, those of all other stages; where the model's own head serves
+            all stages, those that it shares with what is before the layers.
+        uses_model_loss (`bool`): whether stages learn from the model's loss, see [`MMSTConfig`].
+        mask_name (`str`): the input that says which of the layers' tokens count.
     """
 
     model: nn.Module
@@ -55,7 +58,10 @@ class StagedModel:
     still: list[int] = field(default_factory=list)
     ignores_padding: bool = False
     parameters: list[list[nn.Parameter]] = field(default_factory=list)
-    tied: list[nn.Parameter] = field(default_factory=list)
+    resting: list[list[nn.Parameter]] = field(default_factory=list)
+    uses_model_loss: bool = False
+    mask_name: str = "attention_mask"
+    _frozen: list[nn.Parameter] = field(default_factory=list)
 
     @property
     def num_stages(self) -> int:
@@ -72,7 +78,21 @@ class StagedModel:
         self.parameters = parameters_by_stage(self.model, self.partition, self.heads)
         own = len(self.heads) and self.heads.kind == "own"
         tied = tied_parameters(self.model, self.partition.layers) if own else []
-        self.tied = [parameter for parameter in tied if parameter.requires_grad]
+        resting = [[], *[tied] * (self.num_stages - 1)]  # else later stages would change what the first begins with
+        if self.uses_model_loss:
+            resting = [resting_parameters(self.model, self.partition, k) for k in range(self.num_stages)]
+        self.resting = [[parameter for parameter in found if parameter.requires_grad] for found in resting]
+
+    def rest(self, stages: Sequence[int]) -> None:
+        """Freeze the weights that do not learn while `stages` do, and no others; none, if all stages do."""
+        wanted = self.resting[stages[0]] if len(stages) < self.num_stages else []
+        if wanted is self._frozen:
+            return
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        self._frozen = wanted
 
     def summary(self, args: MMSTConfig) -> str:
         """One line on the stages: layers and trainable parameters of each."""
@@ -92,10 +112,11 @@ class StagedModel:
         if self.still and args.transport_weight > 0:
             stages = f"stage{'s' * (len(self.still) > 1)} {', '.join(map(str, self.still))}"
             without_transport = f"; no transport term in {stages}, whose layers all change the shape of what they get"
+        from_what = "from the model's loss" if self.uses_model_loss else f"{heads:,} in auxiliary heads"
         return (
             f"hf_mmst: {len(layers)} stages of {_joined(layers)} layers, {args.stage_order}; trainable "
             f"parameters {_joined(trainable)} in the layers, {others:,} around them, "
-            f"{heads:,} in auxiliary heads{without_transport}"
+            f"{from_what}{without_transport}"
         )
 
 
@@ -129,6 +150,8 @@ class Staging:
         """
         self.args.check_stages()
         if self._has_stages:
+            refuse_layerdrop(model)
+        if self._has_local_losses:
             refuse_task(model, self.args, self.label_names, self.loss_func is not None)
         with self.wrapper.whole(model):
             return self._staged(model)
@@ -140,6 +163,10 @@ class Staging:
         asked_for_one = args.num_stages == 1 and not args.chooses_stages and args.stage_boundaries is None
         return args.stage_order != "coupled" and not asked_for_one
 
+    @property
+    def _has_local_losses(self) -> bool:
+        return self._has_stages and self.args.stage_objective == "local"
+
     def _staged(self, model: nn.Module) -> StagedModel:
         args = self.args
         objective = objective_of(model) or CLASSES
@@ -148,7 +175,7 @@ class Staging:
         found = self._looked_at(model, partition, profile, objective, example) if example is not None else {}
         num_stages, heads = partition.num_stages, StageHeads([], 0)
         args.write_stages(num_stages)
-        if example is not None and num_stages > 1:
+        if self._has_local_losses and example is not None and num_stages > 1:
             heads = self._heads(model, partition, profile, objective, example)
         heads.to(device=args.device, dtype=_dtype(model))
         schedule = args.transport_schedule
@@ -158,8 +185,11 @@ class Staging:
         engine = Stagewise(model, partition, heads, args.transport_norm, self.wrapper.hooks_first)
         residency = None
         if args.stage_residency == "stage":
-            kind = CoupledResidency if couples(args) else Residency
+            kind = CoupledResidency if _recomputes(args) else Residency
             residency = kind(model, partition, args.device, args.output_dir)
+        found["uses_model_loss"] = args.stage_objective == "model" and num_stages > 1
+        if found["uses_model_loss"] and _are_of_decoder(model, partition.layers):
+            found["mask_name"] = "decoder_attention_mask"
         staged = StagedModel(model, partition, heads, engine, objective, weights, residency, **found)
         staged.share_out()
         return staged
@@ -185,11 +215,11 @@ class Staging:
             if self._has_stages:
                 raise
             return Partition(((),)), []  # nothing is cut, so any model will do
-        if args.stage_residency == "stage" and couples(args) and len(run_ends(model, layers)) < len(layers):
+        if args.stage_residency == "stage" and _recomputes(args) and len(run_ends(model, layers)) < len(layers):
             raise ValueError(
                 f"{type(model).__name__} is a sequence of single modules, {layers[0]} and so on, which may overwrite "
-                'what they get and so cannot be recomputed one by one. Set stage_order to another than "coupled", and '
-                "coupled_laps=0."
+                'what they get and so cannot be recomputed one by one. Set stage_order to another than "coupled", '
+                'coupled_laps=0, and stage_objective="local" or stage_residency="all".'
             )
         if example is None:
             return Partition((tuple(layers),)), []
@@ -210,11 +240,12 @@ class Staging:
         """What a forward pass shows of the cut, as attributes of [`StagedModel`], or why it cannot be."""
         layers = partition.layers
         found: dict[str, Any] = {}
-        trace = check_cut(model, partition, example)
+        if self._has_local_losses or self.args.feature_cache != "none":
+            trace = (check_cut if self._has_local_losses else trace_stages)(model, partition, example)
         if self.args.feature_cache != "none":
             trace.refuse_beside(model, 'feature_cache="none"')
             found["ignores_padding"] = ignores_padding(model, partition, example)
-        if objective.head == "pooled" and attends_causally(model, layers, example):
+        if self._has_local_losses and objective.head == "pooled" and attends_causally(model, layers, example):
             raise ValueError(
                 f"The layers of {type(model).__name__} ({layers[0]} .. {layers[-1]}) attend causally: no token depends "
                 "on a later one, so that a head which pools would judge what most tokens have not seen. Set "
@@ -275,9 +306,20 @@ class Staging:
         return shape[1]
 
 
+def _recomputes(args: MMSTConfig) -> bool:
+    """Whether layers at rest are recomputed in a backward pass, if they rest outside of device memory."""
+    return couples(args) or args.stage_objective == "model"
+
+
 def couples(args: MMSTConfig) -> bool:
     """Whether all stages learn end to end, in the whole run or in its last laps."""
     return args.stage_order == "coupled" or args.coupled_laps > 0
+
+
+def _are_of_decoder(model: Any, layers: Sequence[str]) -> bool:
+    """Whether the layers are those of the decoder of an encoder-decoder."""
+    is_both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return is_both and model.get_submodule(layers[0]) in {*model.get_decoder().modules()}
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

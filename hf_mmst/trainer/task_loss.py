@@ -44,9 +44,9 @@ class TaskLoss:
     def refuse_no_labels(self, batch: Mapping[str, Any]) -> None:
         """
         Raises:
-            `ValueError`: if the batch has no labels.
+            `ValueError`: if the batch has no labels for the stages' own losses.
         """
-        if self.labels_of(batch) is None:
+        if self.labels_of(batch) is None and not self.staged.uses_model_loss:
             raise ValueError(
                 f"The batch has no {self._label_name}, only {', '.join(batch)}: every stage learns from it. Give the "
                 "dataset such a column, or set label_names to the one that it has; remove_unused_columns=False keeps "

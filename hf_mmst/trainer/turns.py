@@ -21,7 +21,8 @@ class Turns:
     The model's own metric says nothing of a stage that learns before the last one. So an
     [`~transformers.EarlyStoppingCallback`] judges the stage that learns, by that stage's metric and since its turn has
     begun; it ends that turn, and the next one begins. Other callbacks that stop the training do so. The best model is
-    that of the best evaluation, by the model's own metric, since the last stage has begun to learn.
+    that of the best evaluation, by the model's own metric, since the last stage has begun to learn. Where stages learn
+    from the model's loss, its own metric counts from the beginning, for both.
 
     Args:
         args ([`MMSTConfig`]): the settings of the run.
@@ -46,14 +47,15 @@ class Turns:
 
     def plan(self, epochs: int, steps_per_epoch: int, samples: int, max_steps: int) -> tuple[int, int, int]:
         """
-        Fix the order of training for a run of that length: `num_train_epochs` is what every stage gets.
+        Fix the order of training for a run of that length: `num_train_epochs` is what every stage gets, or, where they
+        learn from the model's loss, all of them together.
 
         Returns:
             `tuple[int, int, int]`: epochs, samples and optimizer steps over all stages and laps.
         """
         args = self._args
         order = args.stage_order, self._num_stages, args.num_laps
-        if args.max_steps <= 0:
+        if args.max_steps <= 0 and args.stage_objective == "local":
             laps = args.num_laps + args.coupled_laps
             turns = len(Order.turns(*order, args.coupled_laps))
             max_steps, samples = max_steps * turns // laps, samples * turns // laps
@@ -74,8 +76,10 @@ class Turns:
         """The number of samples that are trained on, where turns end early, of those that were planned."""
         return planned * state.max_steps / self._full_steps
 
-    def last_stage_has_begun(self, step: int) -> bool:
-        """Whether the last stage has begun to learn by optimizer step `step`, from 1."""
+    def model_counts(self, step: int) -> bool:
+        """Whether the model's own metric counts after `step` optimizer steps: once the last stage has begun."""
+        if self._args.stage_objective == "model":
+            return True
         begun = self.order.segments[: self.order.index(step - 1) + 1]
         return any(self._num_stages - 1 in turn.stages for turn in begun)
 
@@ -129,9 +133,9 @@ class Turns:
         return turn if ends else None
 
     def _metric_of(self, turn: Segment, name: str, metrics: Mapping[str, float], of_stages: Collection[str]) -> str:
-        """The name of the stage's metric; the name that was given, if that is of a stage, or the last one learns."""
+        """The name of the stage's metric, or the given one, if that is of a stage, or the model's own counts."""
         stage = turn.stages[-1] + 1
-        if stage == self._num_stages or name in of_stages:
+        if stage == self._num_stages or name in of_stages or self._args.stage_objective == "model":
             return name
         mark = f"_stage_{stage}_"
         return next((one for one in metrics if mark in one and one.replace(mark, "_", 1) == name), "")

@@ -148,15 +148,15 @@ def test_later_stages_leave_tied_embeddings_alone(name, tmp_path):
     """One stage learns at a time: what the first begins with is its own, or the features of all would move."""
     run = trainer(tmp_path, name, max_steps=9, stage_order="sequential")
     seen = []
-    step = run._begin_step
+    step = run._run.begin_step
     embeddings = run.model.get_input_embeddings().weight
     assert embeddings is run.model.get_output_embeddings().weight
 
-    def begin(number):
+    def begin(number, optimizer):
         seen.append(embeddings.detach().clone())
-        step(number)
+        step(number, optimizer)
 
-    run._begin_step = begin
+    run._run.begin_step = begin
     run.train()
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
     assert moved == [True] * 3 + [False] * 6

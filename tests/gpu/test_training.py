@@ -15,6 +15,7 @@ WAYS = {
     **ORDERS,
     "coupled": {"stage_order": "coupled"},
     "one stage resident": {"stage_order": "multi_lap", "num_laps": 2, "stage_residency": "stage"},
+    "the model's loss": {"stage_order": "sequential", "stage_objective": "model", "stage_residency": "stage"},
 }
 CASES = [(way, precision) for way in WAYS for precision in ("bf16", "fp16") if (way, precision) != ("coupled", "fp16")]
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}

@@ -49,6 +49,20 @@ def train_step(model, name, partition, heads, batch, weights, norm="relative", c
     return losses
 
 
+def block_step(model, name, partition, stage, batch, weight, criterion=cross_entropy):
+    """min over T_k of L(F(T_K(.. T_k(z_{k-1})))) + w sum_m ||r_m||^2 with all else fixed; fills all of .grad."""
+    z, layer, tail = PARTS[name](model, batch)
+    term = 0.0
+    for k, names in enumerate(partition.stages):
+        z = z.detach() if k == stage and k > 0 else z
+        for m in names:
+            x, z = layer(m, z)
+            term = term + (plain_transport(x, z, batch.get("attention_mask")) if k == stage else 0.0)
+    loss = criterion(tail(z), batch["labels"]) + weight * term
+    loss.backward()
+    return loss.item()
+
+
 def named(model, layer):
     return model.get_submodule(layer) if isinstance(layer, str) else layer
 

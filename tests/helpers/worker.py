@@ -27,6 +27,7 @@ CASES = {  # name of the model, settings
     "vit coupled_laps": ("vit", {"coupled_laps": 1}),
     "vit frozen": ("vit", {}),
     "vit uneven": ("vit", {"accelerator_config": UNEVEN, "max_steps": 9}),
+    "bert model loss": ("bert", {**SEQUENTIAL, **ACCUMULATION, "stage_objective": "model"}),
     "bert accumulation": ("bert", ACCUMULATION),
     "bert sequential": ("bert", {**SEQUENTIAL, "optim_args": "momentum=0.9"}),
     "bert checkpointing": ("bert", {"activation_checkpointing": True}),

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from engines import assert_close, build
-from reference import gradients, train_step
+from reference import block_step, gradients, next_token_loss, train_step
 from torch.nn.functional import cross_entropy
 from zoo import MODELS, NUM_LABELS, batch, make
 
 from hf_mmst import Partition, StageHeads, Stagewise, find_layers
+from hf_mmst.cut.layers import resting_parameters
 
 
 def engine_step(model, engine, inputs, weights, stages=None, **kwargs):
@@ -40,6 +41,34 @@ def test_gradients_equal_the_reference(name, norm, head_layers):
     assert_close(gradients(model, heads), expected)
     found = [float(step.losses[k] + weights[k] * step.transports[k]) for k in range(3)]
     assert found == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
+def test_gradients_through_the_rest_of_the_model_equal_the_reference(name, stage):
+    model = make(name)
+    partition = Partition.by_cost(find_layers(model), 3)
+    engine = Stagewise(model, partition, StageHeads([], 0))
+    inputs, criterion = batch(name), next_token_loss if name == "llama" else cross_entropy
+    loss = block_step(model, name, partition, stage, inputs, 2.0, criterion)
+    resting = {id(p) for p in resting_parameters(model, partition, stage)}
+    expected = {n: None if id(p) in resting else p.grad for n, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) not in resting)
+    with engine.step(None, [2.0] * 3, [stage], inputs.get("attention_mask"), to_the_end=True) as step:
+        outputs = model(**inputs)
+    whole = outputs.loss + 2.0 * step.transport
+    whole.backward()
+    assert whole.item() == pytest.approx(loss, rel=1e-5)
+    found = {n: p.grad for n, p in model.named_parameters()}
+    assert_close(found, expected)
+    learned = {n for n, gradient in found.items() if gradient is not None}
+    own = tuple(f"{n}." for n in partition.stages[stage])
+    within = {n for n, _ in model.named_parameters() if n.startswith(tuple(f"{layer}." for layer in partition.layers))}
+    assert {n for n in learned & within if not n.startswith(own)} == set()
+    assert {n for n in within if n.startswith(own)} <= learned
+    assert any("embed" in n for n in learned) == (stage == 0)
 
 
 @pytest.mark.parametrize("name", ["deit", "dinov2", "roberta", "distilbert", "beit"])

@@ -1,11 +1,11 @@
-"""One stage, and one layer at a time: the numbers of plain Trainer, for whatever it trains."""
+"""One stage, one layer at a time, and stages with the model's loss: the numbers of plain Trainer, for any model."""
 
 import pytest
 import torch
 import transformers as tf
 from other_models import MODELS, Slope, TextAndNumbers
 from runs import arguments, assert_same, losses, weights
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_mmst import MMSTConfig, MMSTTrainer
 
@@ -18,14 +18,14 @@ def collate(samples):
     return {**batch, "return_loss": True} if "pixel_values" in batch and "input_ids" in batch else batch
 
 
-def run(folder, name, cls=MMSTTrainer, resume=None, **settings):
+def run(folder, name, cls=MMSTTrainer, resume=None, callbacks=None, **settings):
     build, sample, _ = MODELS[name]
     labels = {"label_names": ["target"]} if build is TextAndNumbers else {}
     settings = {"max_steps": 2, "per_device_train_batch_size": 2, "remove_unused_columns": False, **labels, **settings}
     args = arguments(folder, MMSTConfig if cls is MMSTTrainer else TrainingArguments, **settings)
     set_seed(0)
     data = [sample(i) for i in range(8)]
-    trained = cls(build(), args, train_dataset=data, eval_dataset=data, data_collator=collate)
+    trained = cls(build(), args, train_dataset=data, eval_dataset=data, data_collator=collate, callbacks=callbacks)
     trained.train(resume_from_checkpoint=resume)
     return trained
 
@@ -48,6 +48,39 @@ def test_the_numbers_are_those_of_plain_trainer(name, tmp_path):
     assert losses(coupled) == (losses(plain) if exact else pytest.approx(losses(plain), rel=1e-6))
     for key, tensor in weights(plain.model).items():
         torch.testing.assert_close(weights(coupled.model)[key], tensor, rtol=0, atol=0 if exact else 1e-5)
+
+
+class WeightsAfter(TrainerCallback):
+    """The weights after each step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.found.append(weights(model))
+
+
+BLOCKS = {"stage_order": "sequential", "stage_objective": "model", "transport_weight": 0.0, "num_stages": 2}
+
+
+@pytest.mark.parametrize("name", [one for one in MODELS if one not in ("choices", "one shared layer", "no layers")])
+def test_by_the_models_loss_a_stage_learns_what_it_learns_in_plain_trainer(name, tmp_path):
+    """And the others nothing; what comes before the layers learns with the first stage."""
+    settings = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    plain = run(tmp_path / "plain", name, Trainer, max_steps=1, **settings)
+    after = WeightsAfter()
+    trained = run(tmp_path / "blocks", name, callbacks=[after], **BLOCKS, **settings)
+    assert losses(trained)[0] == losses(plain)[0]
+    set_seed(0)
+    begin, end = weights(MODELS[name][0]()), weights(plain.model)
+    stage, rest = (tuple(f"{layer}." for layer in names) for names in trained.partition.stages)
+    learning = {key for key, _ in trained.model.named_parameters()}
+    for key, tensor in after.found[0].items():
+        expected = begin[key] if key in learning and key.startswith(rest) else end[key]
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-7)
+        assert not (key in learning and key.startswith(stage)) or torch.equal(tensor, after.found[1][key]), key
+    decodes = name == "encoder and decoder"
+    assert trained._run.staged.mask_name == ("decoder_attention_mask" if decodes else "attention_mask")
 
 
 @pytest.mark.parametrize("name", ["video", "a module"])

@@ -33,6 +33,7 @@ ORDERS = {
     "simultaneous": {},
     "sequential": {"stage_order": "sequential"},
     "multi_lap": {"stage_order": "multi_lap", "num_laps": 2},
+    "model loss": {"stage_order": "sequential", "stage_objective": "model"},
     "coupled": {"stage_order": "coupled"},
     "coupled laps": {"stage_order": "sequential", "coupled_laps": 1},
 }
