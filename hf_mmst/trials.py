@@ -212,7 +212,7 @@ def _space(simulation: Simulation, args: MMSTConfig) -> dict[str, list[Any]]:
     one_width = len({layer.width for layer in simulation.profile}) == 1
     return {
         "num_stages": sorted({min(number, count) for number in (2, 4, 8, count)}),
-        "head_layers": [0, 1] if one_width else [0],
+        **({"head_layers": [0, 1] if one_width else [0]} if args.stage_objective == "local" else {}),
         "head_learning_rate": list(dict.fromkeys([args.head_learning_rate, FAST_HEADS])),
         "transport_weight": [0.0, 0.1, 0.3, 1.0, 3.0],
         "coupled_laps": [0, 1],
@@ -268,7 +268,9 @@ def _arguments(args: MMSTConfig, settings: Mapping[str, Any], max_steps: int) ->
 
 
 def _turns(trainer: MMSTTrainer) -> float:
-    """Epochs that all stages together take for one of each."""
+    """Epochs that all stages together take for one of each; by the model's loss, they share them out."""
     args = trainer.args
+    if args.stage_objective == "model":
+        return 1
     turns = Order.turns(args.stage_order, trainer.partition.num_stages, args.num_laps, args.coupled_laps)
     return len(turns) / (args.num_laps + args.coupled_laps)

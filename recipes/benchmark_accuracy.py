@@ -53,6 +53,7 @@ PAPER = {  # as in the paper, whatever the model
 LAYERS = {**PAPER, "head_layers": 1}
 ONE_RATE = {"stage_learning_rate_decay": 1.0, "transport_schedule": "constant"}
 RESIDENT = {"stage_order": "sequential", "stage_residency": "stage", "feature_cache": "disk"}
+BLOCKS = {"stage_order": "sequential", "stage_objective": "model", "head_rate": 10}
 WHOLE = {"num_stages": 1}
 HEAD_RATE, FAST_HEADS = {**WHOLE, "head_rate": 10}, {**WHOLE, "head_learning_rate": 0.01}
 METHODS = {
@@ -95,6 +96,9 @@ METHODS = {
     "default, coupled lap": {"coupled_laps": 1},
     "default, resident": RESIDENT,
     "default, resident, coupled lap": {**RESIDENT, "coupled_laps": 1},
+    "blocks": BLOCKS,
+    "blocks, w = 0": {**BLOCKS, "transport_weight": 0.0},
+    "blocks, three laps": {**BLOCKS, "stage_order": "multi_lap", "num_laps": 3},
     "coupled": {"stage_order": "coupled"},
     "coupled, head rate": {"stage_order": "coupled", "head_rate": 10},
     "coupled, heads at 0.01": {"stage_order": "coupled", "head_learning_rate": 0.01},
@@ -272,8 +276,8 @@ def measure(args: argparse.Namespace) -> dict:
                 )
             trainer.train()
         metrics = trainer.evaluate()
-        num_stages = trainer.partition.num_stages if stagewise else 1
-        names = [f"eval_stage_{k}" for k in range(1, num_stages + 1)] if num_stages > 1 else []
+        stages = range(1, trainer.partition.num_stages + 1) if stagewise else ()
+        names = [f"eval_stage_{k}" for k in stages if f"eval_stage_{k}_accuracy" in metrics]
     return {
         **run,
         "accuracy": metrics["eval_accuracy"],

@@ -11,8 +11,8 @@ Peak memory and time of stage-wise training beside its rivals: the same model, b
 Each method trains for a few steps on random data in a process of its own, with AdamW, or, as "8-bit", with that of
 bitsandbytes where it is installed. The peak is above what the process held before the model was made: bytes in tensors
 (CUDA), resident bytes of the process (CPU). Beside it is what the planner says of the tensors alone. The first step of
-each stage, which makes its optimizer states, is not timed; the time of an epoch is that of all stages in turn, and
-where features are cached, of one after the first.
+each stage, which makes its optimizer states, is not timed; the time of an epoch is that of all stages in turn, which
+blocks share out, and where features are cached, of one after the first.
 """
 
 import argparse
@@ -76,6 +76,9 @@ METHODS = {
     "sequential": SEQUENTIAL,
     "resident": {**SEQUENTIAL, "stage_residency": "stage"},
     "resident+cache": {**SEQUENTIAL, "stage_residency": "stage", "feature_cache": "disk"},
+    "blocks": {**SEQUENTIAL, "stage_objective": "model"},
+    "blocks+checkpointing": {**SEQUENTIAL, "stage_objective": "model", **CHECKPOINTING},
+    "blocks+resident": {**SEQUENTIAL, "stage_objective": "model", "stage_residency": "stage"},
     "coupled": {"stage_order": "coupled"},
     "coupled+8-bit": {"stage_order": "coupled", **EIGHT_BIT},
     "resident+checkpointing": {**SEQUENTIAL, "stage_residency": "stage", **CHECKPOINTING},
@@ -213,7 +216,7 @@ def measure(args: argparse.Namespace) -> dict:
         "peak_bytes": peak.peak_bytes,
         "reserved_bytes": peak.reserved_bytes,
         "step_seconds": step,
-        "epoch_seconds": step * turns * EPOCH / args.batch_size,
+        "epoch_seconds": step * (1 if "blocks" in args.one else turns) * EPOCH / args.batch_size,
     }
 
 

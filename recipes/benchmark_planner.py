@@ -101,7 +101,7 @@ def measured_bytes(model, precision: str, way: Way, head_layers: int, folder: st
     stagewise = way.num_stages > 1 or way.stage_order == "coupled"
     settings = {"activation_checkpointing": way.activation_checkpointing}
     if stagewise:
-        settings = {**vars(way), "head_layers": head_layers}
+        settings = {**vars(way), "head_layers": head_layers if way.stage_objective == "local" else None}
         del settings["lora"]
     args = (MMSTConfig if stagewise else TrainingArguments)(
         folder,

@@ -52,6 +52,7 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any] | None
             + (["coupled"] if not couples else []),
             head_layers=args.head_layers,
             head_pooling=args.head_pooling,
+            stage_objective=args.stage_objective,
         )
     except RuntimeError as error:  # which fake tensors raise where data decides
         raise ValueError(
@@ -114,6 +115,7 @@ def ways_of(args: MMSTConfig, num_layers: int) -> list[Way]:
     local = Way(
         num_stages=args.stages_of(num_layers),
         stage_order="sequential" if args.stage_order == "multi_lap" else args.stage_order,
+        stage_objective=args.stage_objective,
         stage_residency=args.stage_residency,
         stage_clipping=args.stage_clipping,
         activation_checkpointing=checkpointing,

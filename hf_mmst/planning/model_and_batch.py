@@ -81,6 +81,15 @@ def batch_of(
     return {**batch, "labels": torch.zeros(shape, dtype=torch.long, device="meta")}
 
 
+def with_adapters(model: Any) -> nn.Module:
+    """The model with LoRA of rank 16 in all linear layers, and its head learning as a whole (PEFT)."""
+    from peft import LoraConfig, get_peft_model
+
+    head = [name for name, _ in model.named_children() if name not in (model.base_model_prefix, "dropout")]
+    config = LoraConfig(r=16, target_modules="all-linear", exclude_modules=head, modules_to_save=head)
+    return get_peft_model(model, config)
+
+
 def _sizes(model: nn.Module, seq_len: int | None, image_size: int | None) -> dict[str, int]:
     takes: Any = model.main_input_name
     for name, value, inputs in (("seq_len", seq_len, "input_ids"), ("image_size", image_size, "pixel_values")):

@@ -39,6 +39,7 @@ def plan(
     seq_len: int | None = None,
     image_size: int | None = None,
     head_pooling: str = "auto",
+    stage_objective: str = "local",
 ) -> Plan:
     """
     Estimate the memory of ways of training a model, without allocating it, and choose one that fits.
@@ -62,6 +63,8 @@ def plan(
         seq_len (`int`, *optional*): tokens of a text, if `batch` is a number; 128, or as many as there are positions.
         image_size (`int`, *optional*): side of an image, if `batch` is a number; the model's own by default.
         head_pooling (`str`): of the auxiliary heads, see [`MMSTConfig`].
+        stage_objective (`str`): see [`MMSTConfig`]. With `"model"`, the ways are those in which stages learn from the
+            model's loss, in turn: all weights on the device, with checkpointing, one stage resident.
 
     Raises:
         `ValueError`: for an argument that cannot be, or a model that cannot be cut.
@@ -71,6 +74,7 @@ def plan(
     one_of("head_pooling", head_pooling, ("auto", "mean", "cls"))
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but PyTorch finds no GPU here. Set device to cpu.")
+    one_of("stage_objective", stage_objective, ("local", "model"))
     without = {without} if isinstance(without, str) else {*without}
     for name in without:
         one_of("without", name, AVOIDABLE)
@@ -86,8 +90,9 @@ def plan(
             "stage_order yourself, and leave memory_budget unset."
         )
     if precision == "auto":
+        heads = head_pooling, stage_objective
         plans = [
-            plan(model, batch, budget, one, device, num_stages, without, head_layers, seq_len, image_size, head_pooling)
+            plan(model, batch, budget, one, device, num_stages, without, head_layers, seq_len, image_size, *heads)
             for one in ("fp32", "bf16")
         ]
         return min(plans, key=lambda found: math.inf if found.chosen is None else found.chosen.compute)
@@ -95,7 +100,8 @@ def plan(
     simulation = Simulation(model, inputs, precision, device, head_layers, head_pooling)
     without_data = any(torch.is_tensor(value) and value.is_meta for value in inputs.values())
     example = None if without_data else simulation.example  # it is run, for which it needs data
-    if simulation.objective.head == "pooled" and attends_causally(model, simulation.layers, example):
+    local = stage_objective == "local"
+    if local and simulation.objective.head == "pooled" and attends_causally(model, simulation.layers, example):
         without |= {*LOCAL_ORDERS}
     if num_stages is not None and num_stages > len(simulation.ends):
         raise ValueError(f"num_stages={num_stages} is more than the {len(simulation.ends)} layers. Set it to fewer.")
@@ -114,7 +120,7 @@ def plan(
     plain = rows[Way()].peak
     chosen = None
     least: list[Way] = []
-    for family in _families(simulation):
+    for family in _families(simulation) if local else _block_families(simulation):
         if {family.stage_order, *family.settings} & without:
             continue
         if chosen is not None:
@@ -169,6 +175,16 @@ def _families(simulation: Simulation) -> Iterator[Way]:
         yield replace(resident, activation_checkpointing=True)
 
 
+def _block_families(simulation: Simulation) -> Iterator[Way]:
+    """The same for stages that learn from the model's loss."""
+    in_turn = Way(stage_order="sequential", stage_objective="model")
+    yield in_turn
+    if _checkpoints_layers(simulation):
+        yield replace(in_turn, activation_checkpointing=True)
+    if len(simulation.ends) == len(simulation.layers):
+        yield replace(in_turn, stage_residency="stage")
+
+
 def _checkpoints_layers(simulation: Simulation) -> bool:
     """Whether activation checkpointing runs each layer by itself."""
     able = getattr(simulation.model, "supports_gradient_checkpointing", False)
@@ -183,12 +199,14 @@ def _least(way: Way, whole: Peak) -> int:
     """Bytes that a way of training takes whatever the number of stages."""
     if way.stage_residency == "stage" or way.stage_order == "coupled":
         return 0
+    if way.stage_objective == "model":
+        return whole.weights
     return whole.weights + whole.states + (0 if way.stage_clipping else whole.states // 2)  # gradients
 
 
 def _held(simulation: Simulation, way: Way) -> int:
     """Bytes that a resident stage surely takes: what its layers hold when its forward pass ends; 0 for other ways."""
-    if way.stage_residency != "stage" or way.activation_checkpointing:
+    if way.stage_residency != "stage" or way.activation_checkpointing or way.stage_objective == "model":
         return 0
     held = {layer.name: layer.weights + layer.states + layer.activations for layer in simulation.by_layer}
     return max(sum(held[name] for name in stage) for stage in simulation.partition(way.num_stages).stages)

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..cut.copies import copied
 from ..cut.example_inputs import SAMPLES, ExampleInputs
-from ..cut.layers import find_layers, run_ends, tied_parameters
+from ..cut.layers import find_layers, resting_parameters, run_ends, tied_parameters
 from ..cut.objectives import CLASSES, objective_of
 from ..cut.partition import Partition
 from ..cut.probe import LayerProfile, on_meta, profile_layers
@@ -25,6 +25,7 @@ from ..method.heads import StageHeads, head_pooling, num_head_layers
 from ..method.stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
 from .fake_memory import FakeCoupledResidency, FakeResidency
 from .layer_memory import LayerMemory, memory_by_layer
+from .model_and_batch import with_adapters
 from .ways import PRECISIONS, Way
 
 
@@ -111,7 +112,7 @@ class Simulation:
     def peak(self, way: Way) -> Peak:
         """Peak memory of a training step; if stages learn one at a time, the highest over the stages."""
         if way.lora:
-            return self._end_to_end(self._with_adapters(), way)
+            return self._end_to_end(self._without_data(with_adapters(on_meta(self.model))), way)
         if way.stage_order == "coupled":
             return self._coupled()
         if way.num_stages == 1:
@@ -119,9 +120,11 @@ class Simulation:
         partition = self.partition(way.num_stages)
         if way.stage_order == "simultaneous":
             return self._stagewise(partition, range(way.num_stages), way)
-        weights = [sum(self._weights(name) for name in stage) for stage in partition.stages]
+        layer = self.model.get_submodule
+        weights = [sum(p.nbytes for name in one for p in layer(name).parameters()) for one in partition.stages]
         some = {0, weights.index(max(weights)), way.num_stages - 1}  # the others are alike
-        return max((self._stagewise(partition, [k], way) for k in some), key=lambda peak: peak.total)
+        turn = self._block if way.stage_objective == "model" else self._stagewise
+        return max((turn(partition, [k], way) for k in some), key=lambda peak: peak.total)
 
     @functools.cached_property
     def by_layer(self) -> list[LayerMemory]:
@@ -210,6 +213,27 @@ class Simulation:
                 optimizer.step()
             return self._read(tracker, everything, optimizer)
 
+    def _block(self, partition: Partition, stages: Sequence[int], way: Way) -> Peak:
+        with self._mode, self._checkpointing(self.model, way), contextlib.ExitStack() as stack:
+            for parameter in resting_parameters(self.model, partition, stages[0]):
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(False)
+            parameters = list(self.model.parameters())
+            optimizer = self._with_states([p for p in parameters if p.requires_grad])
+            engine = Stagewise(self.model, partition, StageHeads([], 0))
+            given = self._input_of(engine, stages[0], True) if way.feature_cache != "none" and stages[0] > 0 else None
+            if way.stage_residency == "stage":
+                stack.enter_context(self._residency(FakeCoupledResidency, partition, optimizer)).activate(stages)
+            tracker = self._tracker(parameters, optimizer, *([] if given is None else given[1:]))
+            step = engine.step(self._criterion, [0.3] * way.num_stages, stages, given=given, to_the_end=True)
+            with tracker:
+                with self._autocast(), step as found:
+                    loss = self._loss(self.model)
+                (loss + 0.3 * found.transport).backward()
+                del loss, found, step
+                optimizer.step()
+            return self._read(tracker, parameters, optimizer)
+
     def _coupled(self) -> Peak:
         partition = Partition((tuple(self.layers),))
         with self._mode, contextlib.ExitStack() as stack:
@@ -251,9 +275,9 @@ class Simulation:
         tracker.track_external(*begin)
         return tracker
 
-    def _input_of(self, engine: Stagewise, stage: int) -> tuple[int, torch.Tensor]:
+    def _input_of(self, engine: Stagewise, stage: int, end: bool = False) -> tuple[int, torch.Tensor]:
         """The input of a stage, after a step that shows the engine what the layers before it return."""
-        with engine.step(self._criterion, [0.0] * engine.partition.num_stages, [stage]) as step, self._autocast():
+        with self._autocast(), engine.step(self._criterion, [0.0] * (stage + 1), [stage], to_the_end=end) as step:
             self.model(**self.inputs)
         assert step.features is not None
         return stage, step.features
@@ -294,20 +318,9 @@ class Simulation:
             optimizer.state[parameter] = {**self._states[parameter]}
         return optimizer
 
-    def _weights(self, name: str) -> int:
-        return sum(p.nbytes for p in self.model.get_submodule(name).parameters())
-
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
         return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-    def _with_adapters(self) -> nn.Module:
-        from peft import LoraConfig, get_peft_model
-
-        model = on_meta(self.model)
-        head = [name for name, _ in model.named_children() if name not in (model.base_model_prefix, "dropout")]
-        config = LoraConfig(r=16, target_modules="all-linear", exclude_modules=head, modules_to_save=head)
-        return self._without_data(get_peft_model(model, config))
 
     def _without_data(self, model: nn.Module) -> nn.Module:
         with self._mode:
@@ -318,14 +331,13 @@ class Simulation:
 
     @contextlib.contextmanager
     def _checkpointing(self, model: Any, way: Way) -> Iterator[None]:
-        if not way.activation_checkpointing:
-            yield
-            return
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        if way.activation_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
         try:
             yield
         finally:
-            model.activation_checkpointing_disable()
+            if way.activation_checkpointing:
+                model.activation_checkpointing_disable()
 
 
 @contextlib.contextmanager

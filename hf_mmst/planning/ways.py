@@ -16,6 +16,7 @@ class Way:
     Attributes:
         num_stages (`int`): K; 1 is end-to-end training.
         stage_order (`str`): `"simultaneous"`, `"sequential"` or `"coupled"`.
+        stage_objective (`str`): `"local"`, or `"model"` in the sequential order.
         stage_residency (`str`): `"all"` or `"stage"`.
         feature_cache (`str`): `"none"` or `"disk"`.
         stage_clipping (`bool`): whether stages step by themselves.
@@ -30,6 +31,7 @@ class Way:
     stage_clipping: bool = False
     activation_checkpointing: bool = False
     lora: bool = False
+    stage_objective: str = "local"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -47,7 +49,12 @@ class Way:
         if self.stage_order == "coupled":
             words.append("one layer resident")
         if self.num_stages > 1:
-            words.append("one stage resident" if self.stage_residency == "stage" else "all stages at once")
+            if self.stage_objective == "model":
+                words.append("in turn, by the model's loss")
+            if self.stage_residency == "stage":
+                words.append("one stage resident")
+            elif self.stage_objective == "local":
+                words.append("all stages at once")
         if self.stage_clipping:
             words.append("each steps by itself")
         if self.feature_cache != "none":

@@ -33,7 +33,7 @@ class StageCallback(TrainerCallback):
         if staged.residency is not None:
             staged.residency.rest()  # optimizer states of a checkpoint are on the device now
         run.begin_streaming()
-        run.begin_step(state.global_step, self.trainer.optimizer)
+        run.begin_step(state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self._run.features.begin_epoch(int(state.epoch))
@@ -63,7 +63,7 @@ class StageCallback(TrainerCallback):
             run.moved = run.staged.residency.link.moved
         if not turn.coupled and not run.is_plain:
             run.staged.weights.step(turn.stages, run.mean)
-        run.begin_step(state.global_step, self.trainer.optimizer)
+        run.begin_step(state.global_step)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         turn = self._run.turns.judge(control, state, metrics, self.trainer.metrics_of_stages, **kwargs)
@@ -83,7 +83,7 @@ class StageCallback(TrainerCallback):
             return
         if trainer._created_lr_scheduler:
             renew_rates(trainer.lr_scheduler)
-        self._run.begin_step(step, trainer.optimizer)
+        self._run.begin_step(step)
 
     def on_train_end(self, args, state, control, **kwargs):
         run, planned = self._run, self.trainer.planned_bytes

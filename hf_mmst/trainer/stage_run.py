@@ -153,15 +153,15 @@ class StageRun:
         finally:
             heads.apart = apart
 
-    def begin_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def begin_step(self, step: int) -> None:
         """Make ready for the stages that learn at optimizer step `step`."""
         turn = self.turns.now = self.stages.own_part(self.turns.order.at(step))
         self.staged.rest(turn.stages)
+        if self.staged.uses_model_loss and step == turn.start:
+            self._optimizer.state.clear()  # before what rests elsewhere is told of the new turn
         # A tracker does not see what is mapped in, compiled, or in another process.
         sees = self.staged.residency is None and self.compilation is None and self._args.world_size == 1
         self.peaks.begin(turn_name(turn) if self.turns.are_several else "", self._held if sees else None)
-        if self.staged.uses_model_loss and step == turn.start:
-            optimizer.state.clear()  # before what rests elsewhere is told of the new turn
         if self.staged.residency is not None:
             self.staged.residency.activate(() if turn.coupled else turn.stages)
         self.features.begin_step(turn)

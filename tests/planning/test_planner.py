@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +37,22 @@ def test_within_3_percent_of_real_training(name, precision, way, head_layers, tm
     model = build(name)
     planned = simulation(model, precision, head_layers).peak(way).total
     assert planned == pytest.approx(measured_bytes(model, precision, way, head_layers, str(tmp_path)), rel=0.03)
+
+
+BLOCK = Way(num_stages=3, stage_order="sequential", stage_objective="model")
+BLOCKS = [  # by the model's loss
+    ("vit", "fp32", BLOCK),
+    ("bert", "bf16", replace(BLOCK, stage_residency="stage")),
+    ("vit", "fp32", replace(BLOCK, activation_checkpointing=True)),
+]
+
+
+@pytest.mark.parametrize(("name", "precision", "way"), BLOCKS)
+def test_blocks_within_3_percent_of_real_training(name, precision, way, tmp_path):
+    model = build(name)
+    planned = simulation(model, precision).peak(way).total
+    assert planned == pytest.approx(measured_bytes(model, precision, way, 0, str(tmp_path)), rel=0.03)
+    assert planned < simulation(model, precision).peak(Way(activation_checkpointing=way.activation_checkpointing)).total
 
 
 def test_layers_are_accounted_for():
