@@ -124,6 +124,11 @@ def deepspeed(zero_stage=2, **config):
         (fsdp(), {"stage_order": "coupled"}, 'stage_order="coupled" moves layers.*Set another stage_order'),
         (fsdp(), {"stage_order": "sequential", "stage_residency": "stage"}, 'Set stage_residency="all"'),
         (fsdp(), {"stage_order": "sequential", "feature_cache": "disk"}, 'with FSDP all.*Set feature_cache="none"'),
+        (
+            fsdp(),
+            {"stage_order": "sequential", "stage_objective": "model"},
+            'FSDP knows.*Set stage_objective="local"',
+        ),
         (fsdp(), {"memory_budget": "1GiB"}, 'memory_budget="1GiB" plans for a model that is whole'),
         (deepspeed(optimizer={}), {}, "an optimizer of its own.*Leave optimizer out of it, and set optim"),
         (deepspeed(scheduler={}), {}, "a scheduler of its own.*Leave scheduler out of it"),
@@ -155,6 +160,7 @@ def test_what_can_be_is_not_refused(tmp_path):
 SETTINGS = {
     '`stage_order="simultaneous"`': {},
     '`stage_order="sequential"`, `"multi_lap"`': {"stage_order": "sequential"},
+    '`stage_objective="model"`': {"stage_order": "sequential", "stage_objective": "model"},
     "`coupled_laps`": {"coupled_laps": 1},
     '`stage_order="coupled"`': {"stage_order": "coupled"},
     "`head_layers`": {"head_layers": 1},
