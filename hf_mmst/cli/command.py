@@ -4,11 +4,16 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from .exit_codes import OneLineParser, exit_code
 
+if TYPE_CHECKING:
+    from ..planning.plans import Plan
+
 CHOICES = ("auto", "fp32", "bf16", "fp16")
 TASKS = ("images", "texts")
+PLANNED_TASKS = (*TASKS, "tokens", "masked-lm", "causal-lm")
 RUNS = {
     "train": "train a classifier of images or texts, evaluate and save it",
     "pilot": "short trials of settings, on a part of the samples to train on; prints the best to paste",
@@ -53,7 +58,10 @@ def _parser() -> OneLineParser:
     plan.set_defaults(run=_plan)
     plan.add_argument("model", help="a name on the Hub, or a folder with a config.json")
     plan.add_argument("--batch-size", type=int, default=8, help="samples at once on one device (default: 8)")
-    plan.add_argument("--budget", help="memory of the device, such as 4GiB; without it nothing is chosen")
+    plan.add_argument("--gpu", help="such as rtx4090: predict its times, and fit its memory if there is no --budget")
+    plan.add_argument("--budget", help="memory of the device, such as 4GiB; without it or --gpu nothing is chosen")
+    plan.add_argument("--task", choices=PLANNED_TASKS, help="of a model without data; its checkpoint's own by default")
+    plan.add_argument("--lora", type=int, metavar="RANK", help="adapters of this rank learn, not the weights (PEFT)")
     shape = plan.add_mutually_exclusive_group()
     shape.add_argument("--image-size", type=int, help="side of an image, in pixels; the model's own by default")
     shape.add_argument("--seq-len", type=int, help="tokens of a text; by default 128, or the model's positions")
@@ -64,7 +72,10 @@ def _parser() -> OneLineParser:
         help="autocast, if not fp32 (default); auto: bf16 where that takes less compute in the budget",
     )
     plan.add_argument("--num-stages", type=int, help="the only number of stages to try")
+    plan.add_argument("--host-bandwidth", type=float, metavar="GB/s", help="of host memory beside the GPU")
     plan.add_argument("--layers", action="store_true", help="show what each layer takes, too")
+    plan.add_argument("--plot", metavar="PLAN.png", help="draw the memory of each way by kind, and its time")
+    plan.add_argument("--json", help="write the whole plan to this file; - for stdout, in the place of the table")
 
     for name, text in RUNS.items():
         run = commands.add_parser(
@@ -97,8 +108,10 @@ def _plan(given: argparse.Namespace) -> int:
 
     gc.disable()  # looking for cycles would take a tenth of the time
     try:
+        from ..planning.devices import device_named, measured_cpu, with_host_bandwidth
         from ..planning.planner import plan
 
+        device = measured_cpu(given.precision) if given.gpu is None else device_named(given.gpu)
         found = plan(
             given.model,
             given.batch_size,
@@ -107,17 +120,39 @@ def _plan(given: argparse.Namespace) -> int:
             num_stages=given.num_stages,
             seq_len=given.seq_len,
             image_size=given.image_size,
+            speeds=with_host_bandwidth(device, given.host_bandwidth),
+            task=given.task,
+            lora=given.lora,
         )
     finally:
         gc.enable()
+    _show_plan(given, found)
+    return int(found.budget is not None and found.chosen is None)
+
+
+def _show_plan(given: argparse.Namespace, found: "Plan") -> None:
+    import json
+    from pathlib import Path
+
+    from ..planning.plan_picture import write_plan_picture
+    from ..planning.plan_table import layer_table, plan_legend, plan_table
+    from ..tasks.report import write_json
+
+    if given.plot is not None:
+        write_plan_picture(found, Path(given.plot))
+    if given.json == "-":
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    if given.json is not None:
+        write_json(Path(given.json), found.to_dict())
     console = _console()
     if given.layers:
-        console.print(found.layer_table())
-    console.print(found.table())
-    console.print(found.reason, highlight=False, soft_wrap=True)
+        console.print(layer_table(found))
+    console.print(plan_table(found))
+    console.print(plan_legend(found), highlight=False, soft_wrap=True)
+    console.print(f"\n{found.reason}", highlight=False, soft_wrap=True)
     if found.chosen is not None:
         console.print(found.config(), highlight=False, soft_wrap=True)
-    return int(found.budget is not None and found.chosen is None)
 
 
 @contextlib.contextmanager

@@ -7,9 +7,10 @@ from torch import nn
 from transformers.utils import logging
 
 from ..config import MMSTConfig
+from .operations import Peak
 from .planner import LOCAL_ORDERS, plan
 from .plans import Row
-from .simulation import Peak, Simulation
+from .simulation import Simulation
 from .ways import Way
 
 logger = logging.get_logger(__name__)

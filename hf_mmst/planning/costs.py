@@ -1,34 +1,38 @@
 """What a way of training costs beside device memory: compute, and bytes at rest, moved and cached."""
 
 from collections.abc import Sequence
-
-import torch
+from dataclasses import dataclass
 
 from ..memory.ring import BUFFERS
-from ..memory.slabs import has_streams
+from .operations import Peak
 from .simulation import Simulation
+from .step_time import CLIPPING, UPDATE, Phase, Step
 from .ways import Way
 
 EPOCHS = 3  # of each stage, over which a feature cache pays off
 
 
-def relative_compute(simulation: Simulation, way: Way) -> float:
+def relative_compute(simulation: Simulation, way: Way, peak: Peak, whole: Peak) -> float:
     """
     Floating-point operations of a way of training, per epoch of every stage, relative to end-to-end training; by the
     model's loss, per epoch of all stages together.
 
-    A forward pass counts once, a backward pass twice, or once where only activations need gradients.
+    Those of the simulated steps are counted. Where stages learn in turn, a forward pass counts once, a backward pass
+    twice.
+
+    Args:
+        simulation ([`Simulation`]), way ([`Way`]): what is trained, and how.
+        peak ([`Peak`]), whole ([`Peak`]): of the way, and of end-to-end training.
     """
-    passes = (2 if way.lora else 3) + (way.activation_checkpointing or way.stage_order == "coupled")
     if way.stage_order != "sequential":
-        return passes / 3
+        return sum(peak.operations.flops.values()) / max(sum(whole.operations.flops.values()), 1)
     costs = {layer.name: layer.flops for layer in simulation.profile}
     stages = [sum(costs[name] for name in stage) for stage in simulation.partition(way.num_stages).stages]
     if way.stage_objective == "model":
         return _compute_of_blocks(stages, way) / (3 * sum(stages))
     before = [sum(stages[:k]) for k in range(way.num_stages)]
     again = sum(before) if way.feature_cache == "none" else sum(stages[:-1]) / EPOCHS
-    return (passes + again / sum(stages)) / 3
+    return (3 + way.activation_checkpointing + again / sum(stages)) / 3
 
 
 def _compute_of_blocks(stages: Sequence[float], way: Way) -> float:
@@ -41,26 +45,77 @@ def _compute_of_blocks(stages: Sequence[float], way: Way) -> float:
     return total / len(stages)
 
 
-def bytes_elsewhere(simulation: Simulation, way: Way) -> tuple[int, int, int]:
-    """Bytes at rest outside the device, bytes moved in a step, and bytes of the feature cache for each sample."""
-    resting = moved = cache = 0
-    layers = {layer.name: layer for layer in simulation.by_layer} if way.stage_order != "simultaneous" else {}
-    if way.stage_residency == "stage":
-        resting = sum(layer.weights + layer.states for layer in layers.values())
+@dataclass(frozen=True)
+class Moved:
+    """Bytes to the device and from it in the passes of a step, on average over the stages."""
+
+    forward_in: int = 0
+    backward_in: int = 0
+    backward_out: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes in both directions."""
+        return self.forward_in + self.backward_in + self.backward_out
+
+
+def moved_bytes(simulation: Simulation, way: Way) -> Moved:
+    """What a way of training moves."""
+    if way.stage_residency != "stage" and way.stage_order != "coupled":
+        return Moved()
+    layers = {layer.name: layer for layer in simulation.by_layer}
     if way.stage_order == "coupled":
-        resting = sum(layer.weights + layer.gradients + layer.states for layer in layers.values())
-        # Weights in for the forward and the backward pass, gradients out; the step is where they rest.
-        moved = sum(2 * layer.weights + layer.gradients for layer in layers.values())
-        if has_streams(torch.device(simulation.device)):  # the backward pass finds in the ring what the forward left
-            moved -= sum(layers[name].weights for name in simulation.layers[-BUFFERS:])
-    elif resting:
-        stages = simulation.partition(way.num_stages).stages
-        # A layer comes once in the turns of later stages, and, by the model's loss, twice in those of earlier ones.
-        later, earlier = int(way.feature_cache == "none"), 2 * (way.stage_objective == "model")
-        times = [later * (way.num_stages - 1 - k) + earlier * k for k in range(way.num_stages)]
-        moved = sum(times[k] * layers[name].weights for k, stage in enumerate(stages) for name in stage)
-        moved //= way.num_stages
-    if way.feature_cache != "none":
-        boundaries = simulation.partition(way.num_stages).boundaries[:-1]
-        cache = 2 * max(layers[name].output for name in boundaries) // simulation.num_samples
-    return resting, moved, cache
+        weights = sum(layer.weights for layer in layers.values())
+        gradients = sum(layer.gradients for layer in layers.values())
+        # The backward pass finds in the ring what the forward pass left there.
+        left = sum(layers[name].weights for name in simulation.layers[-BUFFERS:]) if simulation.has_ring else 0
+        return Moved(weights, weights - left, gradients)
+    # A layer comes once in the turns of later stages, and, by the model's loss, twice in those of earlier ones.
+    once = twice = 0
+    for k, stage in enumerate(simulation.partition(way.num_stages).stages):
+        weights = sum(layers[name].weights for name in stage)
+        once += (way.num_stages - 1 - k) * weights * (way.feature_cache == "none")
+        twice += k * weights * (way.stage_objective == "model")
+    return Moved((once + twice) // way.num_stages, twice // way.num_stages)
+
+
+def resting_bytes(simulation: Simulation, way: Way) -> int:
+    """Bytes at rest outside the device."""
+    if way.stage_order == "coupled":
+        return sum(layer.weights + layer.gradients + layer.states for layer in simulation.by_layer)
+    if way.stage_residency == "stage":
+        return sum(layer.weights + layer.states for layer in simulation.by_layer)
+    return 0
+
+
+def cache_bytes(simulation: Simulation, way: Way) -> int:
+    """Bytes of the feature cache for each sample."""
+    if way.feature_cache == "none":
+        return 0
+    ends = {*simulation.partition(way.num_stages).boundaries[:-1]}
+    return 2 * max(layer.output for layer in simulation.by_layer if layer.name in ends) // simulation.num_samples
+
+
+def step_of(simulation: Simulation, way: Way, peak: Peak, whole: Peak) -> Step:
+    """
+    What one batch takes: a step, or where stages learn in turn from local losses, a step of each.
+
+    Arguments are those of [`relative_compute`].
+    """
+    moved, times = moved_bytes(simulation, way), 1
+    counted = peak.operations
+    flops: list[float] = [*counted.flops.values()]
+    nbytes: list[float] = [*counted.nbytes.values()]
+    if way.stage_order == "sequential":
+        times = way.num_stages if way.stage_objective == "local" else 1
+        scale = relative_compute(simulation, way, peak, whole)
+        flops = [scale * value for value in whole.operations.flops.values()]
+        nbytes = [scale * value for value in whole.operations.nbytes.values()]
+    learned = (peak if way.lora else whole).states // 2  # AdamW's states are two for each weight
+    return Step(
+        (
+            Phase(flops[0], nbytes[0], times * moved.forward_in),
+            Phase(flops[1], nbytes[1], times * moved.backward_in, times * moved.backward_out),
+            Phase(stepped=(UPDATE + CLIPPING) * learned, on_host=way.stage_order == "coupled"),
+        )
+    )

@@ -8,7 +8,7 @@ import torch
 from ..memory.coupled import CoupledResidency
 from ..memory.residency import Residency
 from ..memory.ring import Streams
-from ..memory.slabs import Slab, has_streams
+from ..memory.slabs import Slab
 
 
 class _FakeSlab(Slab):
@@ -34,22 +34,38 @@ class _NoStreams(Streams):
     def __init__(self): ...
 
     def copy(self, way: str, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], after: Any) -> Any:
-        return torch.Event()
+        return _Ended()
 
     def mark(self) -> Any: ...
 
     def wait(self, event: Any) -> None: ...
 
 
-def _no_streams_of(device: torch.device) -> Streams | None:
-    return _NoStreams() if has_streams(device) else None
+class _Ended:
+    def synchronize(self): ...
 
 
 class FakeResidency(Residency):
+    """A residency without a ring, as on a CPU."""
+
     slab = _FakeSlab
-    streams_of = staticmethod(_no_streams_of)
+    streams_of: Any = staticmethod(lambda _: None)
+
+
+class FakeRingResidency(FakeResidency):
+    """A residency with a ring, as on a GPU, wherever it is simulated."""
+
+    streams_of: Any = staticmethod(lambda _: _NoStreams())
 
 
 class FakeCoupledResidency(CoupledResidency):
+    """As [`FakeResidency`]."""
+
     slab = _FakeSlab
-    streams_of = staticmethod(_no_streams_of)
+    streams_of: Any = staticmethod(lambda _: None)
+
+
+class FakeRingCoupledResidency(FakeCoupledResidency):
+    """As [`FakeRingResidency`]."""
+
+    streams_of: Any = staticmethod(lambda _: _NoStreams())

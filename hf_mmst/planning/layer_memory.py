@@ -9,12 +9,17 @@ import torch
 from torch import nn
 
 from ..cut.hidden_states import hidden_states_of
-from ..memory.tensor_peaks import FlatMemTracker
+from .operations import CountingTracker
 
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """Bytes of one layer in end-to-end training: weights, gradients, AdamW's states, saved activations, output."""
+    """
+    Bytes of one layer in end-to-end training: weights, gradients, AdamW's states, saved activations, output.
+
+    Attributes:
+        tokens (`int`): rows of its output, of the whole batch.
+    """
 
     name: str
     weights: int
@@ -22,6 +27,7 @@ class LayerMemory:
     states: int
     activations: int
     output: int
+    tokens: int
 
 
 def memory_by_layer(
@@ -39,7 +45,8 @@ def memory_by_layer(
     begin: dict[str, int] = {}
     saved: dict[str, int] = {}
     output: dict[str, int] = {}
-    tracker = FlatMemTracker()
+    tokens: dict[str, int] = {}
+    tracker = CountingTracker()
 
     def held():
         # Before anything is held there is no entry: the first layer may be the first to allocate.
@@ -49,7 +56,9 @@ def memory_by_layer(
         begin[name] = held()
 
     def after(name, _module, _args, out):
-        saved[name], output[name] = held() - begin[name], hidden_states_of(out).nbytes
+        hidden = hidden_states_of(out)
+        saved[name], output[name] = held() - begin[name], hidden.nbytes
+        tokens[name] = hidden.numel() // hidden.shape[1 if hidden.dim() == 4 else -1]
 
     with contextlib.ExitStack() as stack:
         for name in layers:
@@ -63,5 +72,5 @@ def memory_by_layer(
         parameters = [*model.get_submodule(name).parameters()]
         weights = sum(p.nbytes for p in parameters)
         learning = sum(p.nbytes for p in parameters if p.requires_grad)
-        found.append(LayerMemory(name, weights, learning, 2 * learning, saved[name], output[name]))
+        found.append(LayerMemory(name, weights, learning, 2 * learning, saved[name], output[name], tokens[name]))
     return found

@@ -1,8 +1,10 @@
 """What is planned with: a model on the meta device, from a name or configuration, and a batch of zeros for it."""
 
+import copy
 import os
 from collections.abc import Mapping
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -10,7 +12,9 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PretrainedConfig,
 )
 from transformers.initialization import no_init_weights
@@ -19,19 +23,35 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..cut.example_inputs import dummy_inputs, num_positions
 from ..cut.objectives import objective_of
 from ..cut.probe import on_meta
-from ..field_checks import a_model, whole
+from ..field_checks import a_model, one_of, whole
 
 SEQ_LEN = 128
+TASKS = {
+    "images": AutoModelForImageClassification,
+    "texts": AutoModelForSequenceClassification,
+    "tokens": AutoModelForTokenClassification,
+    "masked-lm": AutoModelForMaskedLM,
+    "causal-lm": AutoModelForCausalLM,
+}
 
 
-def model_of(model: nn.Module | PretrainedConfig | str) -> nn.Module:
+def model_of(model: nn.Module | PretrainedConfig | str, task: str | None = None) -> nn.Module:
     """
     The model, or on the meta device the one that a configuration, a name or a folder describes.
 
+    Args:
+        model (`nn.Module`, `PretrainedConfig` or `str`): what is planned for.
+        task (`str`, *optional*): one of [`TASKS`], for a configuration or a name; by default that of a causal language
+            model's, else classification of images or of texts.
+
     Raises:
-        `ValueError`: if there is none of that name, or it can do neither of the tasks that can be planned by name.
+        `ValueError`: if there is none of that name, or it has no model for the task.
     """
+    if task is not None:
+        one_of("task", task, TASKS)
     if isinstance(model, nn.Module):
+        if task is not None:
+            raise ValueError(f"task={task!r}, but a {type(model).__name__} has its own. Leave task unset.")
         return model
     if isinstance(model, PretrainedConfig):
         config = model
@@ -39,17 +59,41 @@ def model_of(model: nn.Module | PretrainedConfig | str) -> nn.Module:
         if not os.path.isfile(model):
             a_model("model", model)
         config = AutoConfig.from_pretrained(model)
-    autos: tuple[Any, ...] = (AutoModelForImageClassification, AutoModelForSequenceClassification)
-    if {*(config.architectures or [])} & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}:
-        autos = (AutoModelForCausalLM,)
+    autos: list[Any] = [TASKS["images"], TASKS["texts"]] if task is None else [TASKS[task]]
+    if task is None and {*(config.architectures or [])} & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}:
+        autos = [TASKS["causal-lm"]]
     for auto in autos:
         if type(config) in auto._model_mapping:
+            if auto is TASKS["texts"] and config.get_text_config().pad_token_id is None:
+                config = copy.deepcopy(config)
+                config.get_text_config().pad_token_id = 0  # any token: a decoder looks for the last that is another
             with torch.device("meta"), no_init_weights():
                 return auto.from_config(config)
+    if task is not None:
+        able = [name for name, auto in TASKS.items() if type(config) in cast(Any, auto)._model_mapping]
+        has = f"Set task to one of {', '.join(able)}." if able else "Pass the model itself."
+        raise ValueError(f"{type(config).__name__} has no model for task={task!r}. {has}")
     raise ValueError(
         f"{type(config).__name__} has neither a model for image classification nor one for sequence classification. "
-        "Pass the model itself."
+        "Set task, or pass the model itself."
     )
+
+
+def with_adapters(model: nn.Module, rank: int) -> nn.Module:
+    """
+    A copy of a model on the meta device, in which LoRA adapters beside all linear layers learn, and the head itself.
+
+    Raises:
+        `ImportError`: without PEFT.
+    """
+    if find_spec("peft") is None:
+        raise ImportError("lora needs PEFT: pip install peft.")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    twin = on_meta(model)
+    head = [name for name, _ in model.named_children() if name not in (model.base_model_prefix, "dropout")]
+    config = LoraConfig(r=rank, target_modules="all-linear", exclude_modules=head, modules_to_save=head)
+    return inject_adapter_in_model(config, twin)
 
 
 def batch_of(
@@ -79,15 +123,6 @@ def batch_of(
     if objective.head == "pooled":
         shape = shape[:1]
     return {**batch, "labels": torch.zeros(shape, dtype=torch.long, device="meta")}
-
-
-def with_adapters(model: Any) -> nn.Module:
-    """The model with LoRA of rank 16 in all linear layers, and its head learning as a whole (PEFT)."""
-    from peft import LoraConfig, get_peft_model
-
-    head = [name for name, _ in model.named_children() if name not in (model.base_model_prefix, "dropout")]
-    config = LoraConfig(r=16, target_modules="all-linear", exclude_modules=head, modules_to_save=head)
-    return get_peft_model(model, config)
 
 
 def _sizes(model: nn.Module, seq_len: int | None, image_size: int | None) -> dict[str, int]:

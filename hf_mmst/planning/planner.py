@@ -14,10 +14,13 @@ from ..cut.layers import checkpoints_across
 from ..cut.objectives import objective_of
 from ..cut.token_flow import attends_causally
 from ..field_checks import one_of, parse_bytes, whole
-from .costs import bytes_elsewhere, relative_compute
-from .model_and_batch import batch_of, model_of
+from .costs import cache_bytes, moved_bytes, relative_compute, resting_bytes, step_of
+from .devices import Device, device_named
+from .model_and_batch import batch_of, model_of, with_adapters
+from .operations import Peak
 from .plans import Plan, Row, reason_for
-from .simulation import Peak, Simulation
+from .simulation import Simulation
+from .step_time import predict
 from .ways import PRECISIONS, Way
 
 LOCAL_ORDERS = ("simultaneous", "sequential")  # in which stages learn from losses of their own
@@ -40,6 +43,9 @@ def plan(
     image_size: int | None = None,
     head_pooling: str = "auto",
     stage_objective: str = "local",
+    speeds: Device | str | None = None,
+    task: str | None = None,
+    lora: int | None = None,
 ) -> Plan:
     """
     Estimate the memory of ways of training a model, without allocating it, and choose one that fits.
@@ -65,6 +71,11 @@ def plan(
         head_pooling (`str`): of the auxiliary heads, see [`MMSTConfig`].
         stage_objective (`str`): see [`MMSTConfig`]. With `"model"`, the ways are those in which stages learn from the
             model's loss, in turn: all weights on the device, with checkpointing, one stage resident.
+        speeds ([`Device`] or `str`, *optional*): what times are predicted for: the name of a GPU, such as `"rtx4090"`,
+            whose memory is then the budget if there is no other, or a [`Device`]. Without, no times are predicted.
+        task (`str`, *optional*): of a configuration or a name: `"images"`, `"texts"`, `"tokens"`, `"masked-lm"` or
+            `"causal-lm"`; by default what its checkpoint is for, or classification.
+        lora (`int`, *optional*): rank of adapters beside all linear layers, which learn in the place of the weights.
 
     Raises:
         `ValueError`: for an argument that cannot be, or a model that cannot be cut.
@@ -82,22 +93,32 @@ def plan(
         whole(1, "1 trains end to end")("num_stages", num_stages)
     if head_layers is not None:
         whole(0, "0 is a head without layers")("head_layers", head_layers)
+    if isinstance(speeds, str):
+        speeds = device_named(speeds)
+    if budget is None and speeds is not None:
+        budget = speeds.memory
     limit = None if budget is None else parse_bytes("budget", budget)
-    model = model_of(model)
+    model = model_of(model, task)
     if getattr(model, "is_quantized", False):
         raise ValueError(
             f"The weights of {type(model).__name__} are quantized, which is not planned for. Choose num_stages and "
             "stage_order yourself, and leave memory_budget unset."
         )
+    if lora is not None:
+        whole(1, "such as 16")("lora", lora)
+        model = with_adapters(model, lora)
     if precision == "auto":
-        heads = head_pooling, stage_objective
         plans = [
-            plan(model, batch, budget, one, device, num_stages, without, head_layers, seq_len, image_size, *heads)
+            plan(
+                *(model, batch, budget, one, device, num_stages, without, head_layers, seq_len, image_size),
+                *(head_pooling, stage_objective, speeds),
+            )
             for one in ("fp32", "bf16")
         ]
         return min(plans, key=lambda found: math.inf if found.chosen is None else found.chosen.compute)
     inputs = batch_of(model, batch, seq_len, image_size)
-    simulation = Simulation(model, inputs, precision, device, head_layers, head_pooling)
+    for_gpu = speeds is not None and not speeds.is_host
+    simulation = Simulation(model, inputs, precision, device, head_layers, head_pooling, for_gpu)
     without_data = any(torch.is_tensor(value) and value.is_meta for value in inputs.values())
     example = None if without_data else simulation.example  # it is run, for which it needs data
     local = stage_objective == "local"
@@ -107,11 +128,26 @@ def plan(
         raise ValueError(f"num_stages={num_stages} is more than the {len(simulation.ends)} layers. Set it to fewer.")
     rows: dict[Way, Row] = {}
 
+    def row(way: Way, peak: Peak | None = None) -> Row:
+        found = peak or simulation.peak(way)
+        whole = rows[Way()].peak if way != Way() else found
+        step = step_of(simulation, way, found, whole)
+        return Row(
+            way.name,
+            way,
+            found,
+            relative_compute(simulation, way, found, whole),
+            resting_bytes=resting_bytes(simulation, way),
+            moved_bytes=moved_bytes(simulation, way).total,
+            cache_bytes=cache_bytes(simulation, way),
+            prediction=None if speeds is None else predict(step, speeds, precision, simulation.by_layer[0].tokens),
+        )
+
     def fits(way: Way) -> bool:
         if limit is not None and _held(simulation, way) > limit:
             return False
         if way not in rows:
-            rows[way] = _row(simulation, way)
+            rows[way] = row(way)
         return rows[way].fits(limit)
 
     for way in _rivals(simulation):
@@ -137,7 +173,7 @@ def plan(
             chosen = ways[bisect_left(ways[:-1], True, key=fits)]
     for way in least if chosen is None else []:  # one of them says what would be needed
         if way not in rows:
-            rows[way] = _row(simulation, way)
+            rows[way] = row(way)
     for way in [*rows]:
         if (
             way.stage_order == "sequential"
@@ -145,11 +181,11 @@ def plan(
             and (way == chosen or not way.activation_checkpointing)
         ):
             cached = replace(way, feature_cache="disk")
-            rows[cached] = _row(simulation, cached, rows[way].peak)  # what is read takes the place of what was computed
+            rows[cached] = row(cached, rows[way].peak)  # what is read takes the place of what was computed
     found = sorted(rows.values(), key=lambda row: (row.way.num_stages > 1, -row.peak.total))
     best = None if chosen is None else rows[chosen]
     reason = reason_for(found, limit, best)
-    return Plan(found, simulation.by_layer, limit, best, reason, precision, simulation.num_samples)
+    return Plan(found, simulation.by_layer, limit, best, reason, precision, simulation.num_samples, speeds)
 
 
 def _rivals(simulation: Simulation) -> Iterator[Way]:
@@ -159,7 +195,8 @@ def _rivals(simulation: Simulation) -> Iterator[Way]:
     layers = [simulation.model.get_submodule(name) for name in simulation.layers]
     linear = any(isinstance(module, nn.Linear) for layer in layers for module in layer.modules())
     # What an adapter is put beside, and what learns as a whole, is known of models with a local loss.
-    if linear and objective_of(simulation.given) is not None and find_spec("peft") is not None:
+    adapted = any("lora_" in name for name, _ in simulation.model.named_parameters())
+    if linear and not adapted and objective_of(simulation.given) is not None and find_spec("peft") is not None:
         yield Way(lora=True)
 
 
@@ -210,8 +247,3 @@ def _held(simulation: Simulation, way: Way) -> int:
         return 0
     held = {layer.name: layer.weights + layer.states + layer.activations for layer in simulation.by_layer}
     return max(sum(held[name] for name in stage) for stage in simulation.partition(way.num_stages).stages)
-
-
-def _row(simulation: Simulation, way: Way, peak: Peak | None = None) -> Row:
-    found = peak or simulation.peak(way)
-    return Row(way.name, way, found, relative_compute(simulation, way), *bytes_elsewhere(simulation, way))

@@ -1,16 +1,14 @@
 """`Plan`: the result of `plan`, with its tables, the chosen settings, and the reason in words."""
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from .devices import Device
 from .layer_memory import LayerMemory
-from .simulation import Peak
+from .operations import Peak
+from .step_time import Prediction
 from .ways import Way
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
 
 HEADROOM = 1.05  # of a peak, for what is not counted in tensors
 
@@ -24,11 +22,11 @@ class Row:
         name (`str`): in words.
         way ([`Way`]): its settings.
         peak ([`Peak`]): bytes in device memory.
-        compute (`float`): floating-point operations per epoch of every stage, as a ratio to end-to-end training; about
-            the ratio of the times.
+        compute (`float`): floating-point operations per epoch of every stage, as a ratio to end-to-end training.
         resting_bytes (`int`): bytes of weights and optimizer states that rest in host memory (CUDA) or on disk (CPU).
         moved_bytes (`int`): bytes that come from there or go there in a step, on average over the stages.
         cache_bytes (`int`): bytes of the feature cache on disk, for each sample.
+        prediction ([`Prediction`], *optional*): its time on the plan's device.
     """
 
     name: str
@@ -38,6 +36,7 @@ class Row:
     resting_bytes: int = 0
     moved_bytes: int = 0
     cache_bytes: int = 0
+    prediction: Prediction | None = None
 
     def fits(self, limit: int | None) -> bool:
         """Whether the peak is within `limit` bytes, with 5 % for what is not in tensors; always without a limit."""
@@ -57,6 +56,7 @@ class Plan:
         reason (`str`): why it was chosen, or what is missing.
         precision (`str`): `"fp32"`, `"bf16"` or `"fp16"`: that of all rows.
         batch_size (`int`): samples on one device, in all rows.
+        device ([`Device`], *optional*): what times are predicted for.
     """
 
     rows: list[Row]
@@ -66,49 +66,46 @@ class Plan:
     reason: str
     precision: str
     batch_size: int
+    device: Device | None = None
+
+    @property
+    def in_order(self) -> list[Row]:
+        """The rows, the chosen one first."""
+        return sorted(self.rows, key=lambda row: row is not self.chosen)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The fields of [`MMSTConfig`] that make the chosen way; empty if none was."""
         return {} if self.chosen is None else self.chosen.way.settings
 
-    def table(self) -> "Table":
-        """The rows, as a table of the rich library."""
-        from rich.table import Table
-
-        numbers = (
-            "peak MiB",
-            "weights",
-            "states",
-            "the rest",
-            "time",
-            "MiB at rest",
-            "MiB moved/step",
-            "cache MiB/sample",
-        )
-        title = (
-            f"Memory in MiB and time as a ratio to end to end, {self.batch_size} samples at once in {self.precision}"
-        )
-        table = Table("", "way of training", *numbers, title=title)
-        for row in self.rows:
-            peak = row.peak
-            rest = peak.total - peak.weights - peak.states
-            mib = [f"{value / 2**20:,.0f}" for value in (peak.total, peak.weights, peak.states, rest)]
-            elsewhere = [f"{n / 2**20:,.0f}" if n else "-" for n in (row.resting_bytes, row.moved_bytes)]
-            cache = f"{row.cache_bytes / 2**20:,.2f}" if row.cache_bytes else "-"
-            mark = ">" if row is self.chosen else "" if row.fits(self.budget) else "x"
-            table.add_row(mark, row.name, *mib, f"{row.compute:.2f}", *elsewhere, cache)
-        return table
-
-    def layer_table(self) -> "Table":
-        """What each layer takes in end-to-end training, in MiB, as a table of the rich library."""
-        from rich.table import Table
-
-        table = Table("layer", "weights", "gradients", "states", "activations")
-        for layer in self.layers:
-            sizes = layer.weights, layer.gradients, layer.states, layer.activations
-            table.add_row(layer.name, *(f"{size / 2**20:,.1f}" for size in sizes))
-        return table
+    def to_dict(self) -> dict[str, Any]:
+        """The whole plan as plain data, as for JSON; bytes are numbers, times are predicted seconds."""
+        return {
+            "batch_size": self.batch_size,
+            "precision": self.precision,
+            "budget_bytes": self.budget,
+            "device": None if self.device is None else asdict(self.device),
+            "chosen": None if self.chosen is None else self.chosen.name,
+            "reason": self.reason,
+            "config": self.config(),
+            "rows": [
+                {
+                    "name": row.name,
+                    "settings": row.way.settings,
+                    "fits": row.fits(self.budget),
+                    "peak_bytes": row.peak.total,
+                    "weights_bytes": row.peak.weights,
+                    "states_bytes": row.peak.states,
+                    "compute": row.compute,
+                    "resting_bytes": row.resting_bytes,
+                    "moved_bytes": row.moved_bytes,
+                    "cache_bytes_per_sample": row.cache_bytes,
+                    "predicted": None if row.prediction is None else asdict(row.prediction),
+                }
+                for row in self.in_order
+            ],
+            "layers": [asdict(layer) for layer in self.layers],
+        }
 
     def config(self) -> str:
         """The chosen settings as code, ready to paste; empty if none was chosen."""

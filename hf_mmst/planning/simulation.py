@@ -3,13 +3,11 @@
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..cut.copies import copied
@@ -17,25 +15,17 @@ from ..cut.example_inputs import SAMPLES, ExampleInputs
 from ..cut.layers import find_layers, resting_parameters, run_ends, tied_parameters
 from ..cut.objectives import CLASSES, objective_of
 from ..cut.partition import Partition
-from ..cut.probe import LayerProfile, on_meta, profile_layers
-from ..memory.tensor_peaks import FlatMemTracker
+from ..cut.probe import LayerProfile, profile_layers
+from ..memory.slabs import has_streams
 from ..method.engine import Stagewise
 from ..method.first_token import token_mixer
 from ..method.heads import StageHeads, head_pooling, num_head_layers
 from ..method.stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
-from .fake_memory import FakeCoupledResidency, FakeResidency
+from .fake_memory import FakeCoupledResidency, FakeResidency, FakeRingCoupledResidency, FakeRingResidency
 from .layer_memory import LayerMemory, memory_by_layer
 from .model_and_batch import with_adapters
-from .ways import PRECISIONS, Way
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The peak of device memory, in bytes: weights and optimizer states in it, and all tensors together."""
-
-    weights: int
-    states: int
-    total: int
+from .operations import CountingTracker, Peak
+from .ways import LORA_RANK, PRECISIONS, Way
 
 
 class Simulation:
@@ -51,6 +41,8 @@ class Simulation:
         precision (`str`): `"fp32"`, or autocast to `"bf16"` or `"fp16"`.
         device (`str`): where tensors are counted; `"cuda"` only where there is one.
         head_layers (`int`, *optional*), head_pooling (`str`): see [`MMSTConfig`].
+        for_gpu (`bool`): whether layers come through a [`Ring`] and step in host memory, as on a GPU, wherever tensors
+            are counted.
     """
 
     def __init__(
@@ -61,8 +53,10 @@ class Simulation:
         device: str = "cpu",
         head_layers: int | None = None,
         head_pooling: str = "auto",
+        for_gpu: bool = False,
     ):
         self.device, self.dtype = device, PRECISIONS[precision]
+        self.has_ring = for_gpu or has_streams(torch.device(device))
         self.config: Any = getattr(model, "config", None)
         self.objective = objective_of(model) or CLASSES
         self.layers = find_layers(model)
@@ -112,7 +106,7 @@ class Simulation:
     def peak(self, way: Way) -> Peak:
         """Peak memory of a training step; if stages learn one at a time, the highest over the stages."""
         if way.lora:
-            return self._end_to_end(self._without_data(with_adapters(on_meta(self.model))), way)
+            return self._end_to_end(self._without_data(with_adapters(self.model, LORA_RANK)), way)
         if way.stage_order == "coupled":
             return self._coupled()
         if way.num_stages == 1:
@@ -145,7 +139,7 @@ class Simulation:
                 with self._autocast():
                     loss = self._loss(model)
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
                 optimizer.step()
             return self._read(tracker, parameters, optimizer)
 
@@ -180,7 +174,9 @@ class Simulation:
             given = self._input_of(engine, stages[0]) if way.feature_cache != "none" and stages[0] > 0 else None
             buffers: list[torch.Tensor] = []
             if way.stage_residency == "stage":
-                residency = stack.enter_context(self._residency(FakeResidency, partition, optimizer))
+                residency = stack.enter_context(
+                    self._residency(FakeRingResidency if self.has_ring else FakeResidency, partition, optimizer)
+                )
                 residency.activate(stages)
                 buffers = residency.link.buffers
                 learning = [*shared[stages[0]]]
@@ -239,7 +235,8 @@ class Simulation:
         with self._mode, contextlib.ExitStack() as stack:
             parameters = list(self.model.parameters())
             optimizer = self._with_states([p for p in parameters if p.requires_grad])
-            residency = stack.enter_context(self._residency(FakeCoupledResidency, partition, optimizer))
+            kind = FakeRingCoupledResidency if self.has_ring else FakeCoupledResidency
+            residency = stack.enter_context(self._residency(kind, partition, optimizer))
             tracker = self._tracker(parameters, optimizer, *residency.link.buffers)
             with tracker:
                 with self._autocast():
@@ -247,7 +244,7 @@ class Simulation:
                 loss.backward()
                 del loss
                 residency.settle()
-                if self.device == "cpu":  # otherwise the step is in other memory
+                if not self.has_ring:  # otherwise the step is in other memory
                     residency.step(optimizer)
                     optimizer.step()
             return self._read(tracker, parameters, optimizer)
@@ -271,7 +268,7 @@ class Simulation:
         states = [value for state in optimizer.state.values() for value in state.values()]
         inputs = [value for value in self.inputs.values() if torch.is_tensor(value)]
         begin = [*weights, *self.model.buffers(), *states, *inputs, *self._ready, *others]
-        tracker = FlatMemTracker()
+        tracker = CountingTracker()
         tracker.track_external(*begin)
         return tracker
 
@@ -301,13 +298,13 @@ class Simulation:
     def _criterion(self, logits: torch.Tensor) -> torch.Tensor:
         return self.objective.loss(logits, self.inputs["labels"], self.config)
 
-    def _read(self, tracker: MemTracker, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Peak:
+    def _read(self, tracker: CountingTracker, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Peak:
         total = tracker.get_tracker_snapshot("peak")[torch.device(self.device)]["Total"]
         for parameter in weights:
             parameter.grad = None
         states = [value for state in optimizer.state.values() for value in state.values()]
         held = [sum(t.untyped_storage().nbytes() for t in group) for group in (weights, states)]
-        return Peak(held[0], held[1], total)
+        return Peak(held[0], held[1], total, tracker.operations)
 
     def _with_states(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW(parameters, fused=True)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+LORA_RANK = 16  # of the way that is there for comparison
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Way:
     @property
     def name(self) -> str:
         """The way in words."""
-        words = ["LoRA (r = 16)" if self.lora else "end to end"] if self.num_stages == 1 else [f"K = {self.num_stages}"]
+        whole = f"LoRA (r = {LORA_RANK})" if self.lora else "end to end"
+        words = [whole if self.num_stages == 1 else f"K = {self.num_stages}"]
         if self.stage_order == "coupled":
             words.append("one layer resident")
         if self.num_stages > 1:

@@ -208,7 +208,7 @@ def test_one_layer_resident_is_among_the_ways():
     found = plan(SMALL, 64)
     (row,) = [row for row in found.rows if row.way.stage_order == "coupled"]
     assert row.name == "end to end, one layer resident"
-    assert row.compute == pytest.approx(4 / 3)
+    assert 1.2 < row.compute < 4 / 3  # a layer's last product is not recomputed
     assert row.resting_bytes > 3 * found.layers[0].weights * 3
     assert plan(SMALL, 64, int(1.06 * row.peak.total)).chosen.way == row.way
 
@@ -250,8 +250,9 @@ def test_the_command(tmp_path, capsys):
     assert "Nothing fits" in capsys.readouterr().out
     assert main(["plan", str(tmp_path), "--budget", "much"]) == 2
     assert "'much' is not a number of bytes" in capsys.readouterr().err
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    assert main(["plan", str(tmp_path)]) in (1, 2)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vits"}))
+    assert main(["plan", str(tmp_path)]) == 2
+    assert "Set task, or pass the model itself" in capsys.readouterr().err
 
 
 def test_what_is_moved_is_counted():

@@ -1,0 +1,132 @@
+"""`Device`: the speeds that a step's time is predicted with, of a GPU by its name or measured on this machine."""
+
+import functools
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..memory.slabs import Slab
+from .ways import PRECISIONS
+
+GIB = 2**30
+CONTEXT = 1.0  # GiB that the driver's context and its libraries take of a GPU
+SECONDS = 0.03  # that each speed is measured for
+
+
+@dataclass(frozen=True)
+class Device:
+    """
+    Speeds of a device and of its host.
+
+    Attributes:
+        name (`str`): as it is shown.
+        flops (`dict[str, float]`): floating-point operations per second that large matrix products reach in training,
+            by precision.
+        memory_bandwidth (`float`): bytes per second of what operators read and write.
+        link (`float`): bytes per second to and from pinned host memory, in each direction; on a CPU, to and from files.
+        host_bandwidth (`float`): bytes per second of host memory, for steps that are taken there.
+        memory (`int`, *optional*): bytes for tensors; unknown for a CPU.
+        is_host (`bool`): whether the device is the host's own CPU.
+    """
+
+    name: str
+    flops: dict[str, float]
+    memory_bandwidth: float
+    link: float
+    host_bandwidth: float
+    memory: int | None = None
+    is_host: bool = False
+
+
+def _gpu(name: str, fp32: float, bf16: float, fp16: float, memory: float, bandwidth: float, link: float, host: float):
+    """TFLOP/s, GiB as PyTorch reports them, and GB/s."""
+    flops = {"fp32": fp32 * 1e12, "bf16": bf16 * 1e12, "fp16": fp16 * 1e12}
+    return Device(name, flops, 0.8e9 * bandwidth, 1e9 * link, 1e9 * host, int((memory - CONTEXT) * GIB))
+
+
+# TFLOP/s in training: 0.7 of the data sheet's in fp32 (without TF32) and for gaming cards, 0.4 to 0.5 in 16 bits for
+# those of data centres. GPUs without bf16 compute it at the speed of fp32. Links are PCI Express's: version 4 with 16
+# lanes is 25 GB/s. Host memory is that of machines in which these GPUs are common.
+GPUS = {
+    "b200": _gpu("B200", 52, 900, 900, 178, 8000, 50, 300),
+    "h200": _gpu("H200", 47, 400, 400, 139, 4800, 50, 200),
+    "h100": _gpu("H100 80 GB", 47, 400, 400, 79.1, 3350, 50, 200),
+    "a100": _gpu("A100 80 GB", 14, 150, 150, 79.1, 2039, 25, 150),
+    "a100-40gb": _gpu("A100 40 GB", 14, 150, 150, 39.4, 1555, 25, 150),
+    "l40s": _gpu("L40S", 60, 150, 150, 44.4, 864, 25, 100),
+    "a6000": _gpu("RTX A6000", 25, 75, 75, 47.4, 768, 25, 60),
+    "a10g": _gpu("A10G", 20, 45, 45, 22.0, 600, 25, 60),
+    "l4": _gpu("L4", 18, 50, 50, 22.0, 300, 25, 60),
+    "v100": _gpu("V100 16 GB", 11, 11, 55, 15.8, 900, 12, 60),
+    "t4": _gpu("T4", 5, 5, 25, 14.6, 320, 12, 30),
+    "rtx5090": _gpu("RTX 5090", 73, 150, 150, 31.4, 1792, 50, 70),
+    "rtx4090": _gpu("RTX 4090", 55, 120, 120, 23.5, 1008, 25, 60),
+    "rtx4060ti": _gpu("RTX 4060 Ti 16 GB", 15, 31, 31, 15.6, 288, 12, 50),
+    "rtx3090": _gpu("RTX 3090", 25, 50, 50, 23.6, 936, 25, 50),
+    "rtx3060": _gpu("RTX 3060 12 GB", 9, 18, 18, 11.6, 360, 25, 40),
+}
+
+
+def device_named(name: str) -> Device:
+    """
+    A GPU by its name, such as `"rtx4090"` or `"RTX 4090"`.
+
+    Raises:
+        `ValueError`: if it is not in the table.
+    """
+    key = "".join(letter for letter in name.lower() if letter.isalnum())
+    known = {one.replace("-", ""): one for one in GPUS}
+    if key not in known:
+        raise ValueError(
+            f"gpu={name!r} is not known. Set gpu to one of {', '.join(GPUS)}, or leave it unset and set budget to "
+            "its memory: times are then those of this machine's CPU."
+        )
+    return GPUS[known[key]]
+
+
+def with_host_bandwidth(device: Device, gigabytes: float | None) -> Device:
+    """The device beside a host whose memory moves that many GB per second; as it is without a number."""
+    return device if gigabytes is None else replace(device, host_bandwidth=1e9 * gigabytes)
+
+
+def measured_cpu(precision: str = "fp32") -> Device:
+    """
+    The CPU of this machine, measured in a fifth of a second: a matrix product, a sum into new memory, a sum in place,
+    and reading what rests in a file.
+    """
+    names = ("fp32", "bf16") if precision == "auto" else (precision,)
+    flops = {}
+    for name in names:
+        left, right = torch.ones(2, 768, 768, dtype=PRECISIONS[name] or torch.float32)
+        flops[name] = 2 * 768**3 / _seconds(functools.partial(torch.matmul, left, right))
+    large = torch.ones(2**24)
+    with tempfile.TemporaryDirectory() as folder:
+        slab = Slab([large], large.device, folder)
+
+        def read() -> None:
+            slab.take(large.device)[0].sum()
+            slab.let_go()
+
+        link = large.nbytes / _seconds(read)
+    return Device(
+        f"this machine's CPU, {torch.get_num_threads()} threads",
+        flops,
+        memory_bandwidth=3 * large.nbytes / _seconds(lambda: large + large),
+        link=link,
+        host_bandwidth=2 * large.nbytes / _seconds(lambda: large.add_(1)),
+        is_host=True,
+    )
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Of one call, the fastest of those in [`SECONDS`]; the first is not among them."""
+    run()
+    end, fastest = time.perf_counter() + SECONDS, float("inf")
+    while fastest == float("inf") or time.perf_counter() < end:
+        begin = time.perf_counter()
+        run()
+        fastest = min(fastest, time.perf_counter() - begin)
+    return fastest

@@ -1,0 +1,100 @@
+"""`Operations` and `Peak`: what a simulated step computes, operator by operator, and the memory that it takes."""
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import flop_registry
+
+from ..memory.tensor_peaks import FlatMemTracker
+
+aten = torch.ops.aten
+_WITHOUT_COST = {aten.empty.memory_format, aten.detach.default}
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,  # which lacks the attention of a CPU
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class Operations:
+    """
+    Counts of a step's forward and backward pass; what a backward pass recomputes is in the latter.
+
+    Attributes:
+        flops (`dict[str, int]`): floating-point operations of matrix products, attention and convolutions, of the
+            `"forward"` and the `"backward"` pass.
+        nbytes (`dict[str, int]`): bytes that all operators read and write, one after the other.
+    """
+
+    def __init__(self):
+        self.flops = {"forward": 0, "backward": 0}
+        self.nbytes = {"forward": 0, "backward": 0}
+
+    def count(self, func: Any, args: tuple, kwargs: dict, found: Any) -> None:
+        """Count one call of an operator; clipping and the optimizer's step are neither forward nor backward."""
+        in_backward = torch._C._current_graph_task_id() != -1
+        if not in_backward and not torch.is_grad_enabled():
+            return
+        costs, flops = _kind(func)
+        if costs:
+            phase = "backward" if in_backward else "forward"
+            self.nbytes[phase] += _nbytes(args) + _nbytes((found,))
+            if flops is not None:
+                self.flops[phase] += flops(*args, **kwargs, out_val=found)
+
+
+@functools.cache
+def _kind(func: Any) -> tuple[bool, Callable[..., int] | None]:
+    """Whether an operator reads or writes anything, and what counts its floating-point operations."""
+    return not (func.is_view or func in _WITHOUT_COST), _FLOPS.get(func._overloadpacket)
+
+
+def _nbytes(values: Iterable[Any]) -> int:
+    total = 0
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            total += value.nbytes
+        elif isinstance(value, list | tuple):
+            total += _nbytes(value)
+    return total
+
+
+@dataclass(frozen=True)
+class Peak:
+    """
+    The peak of device memory in a step, in bytes: weights and optimizer states in it, and all tensors together.
+
+    Attributes:
+        operations ([`Operations`]): what the step computes.
+    """
+
+    weights: int
+    states: int
+    total: int
+    operations: Operations = field(default_factory=Operations, compare=False)
+
+
+class CountingTracker(FlatMemTracker):
+    """
+    A tracker of fake tensors that also counts what is computed.
+
+    Attributes:
+        operations ([`Operations`]): what has been computed while it was active.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations = Operations()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # most calls are this one, which makes no tensor
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        self.operations.count(func, args, kwargs or {}, found)
+        return found

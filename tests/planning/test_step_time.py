@@ -1,0 +1,152 @@
+"""Predicted times: counted operations, moved bytes, and the speeds of a device."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import BertConfig, LlamaConfig, ViTConfig
+
+from hf_mmst import plan
+from hf_mmst.cli.command import PLANNED_TASKS, main
+from hf_mmst.planning.devices import GPUS, Device, device_named, measured_cpu, with_host_bandwidth
+from hf_mmst.planning.model_and_batch import TASKS, batch_of, model_of
+from hf_mmst.planning.simulation import Simulation
+from hf_mmst.planning.step_time import Phase, Step, predict
+from hf_mmst.planning.ways import Way
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+VIT = ViTConfig(**SMALL, image_size=32, patch_size=8, num_labels=5)
+UNIT = Device("unit", {"fp32": 2.0}, memory_bandwidth=4.0, link=5.0, host_bandwidth=10.0)
+
+
+def test_a_phase_is_the_longest_of_its_parts_on_a_gpu_and_their_sum_on_a_cpu():
+    phase = Phase(flops=8, nbytes=8, moved_in=15, moved_out=5, stepped=20, on_host=True)
+    assert phase.seconds(UNIT, "fp32") == 4 + 2
+    assert phase.seconds(UNIT, "fp32", batches=0.1) == 3
+    host = replace(UNIT, is_host=True)
+    assert phase.seconds(host, "fp32") == 4 + 2 + 3 + 1 + 2
+    assert phase.seconds(host, "fp32", batches=2) == 12 + 3 + 1 + 2
+    assert Phase(flops=8, stepped=20).seconds(UNIT, "fp32") == 4 + 5
+
+
+def test_the_batch_for_90_percent_is_the_one_that_has_it():
+    step = Step((Phase(flops=8, moved_in=25), Phase(stepped=20, on_host=True)))
+    found = predict(step, UNIT, "fp32", 1000)
+    assert found.seconds == 5 + 2
+    assert found.speed == (4 + 5) / 7  # had it been on the device, the step would have been slower
+    host = replace(UNIT, is_host=True)
+    slower = Step((Phase(flops=8, moved_in=100),))
+    found = predict(slower, host, "fp32", 1000)
+    assert found.tokens == pytest.approx(1000 * 9 * 20 / 4, rel=0.01)
+    assert slower.speed(host, "fp32", found.tokens / 1000) == pytest.approx(0.9, abs=1e-3)
+    assert predict(Step((Phase(flops=8),)), UNIT, "fp32", 1000).tokens is None
+
+
+def test_operations_of_a_step_are_those_of_the_formula():
+    rows = {row.name: row for row in plan(VIT, 4, num_stages=1).rows}
+    tokens, width, inner = 4 * 17, 64, 128
+    products = 2 * tokens * (4 * width**2 + 2 * width * inner)
+    attention = 2 * 2 * 4 * 17 * 17 * width
+    layers = 2 * (products + attention)
+    around = 2 * 4 * 16 * (3 * 8 * 8) * width + 2 * 4 * width * 5  # patches and classifier
+    flops = rows["end to end"].peak.operations.flops
+    assert flops["forward"] == layers + around
+    assert flops["backward"] == pytest.approx(2 * flops["forward"], rel=0.1)
+    for name in ("end to end, checkpointing", "end to end, one layer resident"):
+        again = rows[name].peak.operations.flops
+        assert again["forward"] == flops["forward"]
+        # A layer's last product is not recomputed: nobody's gradient needs what it puts out.
+        assert again["backward"] - flops["backward"] == pytest.approx(layers - 2 * 2 * tokens * width * inner, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["rtx4090", "RTX 4090", "A100-40GB"])
+def test_gpus_are_known_by_name(name):
+    assert device_named(name) in GPUS.values()
+
+
+def test_the_table_of_gpus_is_plausible():
+    for device in GPUS.values():
+        assert 1e12 < device.flops["fp32"] <= device.flops["fp16"] < 2e15
+        assert device.link < device.host_bandwidth < device.memory_bandwidth
+        assert 8 * 2**30 < device.memory < 256 * 2**30
+    with pytest.raises(ValueError, match=r"gpu='rtx1' is not known. Set gpu to one of .*h100.*rtx4090"):
+        device_named("rtx1")
+    assert with_host_bandwidth(GPUS["t4"], 12.5).host_bandwidth == 12.5e9
+
+
+def test_the_cpu_at_hand_is_measured():
+    device = measured_cpu("auto")
+    assert {*device.flops} == {"fp32", "bf16"}
+    assert min(*device.flops.values(), device.memory_bandwidth, device.link, device.host_bandwidth) > 1e7
+    assert device.is_host
+
+
+def test_a_gpu_by_name_is_a_budget_and_its_speeds():
+    found = plan(VIT, 8, speeds="t4", num_stages=2)
+    assert found.budget == GPUS["t4"].memory
+    assert found.chosen is not None
+    assert found.chosen.prediction.tokens is None  # nothing moves
+    slow = plan(VIT, 8, "1KiB", speeds="t4", num_stages=2)
+    assert slow.budget == 1024
+    moving = next(row for row in slow.rows if row.way.stage_order == "coupled").prediction
+    assert 0 < moving.speed < 1
+    assert moving.tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "kind"),
+    [
+        (BertConfig(**SMALL), "tokens", "BertForTokenClassification"),
+        (BertConfig(**SMALL), "masked-lm", "BertForMaskedLM"),
+        (LlamaConfig(**SMALL, vocab_size=100), "causal-lm", "LlamaForCausalLM"),
+        (LlamaConfig(**SMALL, vocab_size=100), "texts", "LlamaForSequenceClassification"),
+    ],
+)
+def test_tasks_without_data(config, task, kind):
+    model = model_of(config, task)
+    assert type(model).__name__ == kind
+    inputs = batch_of(model, 2, 16, None)
+    assert inputs["labels"].shape == ((2,) if task == "texts" else (2, 16))
+    assert Simulation(model, inputs).peak(Way()).total > 0
+
+
+def test_tasks_that_a_model_has_not_are_refused():
+    assert (*TASKS,) == PLANNED_TASKS
+    with pytest.raises(ValueError, match="ViTConfig has no model for task='causal-lm'. Set task to one of images."):
+        plan(VIT, 2, task="causal-lm")
+    with pytest.raises(ValueError, match="task='images', but a Linear has its own. Leave task unset"):
+        plan(torch.nn.Linear(2, 2), 2, task="images")
+
+
+def test_adapters_learn_in_the_place_of_the_weights():
+    full, adapted = plan(VIT, 2, num_stages=1), plan(VIT, 2, num_stages=1, lora=4)
+    assert adapted.rows[0].peak.states < 0.2 * full.rows[0].peak.states
+    assert adapted.rows[0].peak.weights > full.rows[0].peak.weights
+    assert not any(row.way.lora for row in adapted.rows)
+    coupled = {row.way.stage_order: row for row in adapted.rows}["coupled"]
+    assert coupled.moved_bytes < 0.8 * {row.way.stage_order: row for row in full.rows}["coupled"].moved_bytes
+    with pytest.raises(ValueError, match="lora=0 is not a whole number of at least 1"):
+        plan(VIT, 2, lora=0)
+
+
+def test_the_command_shows_the_chosen_way_first_with_a_legend(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    VIT.save_pretrained(tmp_path)
+    out, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    flags = ["plan", str(tmp_path), "--gpu", "rtx3060", "--batch-size", "8", "--num-stages", "2"]
+    assert main([*flags, "--json", str(out), "--plot", str(picture)]) == 0
+    said, errors = capsys.readouterr()
+    assert errors == ""
+    lines = [line for line in said.splitlines() if "end to end" in line or "K =" in line]
+    assert lines[0].lstrip().startswith(">")
+    assert "PREDICTED from speeds, not measured" in said
+    assert "RTX 3060 12 GB" in said
+    found = json.loads(out.read_text())
+    assert found["chosen"] == found["rows"][0]["name"]
+    assert found["rows"][0]["predicted"]["seconds"] > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main([*flags, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == found["rows"]
+    assert main(["plan", str(tmp_path), "--gpu", "rtx1"]) == 2
+    assert "gpu='rtx1' is not known" in capsys.readouterr().err
