@@ -71,7 +71,8 @@ METHODS = {
     "lora": {},
     "freeze": {},
     "simultaneous": {"stage_order": "simultaneous"},
-    "simultaneous+head_layers": {"stage_order": "simultaneous", "head_layers": 1},  # as for a pretrained model
+    # As for a pretrained model whose own head reads the first token.
+    "simultaneous+head_layers": {"stage_order": "simultaneous", "head_layers": 1, "head_pooling": "cls"},
     "simultaneous+stage_clipping": {"stage_order": "simultaneous", "stage_clipping": True},
     "sequential": SEQUENTIAL,
     "resident": {**SEQUENTIAL, "stage_residency": "stage"},
@@ -230,9 +231,9 @@ def planned_bytes(args: argparse.Namespace, method: str) -> int | None:
     batch["labels"] = torch.zeros(args.batch_size, dtype=torch.long, device="meta")
     number = args.num_stages if method in STAGEWISE else 1
     settings = dict(METHODS[method])
-    head_layers = settings.pop("head_layers", None)
+    heads = settings.pop("head_layers", None), settings.pop("head_pooling", "auto")
     way = Way(num_stages=number, lora=method == "lora", **settings)
-    return Simulation(model, batch, args.precision, args.device, head_layers).peak(way).total
+    return Simulation(model, batch, args.precision, args.device, *heads).peak(way).total
 
 
 def in_a_process(args: argparse.Namespace, method: str) -> dict:
