@@ -51,7 +51,7 @@ def test_turns_are_planned_end_and_are_taken_up(tmp_path):
     epochs, samples, steps = turns.plan(2, 5, 40, 10)  # of one stage
     assert (epochs, samples, steps) == (6, 120, 30)
     assert turns.are_several
-    assert [turns.last_stage_has_begun(step) for step in (1, 20, 21, 30)] == [False, False, True, True]
+    assert [turns.model_counts(step) for step in (1, 20, 21, 30)] == [False, False, True, True]
     state = TrainerState(global_step=4, max_steps=30)
     turns.restore(state, 30)
     first = turns.order.at(3)
