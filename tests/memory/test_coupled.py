@@ -59,8 +59,7 @@ def test_twenty_steps_are_those_of_plain_trainer(place, name, limits, accumulati
     assert losses(coupled) == pytest.approx(losses(plain), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["distilbert", "dinov2"])
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(("name", "settings"), zip(["distilbert", "dinov2"], SETTINGS, strict=True))
 def test_the_numbers_are_those_of_plain_trainer(name, settings, tmp_path):
     coupled = run(tmp_path / "coupled", name, **settings)
     coupled.train()

@@ -194,8 +194,10 @@ def whole_layers(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": True}, {"stage_residency": "stage"}])
-@pytest.mark.parametrize("name", ["vit", "bert"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("vit", {}), ("bert", {"activation_checkpointing": True}), ("bert", {"stage_residency": "stage"})],
+)
 def test_training_evaluation_and_exits_agree_with_whole_layers(name, settings, tmp_path, monkeypatch):
     settings = {"head_layers": 1, "head_pooling": "cls", "max_steps": 4, "optim": "sgd", **settings}
     if "stage_residency" in settings:
