@@ -110,7 +110,7 @@ STAGES_TIME = sorted(times(WITH_LAYERS, 4) + times(WITH_LAYERS))
 COUPLED_TIME, CHECKPOINTING_TIME = times("coupled"), times("end-to-end+checkpointing")
 SAID = [  # page, sentence, figures
     (README, "Train all weights of a ViT-Base in {:.0f} % of the memory", [COUPLED[-1]]),
-    (README, "one layer on the device: {:.0f} to {:.0f} % of the peak", [COUPLED[0], COUPLED[-1]]),
+    (README, "one layer on the device: {:.0f} % of the peak", [COUPLED[-1]]),
     (README, "checkpointing takes {:.0f} % and LoRA {:.0f} %", [CHECKPOINTING[-1], LORA[-1]]),
     (README, "takes {:.1f} to {:.1f} times as long", [COUPLED_TIME[0], COUPLED_TIME[-1]]),
     (README, "(checkpointing: {:.1f} to {:.1f})", [CHECKPOINTING_TIME[0], CHECKPOINTING_TIME[-1]]),
@@ -177,7 +177,7 @@ SAID = [  # page, sentence, figures
     (MEMORY, "and {:.0f} % of the memory", [100 * of_file("end-to-end+checkpointing+8-bit")]),
     (MEMORY, "the former alone {:.0f} %", [100 * of_file("end-to-end+8-bit")]),
     (MEMORY, "take {:.0f} to {:.0f} % of the memory", [STAGES[0], STAGES[-1]]),
-    (MEMORY, "{:.1f} to {:.1f} times the time: more", [STAGES_TIME[0], STAGES_TIME[-1]]),
+    (MEMORY, "{:.1f} to {:.1f} times the time: more memory", [STAGES_TIME[0], STAGES_TIME[-1]]),
     ("recipes/adapters.md", "in {:.0f} % of its memory", [peak(VIT, COUPLED_LORA, over="lora, head rate")]),
     ("recipes/adapters.md", "{:.1f} points below it", [gain(VIT, "lora, head rate", "default, lora", 1, 12)]),
 ]
@@ -193,7 +193,7 @@ def test_what_is_said_without_figures():
     """Which way is the better one, where the pages rank them."""
     for stages in (4, 12):
         assert memory(WITH_LAYERS, stages)[0] > CHECKPOINTING[-1]
-        assert times(WITH_LAYERS, stages)[0] > CHECKPOINTING_TIME[-1]
+        assert times(WITH_LAYERS, stages)[-1] < CHECKPOINTING_TIME[0]
     assert times("simultaneous+stage_clipping")[0] < CHECKPOINTING_TIME[0]
     assert memory("simultaneous+stage_clipping")[0] < CHECKPOINTING[0]
     for task, method, same in (
