@@ -34,6 +34,7 @@ class Point:
     value: float
     error: float
     left: bool = False  # where the label goes
+    lift: int = 0  # by how many points it is higher
 
 
 EARLIER = ("vit_base_cpu_eight_bit",)  # whose coupled order still moved optimizer states to the device
@@ -176,7 +177,8 @@ def _times() -> Iterator[Point]:
     ):
         peaks, times = (memory_ratios(method, stages, key) for key in ("peak_bytes", "epoch_seconds"))
         middle = sum(times) / len(times)
-        yield Point(way, label, sum(peaks) / len(peaks), middle, (times[-1] - times[0]) / 2)
+        lift = {"K = 12": 14, "K = 4": 3}.get(label, 0)  # they lie beside each other
+        yield Point(way, label, sum(peaks) / len(peaks), middle, (times[-1] - times[0]) / 2, lift=lift)
 
 
 def digest() -> str:
@@ -197,8 +199,10 @@ def draw(path: Path = PICTURE) -> None:
             axes.errorbar(*at, point.error, color=colour, capsize=2)
             marker = "s" if point.way in RIVALS else "o"
             (named[point.way],) = axes.plot(*at, color=colour, marker=marker, ls="none", markersize=6)
-            side, offset = ("right", (-6, -3)) if point.left else ("left", (6, -3))
-            axes.annotate(point.label, at, offset, textcoords="offset points", ha=side, fontsize=8, color=colour)
+            side, x = ("right", -6) if point.left else ("left", 6)
+            axes.annotate(
+                point.label, at, (x, point.lift - 3), textcoords="offset points", ha=side, fontsize=8, color=colour
+            )
         timed = title.startswith("Time")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("peak memory, end to end = 100%", fontsize=9)
