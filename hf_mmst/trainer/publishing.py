@@ -23,7 +23,7 @@ FILE_FORMATS = ("csv", "json", "pandas", "parquet", "text", "imagefolder", "audi
 
 
 class Reports:
-    """What a trainer tells of its run: results, the table of the stages, the picture."""
+    """What a trainer tells of its run, beside the methods of the host: results, table and picture of the stages."""
 
     _run: StageRun
 
