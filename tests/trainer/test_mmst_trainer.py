@@ -517,9 +517,8 @@ def test_schedules_move_the_weights(schedule, tmp_path):
         assert len(set(found)) == 3
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("kind", KINDS)
-def test_kills_at_any_moment_leave_a_checkpoint_that_resumes(kind, seed, tmp_path):
+@pytest.mark.parametrize(("seed", "kind"), enumerate(KINDS))
+def test_kills_at_any_moment_leave_a_checkpoint_that_resumes(seed, kind, tmp_path):
     """The process saves at each step and writes each batch of features, so that most kills hit a write."""
     folder, chance = tmp_path / "killed", random.Random(seed)
     for _ in range(3):
