@@ -5,19 +5,26 @@ import os
 
 import pytest
 from elsewhere import play
-from runs import ORDERS, StopAt, arguments, assert_same, losses, moments, weights
+from runs import StopAt, arguments, assert_same, losses, moments, weights
 from runs import run_resting as run
 from torch import nn
 from transformers import TrainerCallback, set_seed
 from zoo import make
 
-RESTING = [order for order in ORDERS if order != "simultaneous"]
 MIXED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True}
 
 
-@pytest.mark.parametrize("order", RESTING)
-@pytest.mark.parametrize("name", ["vit", "bert", "swin"])
-@pytest.mark.parametrize(("settings", "place"), [({}, "in place"), (MIXED, "late")])
+@pytest.mark.parametrize(
+    ("name", "order", "settings", "place"),
+    [
+        ("vit", "sequential", {}, "in place"),
+        ("bert", "sequential", MIXED, "late"),
+        ("swin", "sequential", {}, "in place"),
+        ("vit", "multi_lap", MIXED, "late"),
+        ("bert", "multi_lap", {}, "in place"),
+        ("swin", "multi_lap", MIXED, "late"),
+    ],
+)
 def test_the_numbers_are_those_of_all_stages_in_memory(name, order, settings, place, tmp_path, monkeypatch):
     play(place, monkeypatch)
     trained = {}
@@ -35,14 +42,16 @@ def test_the_numbers_are_those_of_all_stages_in_memory(name, order, settings, pl
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("stop", [7, 13, 31])
 @pytest.mark.parametrize(
-    "settings",
+    ("stop", "settings"),
     [
-        {},
-        {"activation_checkpointing": True},
-        {"optim": "adafactor"},
-        {**MIXED, "lr_scheduler_type": "cosine", "warmup_steps": 2, "num_train_epochs": 8},
+        (7, {}),
+        (31, {"activation_checkpointing": True}),
+        (13, {"optim": "adafactor"}),
+        *(
+            (stop, {**MIXED, "lr_scheduler_type": "cosine", "warmup_steps": 2, "num_train_epochs": 8})
+            for stop in (7, 31)
+        ),
     ],
 )
 def test_resume_is_bitwise_the_uninterrupted_run(stop, settings, tmp_path):
