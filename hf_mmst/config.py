@@ -9,12 +9,12 @@ from transformers import TrainingArguments
 from .field_checks import check_fields, number, parse_bytes, positive, whole
 from .field_conflicts import refuse_conflicts
 
-StageOrder = Literal["simultaneous", "sequential", "multi_lap", "coupled"]
+StageOrder = Literal["simultaneous", "sequential", "multi_lap", "end_to_end"]
 StageObjective = Literal["local", "model"]
 HeadPooling = Literal["auto", "mean", "cls"]
 TransportNorm = Literal["relative", "mean", "sum"]
 TransportSchedule = Literal["auto", "constant", "paper", "multipliers", "adaptive"]
-StageResidency = Literal["all", "stage"]
+Offload = Literal["none", "stages", "layers"]
 FeatureCache = Literal["none", "disk", "memory"]
 DEFAULT_STAGES = 4  # or as many as the model has layers
 
@@ -56,17 +56,17 @@ class MMSTConfig(TrainingArguments):
             - `"simultaneous"`: all stages learn on each batch.
             - `"sequential"`: stage 1 learns to its end, then stage 2 on its output, and so on.
             - `"multi_lap"`: the stages learn in turn, from the first to the last, in each of `num_laps` laps.
-            - `"coupled"`: end-to-end training without local losses, with one layer in device memory, which is
-              recomputed in the backward pass. For when local losses are not enough. Sets `stage_residency="stage"`.
+            - `"end_to_end"`: all layers learn from the model's loss, as with `Trainer`, for when local losses are not
+              enough; one layer is in device memory, unless `offload` says otherwise.
 
             In `"sequential"` and `"multi_lap"` an `EarlyStoppingCallback` judges the stage that learns, by that stage's
             metric, and ends its turn; the best model is chosen among those whose last stage has begun to learn.
         num_laps (`int`, *optional*, defaults to 1):
             Number of laps R of the `"multi_lap"` order.
-        coupled_laps (`int`, *optional*, defaults to 0):
+        end_to_end_laps (`int`, *optional*, defaults to 0):
             Number n of laps of end-to-end training after the laps with local losses, to make up for what local losses
             missed. With R laps before, each lap has N / (R + n) epochs. The auxiliary heads do not learn in these laps.
-            With `stage_residency="stage"` one layer is in device memory in them, as in the `"coupled"` order.
+            If anything is offloaded, layers are in these laps.
         stage_objective (`str`, *optional*, defaults to `"local"`):
             What a stage minimizes beside its transport, in the orders where one learns at a time.
 
@@ -90,7 +90,7 @@ class MMSTConfig(TrainingArguments):
             Learning rate of the auxiliary heads' norms and classifiers, and of all that the model itself has after its
             last layer (norm, pooler, classifier). Unset: ten times `learning_rate` for stages of a pretrained model,
             else `learning_rate`. Where the layers need a low rate, such as 1e-5, 0.01 is worth a try, in the
-            `"coupled"` order, too. Not with an optimizer of your own, whose groups have rates already.
+            `"end_to_end"` order, too. Not with an optimizer of your own, whose groups have rates already.
         stage_learning_rate_decay (`float`, *optional*):
             Layer-wise learning rate decay, by stages: stage k of K learns at `learning_rate` times this to the power of
             K - k. Unset: 0.7 a layer for a pretrained model, which is 0.7 to the power of L / K for L layers, else 1.
@@ -121,13 +121,18 @@ class MMSTConfig(TrainingArguments):
         memory_budget (`str`, *optional*):
             Device memory in bytes, as in `"4GiB"`, to plan for when the trainer is made (see [`plan`]). Of the ways of
             training that fit, the one with the least compute is chosen, and `num_stages` (if unset), `stage_order`,
-            `stage_clipping`, `stage_residency` and `activation_checkpointing` are set to it. It is an error if none
+            `stage_clipping`, `offload` and `activation_checkpointing` are set to it. It is an error if none
             fits. Unset: nothing is planned.
-        stage_residency (`str`, *optional*, defaults to `"all"`):
-            Whose weights, gradients and optimizer states are in device memory: those of `"all"` stages, or only those
-            of the `"stage"` that learns, in the orders where one learns at a time. The others are offloaded, to pinned
-            host memory (CUDA) or to memory-mapped files in `output_dir` (CPU), and are loaded layer by layer where
-            they run. `"stage"` is for a single process.
+        offload (`str`, *optional*):
+            What is not in device memory, but rests in pinned host memory (CUDA, XPU) or in memory-mapped files in
+            `output_dir` (CPU), until it is used. For a single process. Unset: `"layers"` in the `"end_to_end"` order,
+            else `"none"`; what was chosen is written here.
+
+            - `"none"`: everything is in device memory.
+            - `"stages"`: weights, gradients and optimizer states of all stages but the one that learns, in the orders
+              where one learns at a time. Frozen layers come one by one where they run.
+            - `"layers"`: those of all layers, which come one by one, and are recomputed in the backward pass. The
+              optimizer steps in host memory.
         feature_cache (`str`, *optional*, defaults to `"none"`):
             Where the inputs of the stage that learns are cached, so that the frozen stages before it run once per
             sample and turn, not in each epoch: `"none"`, `"disk"` (in `output_dir`, deleted after training) or
@@ -166,13 +171,13 @@ class MMSTConfig(TrainingArguments):
         default="simultaneous",
         metadata={
             "help": "simultaneous: all stages on each batch; sequential: one after the other; multi_lap: first to "
-            "last stage in each of num_laps laps; coupled: end to end, with one layer in device memory."
+            "last stage in each of num_laps laps; end_to_end: from the model's own loss."
         },
     )
     num_laps: Annotated[int, whole(1, "1 is a single lap")] = field(
         default=1, metadata={"help": "Laps of the multi_lap order."}
     )
-    coupled_laps: Annotated[int, whole(0, "0 leaves all learning to local losses")] = field(
+    end_to_end_laps: Annotated[int, whole(0, "0 leaves all learning to local losses")] = field(
         default=0, metadata={"help": "Laps at the end in which all stages learn end to end."}
     )
     stage_objective: StageObjective = field(
@@ -229,11 +234,14 @@ class MMSTConfig(TrainingArguments):
         metadata={"help": "Clip each stage's gradients to max_grad_norm by itself, so that it can step at once."},
     )
     memory_budget: Annotated[str, parse_bytes] | None = field(
-        default=None, metadata={"help": "Device memory to plan for, such as 4GiB: number of stages, order, residency."}
+        default=None, metadata={"help": "Device memory to plan for, such as 4GiB: number of stages, order, offloading."}
     )
-    stage_residency: StageResidency = field(
-        default="all",
-        metadata={"help": "What is in device memory: all stages, or only the stage that learns."},
+    offload: Offload | None = field(
+        default=None,
+        metadata={
+            "help": "What is not in device memory: none; stages: all but the one that learns; layers: all but the one "
+            "that computes; if unset, layers in the end_to_end order, else none."
+        },
     )
     feature_cache: FeatureCache = field(
         default="none",
@@ -253,7 +261,8 @@ class MMSTConfig(TrainingArguments):
         default=True, metadata={"help": "Write a model card, README.md and stages.png, when pushing to the Hub."}
     )
 
-    _found_stages = None  # what write_stages has put into num_stages
+    _found_stages: int | None = None  # what write_stages has put into num_stages
+    _found_offload: Offload | None = None  # what check_stages has put into offload
 
     def __post_init__(self):
         super().__post_init__()
@@ -266,7 +275,7 @@ class MMSTConfig(TrainingArguments):
     @property
     def place_model_on_device(self):
         """As in `TrainingArguments`, but not where layers are offloaded, or before stages are planned or shared out."""
-        whole = self.stage_residency == "all" and self.memory_budget is None and not self.stage_parallel
+        whole = self.offload == "none" and self.memory_budget is None and not self.stage_parallel
         return super().place_model_on_device and whole
 
     @property
@@ -304,8 +313,8 @@ class MMSTConfig(TrainingArguments):
     def check_stages(self) -> None:
         """Check the fields of stage-wise training; called again when a hyper-parameter search has set one."""
         check_fields(self, OWN_FIELDS)
-        if self.stage_order == "coupled":
-            self.stage_residency = "stage"
+        if self.offload in (None, self._found_offload):
+            self.offload = self._found_offload = "layers" if self.stage_order == "end_to_end" else "none"
         refuse_conflicts(self)
 
 

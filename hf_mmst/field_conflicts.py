@@ -9,9 +9,9 @@ from transformers.training_args import OptimizerNames
 # What each of these fields must be where processes share out the stages.
 _STAGE_PARALLEL = {
     "stage_order": "simultaneous",
-    "stage_residency": "all",
+    "offload": "none",
     "feature_cache": "none",
-    "coupled_laps": 0,
+    "end_to_end_laps": 0,
     "memory_budget": None,
     "fp16": False,
     "fp16_full_eval": False,
@@ -33,7 +33,7 @@ def refuse_conflicts(args: Any) -> None:
     """
     _refuse_laps(args)
     _refuse_with_model_loss(args)
-    _refuse_with_residency(args)
+    _refuse_with_offload(args)
     _refuse_with_feature_cache(args)
     _refuse_with_budget(args)
     _refuse_processes(args)
@@ -48,10 +48,10 @@ def _refuse_laps(args: Any) -> None:
             f'num_laps={args.num_laps} has no effect with stage_order="{args.stage_order}". Set '
             'stage_order="multi_lap", or num_laps=1.'
         )
-    if args.coupled_laps and args.stage_order == "coupled":
+    if args.end_to_end_laps and args.stage_order == "end_to_end":
         raise ValueError(
-            f'coupled_laps={args.coupled_laps} has no effect with stage_order="coupled", which is end to end all '
-            "along. Set coupled_laps=0, or another stage_order."
+            f'end_to_end_laps={args.end_to_end_laps} has no effect with stage_order="end_to_end", which is end to end '
+            "all along. Set end_to_end_laps=0, or another stage_order."
         )
 
 
@@ -59,7 +59,7 @@ def _refuse_with_model_loss(args: Any) -> None:
     if args.stage_objective != "model":
         return
     planned = args.memory_budget is not None  # the order is not known yet
-    if args.stage_order in ("simultaneous", "coupled") and not planned:
+    if args.stage_order in ("simultaneous", "end_to_end") and not planned:
         raise ValueError(
             'stage_objective="model" lets one stage learn from the model\'s loss while the others are frozen, but with '
             f'stage_order="{args.stage_order}" all of them learn on each batch. Set stage_order to "sequential" or '
@@ -73,20 +73,18 @@ def _refuse_with_model_loss(args: Any) -> None:
             )
 
 
-def _refuse_with_residency(args: Any) -> None:
-    if args.stage_residency != "stage":
+def _refuse_with_offload(args: Any) -> None:
+    if args.offload == "none":
         return
-    couples = args.coupled_laps > 0 or args.stage_order == "coupled"
-    if couples and args.fp16:
-        setting = f"coupled_laps={args.coupled_laps}" if args.coupled_laps else 'stage_order="coupled"'
+    if args.offload == "stages" and args.stage_order in ("simultaneous", "end_to_end"):
         raise ValueError(
-            f"{setting} steps each layer by itself, which a gradient scaler cannot follow. Set bf16=True in the "
-            "place of fp16, or another stage_order."
+            f'offload="stages" keeps the stage that learns in device memory, but with stage_order="{args.stage_order}" '
+            'all of them learn on each batch. Set stage_order to "sequential" or "multi_lap", or offload="layers".'
         )
-    if args.stage_order == "simultaneous":
+    if (args.offload == "layers" or args.end_to_end_laps) and args.fp16:
         raise ValueError(
-            'stage_residency="stage" keeps one stage in device memory, but with stage_order="simultaneous" all of '
-            'them learn on each batch. Set stage_order to "sequential" or "multi_lap", or stage_residency="all".'
+            f'offload="{args.offload}" steps layers one by one in host memory, which a gradient scaler cannot follow. '
+            'Set bf16=True in the place of fp16, or offload="none".'
         )
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name):
@@ -96,19 +94,19 @@ def _refuse_with_residency(args: Any) -> None:
             )
     if args.world_size > 1:
         raise ValueError(
-            f'stage_residency="stage" is for a single process, but there are {args.world_size}: the wrapper that '
-            'averages their gradients needs all weights on the device. Set stage_residency="all", or start one.'
+            f'offload="{args.offload}" is for a single process, but there are {args.world_size}: the wrapper that '
+            'averages their gradients needs all weights on the device. Set offload="none", or start one.'
         )
     if args.accelerator_config.dispatch_batches:
         raise ValueError(
-            'dispatch_batches=True hands out batches on the device, but with stage_residency="stage" nothing is '
+            "dispatch_batches=True hands out batches on the device, but where anything is offloaded nothing is "
             "moved there beforehand. Leave dispatch_batches unset in accelerator_config."
         )
 
 
 def _refuse_with_feature_cache(args: Any) -> None:
     planned = args.memory_budget is not None  # the order is not known yet
-    if args.feature_cache != "none" and args.stage_order in ("simultaneous", "coupled") and not planned:
+    if args.feature_cache != "none" and args.stage_order in ("simultaneous", "end_to_end") and not planned:
         raise ValueError(
             f'feature_cache="{args.feature_cache}" keeps what a stage gets while the stages before it rest, but '
             f'with stage_order="{args.stage_order}" all of them learn on each batch. Set stage_order to '
@@ -123,11 +121,11 @@ def _refuse_with_feature_cache(args: Any) -> None:
 
 def _refuse_with_budget(args: Any) -> None:
     if args.memory_budget is not None and (
-        args.stage_order != "simultaneous" or args.stage_boundaries is not None or args.coupled_laps
+        args.stage_order != "simultaneous" or args.stage_boundaries is not None or args.end_to_end_laps
     ):
         raise ValueError(
             f'memory_budget="{args.memory_budget}" chooses the order of training and the cut. Leave stage_order, '
-            "coupled_laps and stage_boundaries unset, or memory_budget."
+            "end_to_end_laps and stage_boundaries unset, or memory_budget."
         )
 
 
@@ -151,7 +149,7 @@ def _refuse_host_settings(args: Any) -> None:
             "Reentrant checkpointing would silently stop every stage but the first from learning, because a "
             "stage's input carries no gradient. Set use_reentrant to False in activation_checkpointing_kwargs."
         )
-    staged = args.num_stages != 1 or args.stage_boundaries is not None or args.stage_order == "coupled"
+    staged = args.num_stages != 1 or args.stage_boundaries is not None or args.stage_order == "end_to_end"
     optim = OptimizerNames(args.optim).value
     if staged and args.use_cache:
         raise ValueError(
@@ -161,7 +159,7 @@ def _refuse_host_settings(args: Any) -> None:
     if staged and (optim in ("lomo", "adalomo") or optim.endswith("_layerwise")):
         raise ValueError(
             f'optim="{optim}" steps each weight within the backward pass, where the rates of stages '
-            "and heads, clipping and residency do not reach it. Set optim to another, such as adafactor, and "
+            "and heads, clipping and offload do not reach it. Set optim to another, such as adafactor, and "
             "stage_clipping=True, so that each stage steps right after its backward."
         )
 

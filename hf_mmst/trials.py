@@ -122,7 +122,7 @@ def pilot(
         greater_is_better (`bool`): whether more of it is better.
         space (`Mapping[str, Sequence[Any]]`, *optional*): values to try of fields of [`MMSTConfig`]; by default several
             numbers of stages, `head_layers` 0 and 1, `head_learning_rate` as in `args` and 0.01, five weights of the
-            transport term, `coupled_laps` 0 and 1.
+            transport term, `end_to_end_laps` 0 and 1.
 
     Returns:
         [`Pilot`]
@@ -215,7 +215,7 @@ def _space(simulation: Simulation, args: MMSTConfig) -> dict[str, list[Any]]:
         **({"head_layers": [0, 1] if one_width else [0]} if args.stage_objective == "local" else {}),
         "head_learning_rate": list(dict.fromkeys([args.head_learning_rate, FAST_HEADS])),
         "transport_weight": [0.0, 0.1, 0.3, 1.0, 3.0],
-        "coupled_laps": [0, 1],
+        "end_to_end_laps": [0, 1],
     }
 
 
@@ -245,7 +245,7 @@ def _simulation(model: nn.Module, args: MMSTConfig, dataset: Any, collate: Any, 
 
 
 def _planned(simulation: Simulation, args: MMSTConfig, settings: Mapping[str, Any]) -> int:
-    """The most over local and coupled laps."""
+    """The most over local and end-to-end laps."""
     simulation.head_layers = settings.get("head_layers", simulation.head_layers)
     ways = ways_of(_arguments(args, settings, 1), len(simulation.ends))
     return max(simulation.peak(way).total for way in ways)
@@ -272,5 +272,5 @@ def _turns(trainer: MMSTTrainer) -> float:
     args = trainer.args
     if args.stage_objective == "model":
         return 1
-    turns = Order.turns(args.stage_order, trainer.partition.num_stages, args.num_laps, args.coupled_laps)
-    return len(turns) / (args.num_laps + args.coupled_laps)
+    turns = Order.turns(args.stage_order, trainer.partition.num_stages, args.num_laps, args.end_to_end_laps)
+    return len(turns) / (args.num_laps + args.end_to_end_laps)

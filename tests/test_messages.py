@@ -6,8 +6,7 @@ import pytest
 import torch
 from encoders import REFUSED
 from pages import block
-from runs import arguments, own_loss, trainer
-from runs import run_coupled as coupled
+from runs import arguments, own_loss, run_end_to_end, trainer
 from transformers import BertConfig, BertForQuestionAnswering, TrainingArguments
 from zoo import TEXT, Samples, make
 
@@ -70,7 +69,7 @@ MESSAGES = {
     "attend causally: no token depends on a later one": (
         refused("GPT-2, Llama and other decoders, as classifiers of sequences"),
         "a head in the middle would judge what most tokens have not seen",
-        '`stage_order="coupled"` or `num_stages=1`, or an encoder, such as ViT or BERT',
+        '`stage_order="end_to_end"` or `num_stages=1`, or an encoder, such as ViT or BERT',
     ),
     "ran 0 times in a forward pass": (
         refused("SqueezeBERT"),
@@ -107,10 +106,10 @@ MESSAGES = {
         "every stage learns from them; the collator or `remove_unused_columns` may have dropped them",
         "a column `labels` in the dataset; `remove_unused_columns=False`",
     ),
-    'stage_residency="stage" keeps one stage in device memory': (
-        lambda folder: arguments(folder, stage_residency="stage"),
+    'offload="stages" keeps the stage that learns in device memory': (
+        lambda folder: arguments(folder, offload="stages"),
         "in the simultaneous order all stages learn on each batch",
-        '`stage_order="sequential"`, `"multi_lap"` or `"coupled"`',
+        '`stage_order="sequential"` or `"multi_lap"`; `offload="layers"`',
     ),
     'feature_cache="disk" keeps what a stage gets': (
         lambda folder: arguments(folder, feature_cache="disk"),
@@ -136,7 +135,7 @@ MESSAGES = {
     ),
     "steps each weight within the backward pass": (
         lambda folder: arguments(folder, optim="lomo"),
-        "rates of stages and heads, clipping and residency do not reach LOMO and layerwise GaLore or APOLLO",
+        "rates of stages and heads, clipping and offload do not reach LOMO and layerwise GaLore or APOLLO",
         "another `optim`, and `stage_clipping=True`",
     ),
     "twice as a whole, although a stage ends within it": (
@@ -145,8 +144,8 @@ MESSAGES = {
         "`activation_checkpointing=False`, and more `num_stages`",
     ),
     "which a gradient scaler cannot follow": (
-        lambda folder: coupled(folder, fp16=True),
-        "in the coupled order each layer steps by itself",
+        lambda folder: run_end_to_end(folder, fp16=True),
+        "layers step one by one in host memory",
         "`bf16=True` in the place of `fp16`",
     ),
     "small steps are lost and squared gradients overflow": (

@@ -156,7 +156,7 @@ def test_one_resident_stage_takes_what_is_promised():
     peak = {method: row["peak_bytes"] for method, row in rows.items()}
     assert peak["resident"] <= 0.25 * peak["end-to-end"]
     assert peak["resident"] <= 0.6 * peak["end-to-end+checkpointing"]
-    assert max(ways.memory_ratios("coupled")) <= 0.2
+    assert max(ways.memory_ratios("offloaded")) <= 0.2
 
 
 def test_every_result_names_its_command_versions_and_device():

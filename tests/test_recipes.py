@@ -188,7 +188,7 @@ def benchmark(monkeypatch, folder, *flags):
 
 
 @pytest.mark.parametrize(
-    ("method", "num_stages"), [("freeze", 2), ("default, lora", 2), ("coupled, lora, head rate", 1)]
+    ("method", "num_stages"), [("freeze", 2), ("default, lora", 2), ("offloaded, lora, head rate", 1)]
 )
 def test_methods_of_the_accuracy_benchmark_train(method, num_stages, tmp_path, monkeypatch):
     one = {"method": method, "num_stages": num_stages, "learning_rate": 1e-3, "seed": 1, "split": "test"}
@@ -252,11 +252,11 @@ def test_the_accuracy_benchmark_goes_on_and_chooses_the_rate_by_held_out_samples
 
 
 def test_the_memory_benchmark_measures_each_method_and_draws(tmp_path):
-    flags = ["--quick", "--steps", "2", "--methods", "end-to-end", "coupled"]
+    flags = ["--quick", "--steps", "2", "--methods", "end-to-end", "offloaded"]
     done = run("benchmark_memory.py", tmp_path, *flags, launcher=())
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [row["method"] for row in found["rows"]] == ["end-to-end", "coupled"]
+    assert [row["method"] for row in found["rows"]] == ["end-to-end", "offloaded"]
     assert all(row["peak_bytes"] > 0 and row["epoch_seconds"] > row["step_seconds"] > 0 for row in found["rows"])
     assert found["rows"][1]["planned_bytes"] < found["rows"][0]["planned_bytes"]
     assert Image.open(tmp_path / "out" / "peak_memory.png").size[0] == 960

@@ -45,7 +45,7 @@ def test_what_needs_more_than_the_budget_is_not_run(tmp_path):
 def test_the_default_space_is_of_the_model(tmp_path):
     found = run(tmp_path, space=None, num_trials=3, metric="eval_loss", greater_is_better=False, compute_metrics=None)
     for trial in found.trials:
-        names = {"num_stages", "head_layers", "head_learning_rate", "transport_weight", "coupled_laps"}
+        names = {"num_stages", "head_layers", "head_learning_rate", "transport_weight", "end_to_end_laps"}
         assert trial.settings.keys() == names
         assert trial.settings["head_learning_rate"] in (None, 0.01)
         assert trial.settings["num_stages"] in (2, 4)

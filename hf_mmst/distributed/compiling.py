@@ -34,23 +34,19 @@ def refuse_compilation(args: MMSTConfig, compilation: dict[str, Any]) -> None:
     Raises:
         `ValueError`: saying what to set.
     """
-    if args.stage_residency != "stage":
+    if args.offload == "none":
         return
-    if args.coupled_laps or args.stage_order == "coupled" or args.stage_objective == "model":
-        setting, remedy = 'stage_objective="model"', 'stage_residency="all"'
-        if args.stage_order == "coupled":
-            setting, remedy = 'stage_order="coupled"', "another stage_order"
-        elif args.coupled_laps:
-            setting = f"coupled_laps={args.coupled_laps}"
+    if args.end_to_end_laps or args.offload == "layers" or args.stage_objective == "model":
         raise ValueError(
-            f"{setting} brings layers to the device while they are recomputed, which cannot be compiled. Set "
-            f"torch_compile=False (dynamo_backend to no in the accelerate configuration), or {remedy}."
+            f'offload="{args.offload}" brings layers to the device while they are recomputed, which cannot be '
+            "compiled. Set torch_compile=False (dynamo_backend to no in the accelerate configuration), or "
+            'offload="none".'
         )
     if compilation.get("mode") in ("reduce-overhead", "max-autotune"):
         raise ValueError(
             f"The mode {compilation['mode']} of torch.compile needs weights that stay where they are, but with "
-            'stage_residency="stage" they move. Set torch_compile_mode to "default" or '
-            '"max-autotune-no-cudagraphs", or stage_residency="all".'
+            'offload="stages" they move. Set torch_compile_mode to "default" or '
+            '"max-autotune-no-cudagraphs", or offload="none".'
         )
 
 

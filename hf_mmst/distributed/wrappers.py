@@ -169,9 +169,9 @@ class DeepSpeedWrapper(Wrapper):
                     f"knows neither heads nor stages. Leave {name} out of it, and set optim, learning_rate and "
                     "lr_scheduler_type of MMSTConfig."
                 )
-        if args.stage_order != "simultaneous" or args.coupled_laps:
+        if args.stage_order != "simultaneous" or args.end_to_end_laps:
             rest = "heads" if args.stage_order == "simultaneous" else "stages"
-            name, value = ("coupled_laps", 0) if rest == "heads" else ("stage_order", '"simultaneous"')
+            name, value = ("end_to_end_laps", 0) if rest == "heads" else ("stage_order", '"simultaneous"')
             raise ValueError(
                 f"{name}={getattr(args, name)!r}, but DeepSpeed steps all parameters, and so moves {rest} that "
                 f"rest, too, by momentum and weight decay. Set {name}={value}, or use FSDP."
@@ -245,12 +245,10 @@ def _is_inside(name: str, module: str) -> bool:
 
 
 def _refuse_for_shards(kind: str, args: MMSTConfig) -> None:
-    if args.stage_residency == "stage":
-        setting = 'stage_order="coupled"' if args.stage_order == "coupled" else 'stage_residency="stage"'
-        remedy = "another stage_order" if args.stage_order == "coupled" else 'stage_residency="all"'
+    if args.offload != "none":
         raise ValueError(
-            f"{setting} moves layers in and out of device memory, but {kind} does so, too, in its own way. Set "
-            f"{remedy}, or leave {kind} out."
+            f'offload="{args.offload}" moves layers in and out of device memory, but {kind} does so, too, in its own '
+            f'way. Set offload="none", or leave {kind} out.'
         )
     if args.memory_budget is not None:
         raise ValueError(

@@ -113,5 +113,5 @@ def _unnamed_file(size: int, folder: str) -> mmap.mmap:
         raise OSError(
             error.errno,
             f"{size:,} bytes for layers at rest cannot be had in {folder} ({error.strerror}). Set output_dir to a "
-            'folder on a disk with room for the weights and optimizer states, or stage_residency="all".',
+            'folder on a disk with room for the weights and optimizer states, or offload="none".',
         ) from error

@@ -20,7 +20,7 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any] | None
     """
     Plan for `args.memory_budget` and write the chosen settings into `args`; the budget is then unset.
 
-    A `num_stages` that the user has set is kept: the coupled order, which has no stages, is not chosen then.
+    A `num_stages` that the user has set is kept: end-to-end training, which has no stages, is not chosen then.
 
     Args:
         args ([`MMSTConfig`]), model (`nn.Module`): what is trained.
@@ -38,7 +38,7 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any] | None
     precision, device = _precision_and_device(args)
     steps_at_once = args.gradient_accumulation_steps == 1 and args.world_size == 1 and not args.fp16
     num_stages = None if args.chooses_stages or not has_local_losses else args.num_stages
-    couples = args.world_size == 1 and not args.fp16 and args.feature_cache == "none" and num_stages in (None, 1)
+    offloads = args.world_size == 1 and not args.fp16 and args.feature_cache == "none" and num_stages in (None, 1)
     try:
         found = plan(
             model,
@@ -49,8 +49,8 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any] | None
             num_stages=num_stages,
             without=([*LOCAL_ORDERS] if not has_local_losses else [])
             + (["stage_clipping"] if not steps_at_once else [])
-            + (["stage_residency"] if args.world_size > 1 else [])
-            + (["coupled"] if not couples else []),
+            + (["offload"] if args.world_size > 1 else [])
+            + (["end_to_end"] if not offloads else []),
             head_layers=args.head_layers,
             head_pooling=args.head_pooling,
             stage_objective=args.stage_objective,
@@ -117,9 +117,9 @@ def ways_of(args: MMSTConfig, num_layers: int) -> list[Way]:
         num_stages=args.stages_of(num_layers),
         stage_order="sequential" if args.stage_order == "multi_lap" else args.stage_order,
         stage_objective=args.stage_objective,
-        stage_residency=args.stage_residency,
+        offload=args.offload or "none",
         stage_clipping=args.stage_clipping,
         activation_checkpointing=checkpointing,
     )
-    resident = Way(stage_order="coupled") if args.stage_residency == "stage" else None
-    return [local, resident or Way(activation_checkpointing=checkpointing)] if args.coupled_laps else [local]
+    offloaded = Way(stage_order="end_to_end", offload="layers") if args.offload != "none" else None
+    return [local, offloaded or Way(activation_checkpointing=checkpointing)] if args.end_to_end_laps else [local]

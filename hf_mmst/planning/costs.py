@@ -40,7 +40,7 @@ def _compute_of_blocks(stages: Sequence[float], way: Way) -> float:
     total = 0.0
     for k, own in enumerate(stages):
         before, rest = sum(stages[:k]), sum(stages[k:])
-        again = rest if way.activation_checkpointing else rest - own if way.stage_residency == "stage" else 0
+        again = rest if way.activation_checkpointing else rest - own if way.offload == "stages" else 0
         total += (before if way.feature_cache == "none" else before / EPOCHS) + 2 * rest + own + again
     return total / len(stages)
 
@@ -61,10 +61,10 @@ class Moved:
 
 def moved_bytes(simulation: Simulation, way: Way) -> Moved:
     """What a way of training moves."""
-    if way.stage_residency != "stage" and way.stage_order != "coupled":
+    if way.offload == "none":
         return Moved()
     layers = {layer.name: layer for layer in simulation.by_layer}
-    if way.stage_order == "coupled":
+    if way.offload == "layers":
         weights = sum(layer.weights for layer in layers.values())
         gradients = sum(layer.gradients for layer in layers.values())
         # The backward pass finds in the ring what the forward pass left there.
@@ -81,9 +81,9 @@ def moved_bytes(simulation: Simulation, way: Way) -> Moved:
 
 def resting_bytes(simulation: Simulation, way: Way) -> int:
     """Bytes at rest outside the device."""
-    if way.stage_order == "coupled":
+    if way.offload == "layers":
         return sum(layer.weights + layer.gradients + layer.states for layer in simulation.by_layer)
-    if way.stage_residency == "stage":
+    if way.offload == "stages":
         return sum(layer.weights + layer.states for layer in simulation.by_layer)
     return 0
 
@@ -116,6 +116,6 @@ def step_of(simulation: Simulation, way: Way, peak: Peak, whole: Peak) -> Step:
         (
             Phase(flops[0], nbytes[0], times * moved.forward_in),
             Phase(flops[1], nbytes[1], times * moved.backward_in, times * moved.backward_out),
-            Phase(stepped=(UPDATE + CLIPPING) * learned, on_host=way.stage_order == "coupled"),
+            Phase(stepped=(UPDATE + CLIPPING) * learned, on_host=way.offload == "layers"),
         )
     )

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from ..memory.coupled import CoupledResidency
-from ..memory.residency import Residency
+from ..memory.layer_offload import LayerOffload
 from ..memory.ring import Streams
 from ..memory.slabs import Slab
+from ..memory.stage_offload import StageOffload
 
 
 class _FakeSlab(Slab):
@@ -45,27 +45,27 @@ class _Ended:
     def synchronize(self): ...
 
 
-class FakeResidency(Residency):
-    """A residency without a ring, as on a CPU."""
+class FakeStageOffload(StageOffload):
+    """A offload without a ring, as on a CPU."""
 
     slab = _FakeSlab
     streams_of: Any = staticmethod(lambda _: None)
 
 
-class FakeRingResidency(FakeResidency):
-    """A residency with a ring, as on a GPU, wherever it is simulated."""
+class FakeRingStageOffload(FakeStageOffload):
+    """A offload with a ring, as on a GPU, wherever it is simulated."""
 
     streams_of: Any = staticmethod(lambda _: _NoStreams())
 
 
-class FakeCoupledResidency(CoupledResidency):
-    """As [`FakeResidency`]."""
+class FakeLayerOffload(LayerOffload):
+    """As [`FakeStageOffload`]."""
 
     slab = _FakeSlab
     streams_of: Any = staticmethod(lambda _: None)
 
 
-class FakeRingCoupledResidency(FakeCoupledResidency):
-    """As [`FakeRingResidency`]."""
+class FakeRingLayerOffload(FakeLayerOffload):
+    """As [`FakeRingStageOffload`]."""
 
     streams_of: Any = staticmethod(lambda _: _NoStreams())

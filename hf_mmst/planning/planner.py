@@ -25,8 +25,8 @@ from .ways import PRECISIONS, Way
 
 LOCAL_ORDERS = ("simultaneous", "sequential")  # in which stages learn from losses of their own
 AVOIDABLE = (
-    *(*LOCAL_ORDERS, "coupled"),
-    *("stage_order", "stage_residency", "stage_clipping", "activation_checkpointing"),
+    *(*LOCAL_ORDERS, "end_to_end"),
+    *("stage_order", "offload", "stage_clipping", "activation_checkpointing"),
 )
 
 
@@ -52,7 +52,7 @@ def plan(
 
     Each way's step is run on tensors that have no data (see [`Simulation`]); the last of these rows are for comparison.
     Ways are tried from the least compute to the most: all stages at once, each stage stepping by itself, end to end
-    with one layer resident (the coupled order), one stage resident, the same with checkpointing; with stages, few
+    with layers offloaded, in turn with stages offloaded, the same with checkpointing; with stages, few
     rather than many.
 
     Args:
@@ -63,14 +63,14 @@ def plan(
             compute than fp32, or where fp32 does not fit.
         device (`str`): `"cpu"` or `"cuda"`.
         num_stages (`int`, *optional*): the only K to try; several by default.
-        without (`Collection[str]`): settings that must keep their defaults, such as `"stage_residency"`, or orders
-            that must not be chosen, such as `"coupled"`.
+        without (`Collection[str]`): settings that must keep their defaults, such as `"offload"`, or orders
+            that must not be chosen, such as `"end_to_end"`.
         head_layers (`int`, *optional*): of the auxiliary heads, see [`MMSTConfig`].
         seq_len (`int`, *optional*): tokens of a text, if `batch` is a number; 128, or as many as there are positions.
         image_size (`int`, *optional*): side of an image, if `batch` is a number; the model's own by default.
         head_pooling (`str`): of the auxiliary heads, see [`MMSTConfig`].
         stage_objective (`str`): see [`MMSTConfig`]. With `"model"`, the ways are those in which stages learn from the
-            model's loss, in turn: all weights on the device, with checkpointing, one stage resident.
+            model's loss, in turn: all weights on the device, with checkpointing, stages offloaded.
         speeds ([`Device`] or `str`, *optional*): what times are predicted for: the name of a GPU, such as `"rtx4090"`,
             whose memory is then the budget if there is no other, or a [`Device`]. Without, no times are predicted.
         task (`str`, *optional*): of a configuration or a name: `"images"`, `"texts"`, `"tokens"`, `"masked-lm"` or
@@ -166,7 +166,7 @@ def plan(
         if limit is not None and _least(family, plain) > limit:
             continue
         ways = [family]
-        if family.stage_order != "coupled":
+        if family.stage_order != "end_to_end":
             ways = [replace(family, num_stages=number) for number in numbers]
         least.append(ways[-1])  # more stages take less
         if fits(ways[-1]) and limit is not None:
@@ -202,11 +202,11 @@ def _rivals(simulation: Simulation) -> Iterator[Way]:
 
 def _families(simulation: Simulation) -> Iterator[Way]:
     """Ways of stage-wise training but for the number of stages, from the least compute to the most."""
-    resident = Way(stage_order="sequential", stage_residency="stage")
+    resident = Way(stage_order="sequential", offload="stages")
     yield Way()
     yield Way(stage_clipping=True)
     if len(simulation.ends) == len(simulation.layers):  # single modules are not recomputed one by one
-        yield Way(stage_order="coupled")
+        yield Way(stage_order="end_to_end", offload="layers")
     yield resident
     if _checkpoints_layers(simulation):
         yield replace(resident, activation_checkpointing=True)
@@ -219,7 +219,7 @@ def _block_families(simulation: Simulation) -> Iterator[Way]:
     if _checkpoints_layers(simulation):
         yield replace(in_turn, activation_checkpointing=True)
     if len(simulation.ends) == len(simulation.layers):
-        yield replace(in_turn, stage_residency="stage")
+        yield replace(in_turn, offload="stages")
 
 
 def _checkpoints_layers(simulation: Simulation) -> bool:
@@ -234,7 +234,7 @@ def _stage_numbers(num_layers: int) -> list[int]:
 
 def _least(way: Way, whole: Peak) -> int:
     """Bytes that a way of training takes whatever the number of stages."""
-    if way.stage_residency == "stage" or way.stage_order == "coupled":
+    if way.offload != "none":
         return 0
     if way.stage_objective == "model":
         return whole.weights
@@ -243,7 +243,7 @@ def _least(way: Way, whole: Peak) -> int:
 
 def _held(simulation: Simulation, way: Way) -> int:
     """Bytes that a resident stage surely takes: what its layers hold when its forward pass ends; 0 for other ways."""
-    if way.stage_residency != "stage" or way.activation_checkpointing or way.stage_objective == "model":
+    if way.offload != "stages" or way.activation_checkpointing or way.stage_objective == "model":
         return 0
     held = {layer.name: layer.weights + layer.states + layer.activations for layer in simulation.by_layer}
     return max(sum(held[name] for name in stage) for stage in simulation.partition(way.num_stages).stages)

@@ -120,7 +120,7 @@ class Plan:
 def reason_for(rows: list[Row], limit: int | None, chosen: Row | None) -> str:
     if limit is None:
         return "No budget was given, so nothing was chosen."
-    plain = [row for row in rows if row.way.num_stages == 1 and row.way.stage_order != "coupled"]
+    plain = [row for row in rows if row.way.num_stages == 1 and row.way.offload == "none"]
     fitting = [row.name for row in plain if row.fits(limit)]
     if chosen is None and fitting:
         return f"No way of this package fits in {limit / 2**20:,.0f} MiB. These do: {'; '.join(fitting)}."
@@ -128,7 +128,7 @@ def reason_for(rows: list[Row], limit: int | None, chosen: Row | None) -> str:
     if chosen is None and not ours:
         return (
             "No way of this package is for this run: stages cannot learn, for the layers attend causally or the task "
-            "has no local loss, and the coupled order is ruled out. Leave memory_budget unset."
+            "has no local loss, and the end-to-end order is ruled out. Leave memory_budget unset."
         )
     if chosen is None:
         least = min(ours, key=lambda row: row.peak.total)

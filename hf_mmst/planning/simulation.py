@@ -21,7 +21,7 @@ from ..method.engine import Stagewise
 from ..method.first_token import token_mixer
 from ..method.heads import StageHeads, head_pooling, num_head_layers
 from ..method.stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
-from .fake_memory import FakeCoupledResidency, FakeResidency, FakeRingCoupledResidency, FakeRingResidency
+from .fake_memory import FakeLayerOffload, FakeRingLayerOffload, FakeRingStageOffload, FakeStageOffload
 from .layer_memory import LayerMemory, memory_by_layer
 from .model_and_batch import with_adapters
 from .operations import CountingTracker, Peak
@@ -107,8 +107,8 @@ class Simulation:
         """Peak memory of a training step; if stages learn one at a time, the highest over the stages."""
         if way.lora:
             return self._end_to_end(self._without_data(with_adapters(self.model, LORA_RANK)), way)
-        if way.stage_order == "coupled":
-            return self._coupled()
+        if way.offload == "layers":
+            return self._layers_offloaded()
         if way.num_stages == 1:
             return self._end_to_end(self.model, way)
         partition = self.partition(way.num_stages)
@@ -164,7 +164,7 @@ class Simulation:
             common = shared_parameters(self.model, partition, heads)
             everything = [p for own in shared for p in own]
             learned = everything
-            if way.stage_residency == "all" and stages[-1] < way.num_stages - 1:
+            if way.offload == "none" and stages[-1] < way.num_stages - 1:
                 learned = [*(p for own in shared[: stages[-1] + 1] for p in own), *common]
             optimizer = self._with_states([p for p in learned if p.requires_grad])
             if self.objective.head == "own" and stages[0] > 0:
@@ -173,19 +173,19 @@ class Simulation:
                     parameter.requires_grad_(False)
             given = self._input_of(engine, stages[0]) if way.feature_cache != "none" and stages[0] > 0 else None
             buffers: list[torch.Tensor] = []
-            if way.stage_residency == "stage":
-                residency = stack.enter_context(
-                    self._residency(FakeRingResidency if self.has_ring else FakeResidency, partition, optimizer)
+            if way.offload == "stages":
+                offload = stack.enter_context(
+                    self._offload(FakeRingStageOffload if self.has_ring else FakeStageOffload, partition, optimizer)
                 )
-                residency.activate(stages)
-                buffers = residency.link.buffers
+                offload.activate(stages)
+                buffers = offload.link.buffers
                 learning = [*shared[stages[0]]]
                 if stages[0] < way.num_stages - 1:
                     learning += common
                 learning = [parameter for parameter in learning if parameter.requires_grad]
                 for parameter in learning:  # its states have come with an earlier step
                     parameter.grad = torch.empty_like(parameter)
-                residency.states.take()
+                offload.states.take()
                 for parameter in learning:
                     parameter.grad = None
             tracker = self._tracker(everything, optimizer, *buffers, *([] if given is None else given[1:]))
@@ -218,8 +218,8 @@ class Simulation:
             optimizer = self._with_states([p for p in parameters if p.requires_grad])
             engine = Stagewise(self.model, partition, StageHeads([], 0))
             given = self._input_of(engine, stages[0], True) if way.feature_cache != "none" and stages[0] > 0 else None
-            if way.stage_residency == "stage":
-                stack.enter_context(self._residency(FakeCoupledResidency, partition, optimizer)).activate(stages)
+            if way.offload == "stages":
+                stack.enter_context(self._offload(FakeLayerOffload, partition, optimizer)).activate(stages)
             tracker = self._tracker(parameters, optimizer, *([] if given is None else given[1:]))
             step = engine.step(self._criterion, [0.3] * way.num_stages, stages, given=given, to_the_end=True)
             with tracker:
@@ -230,35 +230,35 @@ class Simulation:
                 optimizer.step()
             return self._read(tracker, parameters, optimizer)
 
-    def _coupled(self) -> Peak:
+    def _layers_offloaded(self) -> Peak:
         partition = Partition((tuple(self.layers),))
         with self._mode, contextlib.ExitStack() as stack:
             parameters = list(self.model.parameters())
             optimizer = self._with_states([p for p in parameters if p.requires_grad])
-            kind = FakeRingCoupledResidency if self.has_ring else FakeCoupledResidency
-            residency = stack.enter_context(self._residency(kind, partition, optimizer))
-            tracker = self._tracker(parameters, optimizer, *residency.link.buffers)
+            kind = FakeRingLayerOffload if self.has_ring else FakeLayerOffload
+            offload = stack.enter_context(self._offload(kind, partition, optimizer))
+            tracker = self._tracker(parameters, optimizer, *offload.link.buffers)
             with tracker:
                 with self._autocast():
                     loss = self._loss(self.model)
                 loss.backward()
                 del loss
-                residency.settle()
+                offload.settle()
                 if not self.has_ring:  # otherwise the step is in other memory
-                    residency.step(optimizer)
+                    offload.step(optimizer)
                     optimizer.step()
             return self._read(tracker, parameters, optimizer)
 
     @contextlib.contextmanager
-    def _residency(self, kind: Any, partition: Partition, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
-        """A residency of the simulated model, with all layers and optimizer states at rest to begin with."""
+    def _offload(self, kind: Any, partition: Partition, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+        """A offload of the simulated model, with all layers and optimizer states at rest to begin with."""
         before = {parameter: parameter.data for parameter in self.model.parameters()}
-        residency = kind(self.model, partition, torch.device(self.device), "")
-        residency.watch(optimizer)
-        residency.rest()
+        offload = kind(self.model, partition, torch.device(self.device), "")
+        offload.watch(optimizer)
+        offload.rest()
         try:
-            with residency.streaming():
-                yield residency
+            with offload.streaming():
+                yield offload
         finally:
             for parameter, data in before.items():
                 parameter.data = data

@@ -16,9 +16,9 @@ class Way:
 
     Attributes:
         num_stages (`int`): K; 1 is end-to-end training.
-        stage_order (`str`): `"simultaneous"`, `"sequential"` or `"coupled"`.
+        stage_order (`str`): `"simultaneous"`, `"sequential"` or `"end_to_end"`.
         stage_objective (`str`): `"local"`, or `"model"` in the sequential order.
-        stage_residency (`str`): `"all"` or `"stage"`.
+        offload (`str`): `"none"`, `"stages"` or `"layers"`.
         feature_cache (`str`): `"none"` or `"disk"`.
         stage_clipping (`bool`): whether stages step by themselves.
         activation_checkpointing (`bool`): whether activations within a stage are recomputed.
@@ -27,7 +27,7 @@ class Way:
 
     num_stages: int = 1
     stage_order: str = "simultaneous"
-    stage_residency: str = "all"
+    offload: str = "none"
     feature_cache: str = "none"
     stage_clipping: bool = False
     activation_checkpointing: bool = False
@@ -48,13 +48,13 @@ class Way:
         """The way in words."""
         whole = f"LoRA (r = {LORA_RANK})" if self.lora else "end to end"
         words = [whole if self.num_stages == 1 else f"K = {self.num_stages}"]
-        if self.stage_order == "coupled":
-            words.append("one layer resident")
+        if self.offload == "layers":
+            words.append("layers offloaded")
         if self.num_stages > 1:
             if self.stage_objective == "model":
                 words.append("in turn, by the model's loss")
-            if self.stage_residency == "stage":
-                words.append("one stage resident")
+            if self.offload == "stages":
+                words.append("stages offloaded")
             elif self.stage_objective == "local":
                 words.append("all stages at once")
         if self.stage_clipping:

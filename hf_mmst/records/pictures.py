@@ -225,7 +225,7 @@ def _draw_memory(axes: Any, peaks: Mapping[str, int], planned_bytes: int | None,
     measured = {
         name: value for name, value in peaks.items() if name.endswith("peak_bytes" if of_tensors else "process_bytes")
     }
-    found = [re.match(r"(?:stage_(\d+)|(coupled))?_?", name) for name in measured]
+    found = [re.match(r"(?:stage_(\d+)|(end_to_end))?_?", name) for name in measured]
     labels = [one[1] or one[2] or "all stages" for one in found if one]
     colors = [shades.get(int(one[1]), "tab:grey") if one[1] else "tab:grey" for one in found if one]
     mib = [value / 2**20 for value in measured.values()]

@@ -21,7 +21,7 @@ PACKAGES = ("hf-mmst", "torch", "transformers", "accelerate", "datasets", "evalu
 SETTINGS = (
     "stage_order",
     "num_laps",
-    "coupled_laps",
+    "end_to_end_laps",
     "stage_objective",
     "head_pooling",
     "head_layers",
@@ -31,7 +31,7 @@ SETTINGS = (
     "transport_norm",
     "transport_schedule",
     "stage_clipping",
-    "stage_residency",
+    "offload",
     "feature_cache",
     "activation_checkpointing",
     "learning_rate",

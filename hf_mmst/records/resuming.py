@@ -8,7 +8,7 @@ from ..config import MMSTConfig
 FIXED = (
     "stage_order",
     "num_laps",
-    "coupled_laps",
+    "end_to_end_laps",
     "stage_objective",
     "head_learning_rate",
     "stage_learning_rate_decay",

@@ -30,8 +30,8 @@ class StageCallback(TrainerCallback):
         staged.heads.apart = True
         if state.is_world_process_zero:
             print(f"{staged.summary(args)}{run.stages.summary()}")
-        if staged.residency is not None:
-            staged.residency.rest()  # optimizer states of a checkpoint are on the device now
+        if staged.offload is not None:
+            staged.offload.rest()  # optimizer states of a checkpoint are on the device now
         run.begin_streaming()
         run.begin_step(state.global_step)
 
@@ -41,9 +41,9 @@ class StageCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         run = self._run
         run.learning.begin_step()
-        if run.staged.residency is not None:
-            run.staged.residency.link.count()
-        if not run.is_plain and not run.turns.now.coupled:
+        if run.staged.offload is not None:
+            run.staged.offload.link.count()
+        if not run.is_plain and not run.turns.now.end_to_end:
             run.watch.begin(run.staged.engine)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -54,14 +54,14 @@ class StageCallback(TrainerCallback):
                 f"training_step of {type(self.trainer).__name__} does not call that of MMSTTrainer, which averages "
                 "gradients over the processes. Call super().training_step(...) there, or start one process."
             )
-        if run.coupled is not None:
-            run.coupled.step(self.trainer.optimizer)
+        if run.layer_offload is not None:
+            run.layer_offload.step(self.trainer.optimizer)
 
     def on_step_end(self, args, state, control, **kwargs):
         run, turn = self._run, self._run.turns.now
-        if run.staged.residency is not None:
-            run.moved = run.staged.residency.link.moved
-        if not turn.coupled and not run.is_plain:
+        if run.staged.offload is not None:
+            run.moved = run.staged.offload.link.moved
+        if not turn.end_to_end and not run.is_plain:
             run.staged.weights.step(turn.stages, run.mean)
         run.begin_step(state.global_step)
 

@@ -82,7 +82,7 @@ class Features:
 
     def begin_step(self, turn: Segment) -> None:
         """Make ready for the stages of `turn`."""
-        if self._cache is not None and not turn.coupled:
+        if self._cache is not None and not turn.end_to_end:
             self._cache.begin(turn.stages[0])
 
     def take_keys(self, inputs: dict[str, Any], ignores_padding: bool) -> None:
@@ -118,6 +118,6 @@ def _upstream(staged: StagedModel, precision: str, stage: int) -> dict[str, Any]
         "stages": staged.partition.stages[:stage],
         "precision": precision,
     }
-    if staged.residency is not None:
-        staged.residency.let_go()
+    if staged.offload is not None:
+        staged.offload.let_go()
     return upstream

@@ -19,7 +19,7 @@ from .learning import weighed
 from .refusals import refuse_other_arguments, refuse_placement, refuse_rates
 from .stage_parallel import AllStages, StageParallel, whole_batches
 from .stage_run import StageRun, first_batch_of, plan_run
-from .staging import Staging, couples
+from .staging import Staging
 from .task_loss import TaskLoss
 from .whole_checkpoints import WholeCheckpoints
 
@@ -81,8 +81,9 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
         self._run.cut(model, Staging(args, self._run.wrapper, batches, self.label_names, loss_func, smooths))
         self.partition, self.heads = self._run.staged.partition, self._run.staged.heads
         # Whether a model divides by num_items_in_batch or ignores it differs between models: means are taken here.
-        end_to_end = self.partition.num_stages == 1 and not couples(args)
-        self.model_accepts_loss_kwargs = self._host_accepts_loss_kwargs and end_to_end
+        end_to_end = args.stage_order == "end_to_end" or args.end_to_end_laps > 0
+        plain = self.partition.num_stages == 1 and not end_to_end
+        self.model_accepts_loss_kwargs = self._host_accepts_loss_kwargs and plain
 
     # ---- A training run ----
 
@@ -185,7 +186,7 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
         return batches, num_items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Gradients are averaged over the processes by stages; in the coupled order, the last layer is put to rest."""
+        """Gradients are averaged over the processes by stages; end to end, the last layer is put to rest."""
         self._learned = False
         with self._run.micro_batch(model, inputs, (self.args.seed, self.state.global_step)):
             return super().training_step(model, inputs, num_items_in_batch)
@@ -203,7 +204,7 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
         labels = task.labels_of(inputs)
         share = task.share_of_step(labels, run.learning, self.current_gradient_accumulation_steps)
         forward = functools.partial(super().compute_loss, model, inputs, True, num_items_in_batch)
-        if run.turns.now.coupled:
+        if run.turns.now.end_to_end:
             loss, outputs = forward()
             loss = weighed(loss, share)
         else:

@@ -14,7 +14,7 @@ from ..cut.objectives import objective_of
 from ..distributed.compiling import compiled, refuse_compilation, take_compilation
 from ..distributed.reduction import Reduction
 from ..distributed.wrappers import Wrapper, wrapper_of
-from ..memory.coupled import CoupledResidency
+from ..memory.layer_offload import LayerOffload
 from ..memory.peaks import TurnPeaks
 from ..method.heads import HEADS, heads_beside
 from ..method.stepping import clip_by_stage
@@ -66,7 +66,7 @@ class StageRun:
         """Use the accelerator that the host has made; what it would do to the model as a whole is taken out of it."""
         self.accelerator, self.stages = accelerator, stages
         self.compilation = take_compilation(accelerator)
-        if self._args.stage_residency == "stage":
+        if self._args.offload != "none":
             accelerator.device_placement = False  # layers at rest are not moved to the device
         if not hasattr(self, "peaks"):
             self.peaks = TurnPeaks(self._args.device)
@@ -88,13 +88,18 @@ class StageRun:
     @property
     def is_plain(self) -> bool:
         """Whether this step is one of plain Trainer: one stage, whose loss is the model's own."""
-        return self.staged.num_stages == 1 and not self.turns.now.coupled
+        return self.staged.num_stages == 1 and not self.turns.now.end_to_end
 
     @property
-    def coupled(self) -> CoupledResidency | None:
-        """What keeps one layer in device memory, while all of them learn end to end."""
-        residency = self.staged.residency
-        return residency if isinstance(residency, CoupledResidency) and self.turns.now.coupled else None
+    def layer_offload(self) -> LayerOffload | None:
+        """What offloads layers, while all of them are."""
+        offload = self.staged.offload
+        return offload if isinstance(offload, LayerOffload) and self._all_rest else None
+
+    @property
+    def _all_rest(self) -> bool:
+        """Whether the layers that learn are offloaded, too."""
+        return self.turns.now.end_to_end or self._args.offload == "layers"
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over the processes; to be called in each of them."""
@@ -139,8 +144,8 @@ class StageRun:
     def watch_states(self, optimizer: Any) -> None:
         """Keep the states of an optimizer where layers at rest, and shares of stages, have them."""
         self._optimizer = optimizer
-        if self.staged.residency is not None:
-            self.staged.residency.watch(optimizer)
+        if self.staged.offload is not None:
+            self.staged.offload.watch(optimizer)
         self.stages.keep_own_states(optimizer)
 
     @contextlib.contextmanager
@@ -160,10 +165,10 @@ class StageRun:
         if self.staged.uses_model_loss and step == turn.start:
             self._optimizer.state.clear()  # before what rests elsewhere is told of the new turn
         # A tracker does not see what is mapped in, compiled, or in another process.
-        sees = self.staged.residency is None and self.compilation is None and self._args.world_size == 1
+        sees = self.staged.offload is None and self.compilation is None and self._args.world_size == 1
         self.peaks.begin(turn_name(turn) if self.turns.are_several else "", self._held if sees else None)
-        if self.staged.residency is not None:
-            self.staged.residency.activate(() if turn.coupled else turn.stages)
+        if self.staged.offload is not None:
+            self.staged.offload.activate(() if self._all_rest else turn.stages)
         self.features.begin_step(turn)
 
     def _held(self) -> Iterator[torch.Tensor]:
@@ -175,16 +180,16 @@ class StageRun:
 
     def begin_streaming(self) -> None:
         """From now on layers at rest stream through the device, and layers are compiled, if they are to be."""
-        if self.staged.residency is not None:
-            self._streams.enter_context(self.staged.residency.streaming())
+        if self.staged.offload is not None:
+            self._streams.enter_context(self.staged.offload.streaming())
         if self.compilation is not None:
             self._streams.enter_context(compiled([*self.staged.layers, *self.staged.heads.layers], **self.compilation))
 
     @contextlib.contextmanager
     def not_streaming(self) -> Iterator[None]:
         """Without the hooks by which layers stream through the device during training, which no plan can follow."""
-        residency = self.staged.residency
-        if residency is None or not residency.is_streaming:
+        offload = self.staged.offload
+        if offload is None or not offload.is_streaming:
             yield
             return
         self._streams.close()
@@ -196,8 +201,8 @@ class StageRun:
     @contextlib.contextmanager
     def evaluating(self, is_in_train: bool) -> Iterator[None]:
         """Within this context layers at rest stream through the device, in training or not; no tensors are tracked."""
-        residency = self.staged.residency
-        streaming = residency.streaming() if residency is not None and not is_in_train else contextlib.nullcontext()
+        offload = self.staged.offload
+        streaming = offload.streaming() if offload is not None and not is_in_train else contextlib.nullcontext()
         with self.peaks.paused(), streaming:
             yield
 
@@ -210,21 +215,21 @@ class StageRun:
                 stack.enter_context(reduction.micro_batch(model, last=self.accelerator.sync_gradients))
             stack.enter_context(self.stages.micro_batch(self.staged, inputs, seed))
             yield
-        if isinstance(self.staged.residency, CoupledResidency):
-            self.staged.residency.settle()
+        if isinstance(self.staged.offload, LayerOffload):
+            self.staged.offload.settle()
 
     def clip(self, max_norm: float) -> torch.Tensor | None:
         """The norm of the gradients before clipping, where they are not the host's to clip; `None` where they are."""
-        if self.coupled is not None:
-            return self.coupled.clip(max_norm)
-        if not self._args.stage_clipping or self.turns.now.coupled or self.is_plain or self.staged.uses_model_loss:
+        if self.layer_offload is not None:
+            return self.layer_offload.clip(max_norm)
+        if not self._args.stage_clipping or self.turns.now.end_to_end or self.is_plain or self.staged.uses_model_loss:
             return None
         self.accelerator.unscale_gradients()
         return clip_by_stage(self.staged.parameters, max_norm)
 
     def norm_at_rest(self) -> torch.Tensor | None:
         """The norm of the gradients, where they are at rest."""
-        return self.coupled.clip(math.inf) if self.coupled is not None else None
+        return self.layer_offload.clip(math.inf) if self.layer_offload is not None else None
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
@@ -240,8 +245,8 @@ class StageRun:
     def _clean_up(self) -> None:
         self.staged.rest(range(self.staged.num_stages))
         self._with_heads.close()
-        if self.staged.residency is not None:
-            self.staged.residency.rest()
+        if self.staged.offload is not None:
+            self.staged.offload.rest()
         self.learning.forget()
 
 
@@ -263,5 +268,5 @@ def plan_run(trainer: Any) -> int | None:
     found = plan_for(args, model, batch, learn)
     if args.place_model_on_device:
         trainer._move_model_to_device(trainer.model, args.device)
-    trainer.accelerator.device_placement &= args.stage_residency == "all"
+    trainer.accelerator.device_placement &= args.offload == "none"
     return found.peak.total

@@ -15,8 +15,8 @@ from ..cut.partition import Partition
 from ..cut.probe import LayerProfile, check_cut, logits_of, profile_layers, run_example, trace_stages
 from ..cut.token_flow import attends_causally, ignores_padding
 from ..distributed.wrappers import Wrapper, numel
-from ..memory.coupled import CoupledResidency
-from ..memory.residency import Residency
+from ..memory.layer_offload import LayerOffload
+from ..memory.stage_offload import StageOffload
 from ..method.engine import Stagewise
 from ..method.heads import StageHeads, head_pooling, is_pretrained, num_head_layers
 from ..method.stepping import parameters_by_stage
@@ -36,7 +36,7 @@ class StagedModel:
         engine ([`Stagewise`]): runs its stages.
         objective ([`Objective`]): the task.
         weights ([`TransportWeights`]): of the transport terms, over time.
-        residency ([`Residency`], *optional*): what keeps layers at rest.
+        offload ([`StageOffload`], *optional*): what keeps layers at rest.
         still (`list[int]`): the stages, from 1, that have no transport term.
         ignores_padding (`bool`): whether the features of tokens do not depend on padding; looked at where features are
             cached.
@@ -54,7 +54,7 @@ class StagedModel:
     engine: Stagewise
     objective: Objective
     weights: TransportWeights
-    residency: Residency | None = None
+    offload: StageOffload | None = None
     still: list[int] = field(default_factory=list)
     ignores_padding: bool = False
     parameters: list[list[nn.Parameter]] = field(default_factory=list)
@@ -98,7 +98,7 @@ class StagedModel:
         """One line on the stages: layers and trainable parameters of each."""
         core = self.model
         if self.num_stages == 1:
-            order = "with one layer in device memory" if args.stage_order == "coupled" else "as Trainer does"
+            order = "with one layer in device memory" if args.offload == "layers" else "as Trainer does"
             learning = sum(numel(p) for p in core.parameters() if p.requires_grad)
             return f"hf_mmst: end to end, {order}; trainable parameters {learning:,}"
         layers = [len(self.engine.run_ends.intersection(stage)) for stage in self.partition.stages]
@@ -161,7 +161,7 @@ class Staging:
         """Whether the settings ask for stages; if not, the model is not looked at, and may be any."""
         args = self.args
         asked_for_one = args.num_stages == 1 and not args.chooses_stages and args.stage_boundaries is None
-        return args.stage_order != "coupled" and not asked_for_one
+        return args.stage_order != "end_to_end" and not asked_for_one
 
     @property
     def _has_local_losses(self) -> bool:
@@ -183,14 +183,14 @@ class Staging:
             schedule = "adaptive" if num_stages > 1 and is_pretrained(model) else "constant"
         weights = TransportWeights(schedule, args.transport_weight, num_stages)
         engine = Stagewise(model, partition, heads, args.transport_norm, self.wrapper.hooks_first)
-        residency = None
-        if args.stage_residency == "stage":
-            kind = CoupledResidency if _recomputes(args) else Residency
-            residency = kind(model, partition, args.device, args.output_dir)
+        offload = None
+        if args.offload != "none":
+            kind = LayerOffload if _recomputes(args) else StageOffload
+            offload = kind(model, partition, args.device, args.output_dir)
         found["uses_model_loss"] = args.stage_objective == "model" and num_stages > 1
         if found["uses_model_loss"] and _are_of_decoder(model, partition.layers):
             found["mask_name"] = "decoder_attention_mask"
-        staged = StagedModel(model, partition, heads, engine, objective, weights, residency, **found)
+        staged = StagedModel(model, partition, heads, engine, objective, weights, offload, **found)
         staged.share_out()
         return staged
 
@@ -208,18 +208,18 @@ class Staging:
         try:
             layers = find_layers(model)
         except ValueError as error:
-            if args.stage_order == "coupled":
+            if args.stage_order == "end_to_end" and args.offload == "layers":
                 raise ValueError(
-                    f'{error} Leave stage_order unset then, for "coupled" keeps one layer of several on the device.'
+                    f'{error} Set offload="none" then, for "layers" keeps one of several on the device.'
                 ) from None
             if self._has_stages:
                 raise
             return Partition(((),)), []  # nothing is cut, so any model will do
-        if args.stage_residency == "stage" and _recomputes(args) and len(run_ends(model, layers)) < len(layers):
+        if args.offload != "none" and _recomputes(args) and len(run_ends(model, layers)) < len(layers):
             raise ValueError(
                 f"{type(model).__name__} is a sequence of single modules, {layers[0]} and so on, which may overwrite "
-                'what they get and so cannot be recomputed one by one. Set stage_order to another than "coupled", '
-                'coupled_laps=0, and stage_objective="local" or stage_residency="all".'
+                'what they get and so cannot be recomputed one by one. Set offload="none", or, for one stage in device '
+                'memory, offload="stages", end_to_end_laps=0 and stage_objective="local".'
             )
         if example is None:
             return Partition((tuple(layers),)), []
@@ -249,7 +249,7 @@ class Staging:
             raise ValueError(
                 f"The layers of {type(model).__name__} ({layers[0]} .. {layers[-1]}) attend causally: no token depends "
                 "on a later one, so that a head which pools would judge what most tokens have not seen. Set "
-                'stage_order="coupled" or num_stages=1, or pass an encoder such as ViT or BERT, or a ...ForCausalLM '
+                'stage_order="end_to_end" or num_stages=1, or pass an encoder such as ViT or BERT, or a ...ForCausalLM '
                 "model."
             )
         keeping = {layer.name for layer in profile if layer.keeps_shape}
@@ -307,13 +307,8 @@ class Staging:
 
 
 def _recomputes(args: MMSTConfig) -> bool:
-    """Whether layers at rest are recomputed in a backward pass, if they rest outside of device memory."""
-    return couples(args) or args.stage_objective == "model"
-
-
-def couples(args: MMSTConfig) -> bool:
-    """Whether all stages learn end to end, in the whole run or in its last laps."""
-    return args.stage_order == "coupled" or args.coupled_laps > 0
+    """Whether layers that are offloaded are recomputed in a backward pass."""
+    return args.offload == "layers" or args.end_to_end_laps > 0 or args.stage_objective == "model"
 
 
 def _are_of_decoder(model: Any, layers: Sequence[str]) -> bool:

@@ -56,11 +56,11 @@ class Turns:
         args = self._args
         order = args.stage_order, self._num_stages, args.num_laps
         if args.max_steps <= 0 and args.stage_objective == "local":
-            laps = args.num_laps + args.coupled_laps
-            turns = len(Order.turns(*order, args.coupled_laps))
+            laps = args.num_laps + args.end_to_end_laps
+            turns = len(Order.turns(*order, args.end_to_end_laps))
             max_steps, samples = max_steps * turns // laps, samples * turns // laps
             epochs = -(-max_steps // steps_per_epoch)
-        self.order = Order.build(*order, max_steps, args.coupled_laps)
+        self.order = Order.build(*order, max_steps, args.end_to_end_laps)
         return epochs, samples, max_steps
 
     def restore(self, state: TrainerState, max_steps: int) -> None:
@@ -158,4 +158,4 @@ class Turns:
 
 def turn_name(turn: Segment) -> str:
     """What the names of numbers of one turn begin with, as in `stage_1_peak_bytes`."""
-    return "coupled_" if turn.coupled else "" if len(turn.stages) > 1 else f"stage_{turn.stages[0] + 1}_"
+    return "end_to_end_" if turn.end_to_end else "" if len(turn.stages) > 1 else f"stage_{turn.stages[0] + 1}_"

@@ -230,7 +230,7 @@ def test_convolutional_networks_train_and_come_back(pooling, tmp_path):
 @pytest.mark.parametrize("name", ["ResNet", "ConvNeXt", "PVT", VGG])
 def test_cached_features_and_one_resident_stage_change_no_number(name, tmp_path):
     runs = []
-    for kind, settings in enumerate(({}, {"feature_cache": "disk", "stage_residency": "stage"})):
+    for kind, settings in enumerate(({}, {"feature_cache": "disk", "offload": "stages"})):
         args = arguments(tmp_path / str(kind), stage_order="sequential", max_steps=9, optim="sgd", **settings)
         run = MMSTTrainer(build(name), args, train_dataset=Pictures())
         run.train()

@@ -103,7 +103,7 @@ CAUSAL = {
 def test_decoders_as_classifiers_are_told_by_what_a_token_changes(name, tmp_path):
     data = [{"input_ids": list(range(3, 11)), "labels": i % 2} for i in range(4)]
     with pytest.raises(
-        ValueError, match=r'attend causally: no token depends on a later one.*"coupled" or num_stages=1'
+        ValueError, match=r'attend causally: no token depends on a later one.*"end_to_end" or num_stages=1'
     ):
         MMSTTrainer(CAUSAL[name](), arguments(tmp_path, num_stages=2), train_dataset=data)
 

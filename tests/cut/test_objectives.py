@@ -160,7 +160,7 @@ def test_later_stages_leave_tied_embeddings_alone(name, tmp_path):
     run.train()
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
     assert moved == [True] * 3 + [False] * 6
-    apart = {"feature_cache": "memory", "stage_residency": "stage"}
+    apart = {"feature_cache": "memory", "offload": "stages"}
     cached = trainer(tmp_path / "cached", name, max_steps=9, stage_order="sequential", **apart)
     cached.train()
     for key, tensor in weights(run.model).items():
@@ -274,7 +274,7 @@ class Rows(torch.utils.data.Dataset):
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("gpt2", {"num_stages": 3, "stage_order": "sequential", "stage_residency": "stage"}),
+        ("gpt2", {"num_stages": 3, "stage_order": "sequential", "offload": "stages"}),
         ("llama", {"num_stages": 6, "stage_clipping": True}),
     ],
 )

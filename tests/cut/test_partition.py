@@ -126,7 +126,7 @@ def test_with_nothing_set_there_are_four_stages_or_as_many_as_layers(tmp_path):
     args.stage_boundaries = ["vit.layers.0"]
     MMSTTrainer(make("vit"), args)
     assert args.num_stages == 2
-    args.stage_boundaries, args.stage_order = None, "coupled"
+    args.stage_boundaries, args.stage_order = None, "end_to_end"
     MMSTTrainer(make("vit"), args)
     assert args.num_stages == 1
     assert MMSTTrainer(make("vit", num_hidden_layers=2)).partition.num_stages == 2

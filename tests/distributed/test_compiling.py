@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import TrainerCallback, set_seed
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # few graphs, for which starting processes takes longer
-RESIDENT = {"stage_order": "sequential", "max_steps": 9, "stage_residency": "stage"}
+RESIDENT = {"stage_order": "sequential", "max_steps": 9, "offload": "stages"}
 
 
 class Graphs(TrainerCallback):
@@ -69,8 +69,8 @@ def test_the_numbers_are_those_of_eager_layers(name, backend, settings, kinds, t
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stage_order": "coupled"}, 'stage_order="coupled" brings layers.*torch_compile=False'),
-        ({**RESIDENT, "coupled_laps": 1}, "coupled_laps=1 brings layers.*torch_compile=False"),
+        ({"stage_order": "end_to_end"}, 'stage_order="end_to_end" brings layers.*torch_compile=False'),
+        ({**RESIDENT, "end_to_end_laps": 1}, "end_to_end_laps=1 brings layers.*torch_compile=False"),
         ({**RESIDENT, "torch_compile_mode": "reduce-overhead"}, "reduce-overhead.*weights that stay where they are"),
     ],
 )

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from runs import losses, run_coupled, weights
+from runs import losses, run_end_to_end, weights
 
-from hf_mmst.memory.residency import Residency
 from hf_mmst.memory.ring import Streams
+from hf_mmst.memory.stage_offload import StageOffload
 
 CYCLES = 5_000_000  # some milliseconds
 
@@ -30,7 +30,7 @@ class HeldUp(Streams):
 
 
 def run(folder, name, **settings):
-    trained = run_coupled(folder, name, use_cpu=False, max_steps=6, gradient_accumulation_steps=2, **settings)
+    trained = run_end_to_end(folder, name, use_cpu=False, max_steps=6, gradient_accumulation_steps=2, **settings)
     trained.train()
     return trained
 
@@ -39,9 +39,9 @@ def run(folder, name, **settings):
 @pytest.mark.parametrize("late", ["in", "out", "computation", None])
 def test_the_numbers_are_those_of_copies_one_after_the_other(name, late, tmp_path, monkeypatch):
     """`None`: with streams that are not held up."""
-    monkeypatch.setattr(Residency, "streams_of", staticmethod(lambda device: None))
+    monkeypatch.setattr(StageOffload, "streams_of", staticmethod(lambda device: None))
     plain = run(tmp_path / "plain", name, adam_epsilon=1e-3)
-    monkeypatch.setattr(Residency, "streams_of", staticmethod(lambda device: HeldUp(device, late)))
+    monkeypatch.setattr(StageOffload, "streams_of", staticmethod(lambda device: HeldUp(device, late)))
     ring = run(tmp_path / "ring", name, adam_epsilon=1e-3)
     assert losses(ring) == pytest.approx(losses(plain), abs=1e-4)
     found = weights(ring.model)

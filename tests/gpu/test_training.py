@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from runs import ORDERS, losses, run_coupled, trainer, weights
+from runs import ORDERS, losses, run_end_to_end, trainer, weights
 from transformers import Trainer, set_seed
 from zoo import make
 
@@ -13,11 +13,13 @@ from hf_mmst.memory.peaks import PeakMemory
 
 WAYS = {
     **ORDERS,
-    "coupled": {"stage_order": "coupled"},
-    "one stage resident": {"stage_order": "multi_lap", "num_laps": 2, "stage_residency": "stage"},
-    "the model's loss": {"stage_order": "sequential", "stage_objective": "model", "stage_residency": "stage"},
+    "end_to_end": {"stage_order": "end_to_end"},
+    "stages offloaded": {"stage_order": "multi_lap", "num_laps": 2, "offload": "stages"},
+    "the model's loss": {"stage_order": "sequential", "stage_objective": "model", "offload": "stages"},
 }
-CASES = [(way, precision) for way in WAYS for precision in ("bf16", "fp16") if (way, precision) != ("coupled", "fp16")]
+CASES = [
+    (way, precision) for way in WAYS for precision in ("bf16", "fp16") if (way, precision) != ("end_to_end", "fp16")
+]
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
 
 
@@ -45,11 +47,11 @@ def test_one_layer_at_a_time_has_the_numbers_of_plain_trainer(name, settings, to
     settings = {"use_cpu": False, "max_grad_norm": 0.1, "adam_epsilon": 1e-3, **settings}
     trained = []
     for cls in (MMSTTrainer, Trainer):
-        trained.append(run_coupled(tmp_path / cls.__name__, name, cls, **settings))
+        trained.append(run_end_to_end(tmp_path / cls.__name__, name, cls, **settings))
         trained[-1].train()
-    coupled, plain = trained
-    assert losses(coupled) == pytest.approx(losses(plain), abs=100 * tolerance)
-    found = weights(coupled.model)
+    offloaded, plain = trained
+    assert losses(offloaded) == pytest.approx(losses(plain), abs=100 * tolerance)
+    found = weights(offloaded.model)
     for key, tensor in weights(plain.model).items():
         torch.testing.assert_close(found[key].cpu(), tensor.cpu(), rtol=0, atol=tolerance)
 
@@ -57,19 +59,19 @@ def test_one_layer_at_a_time_has_the_numbers_of_plain_trainer(name, settings, to
 @pytest.mark.parametrize("order", ["sequential", "multi_lap"])
 def test_one_stage_in_device_memory_takes_less_than_all(order, tmp_path):
     peaks = {}
-    for residency in ("all", "stage"):
+    for offload in ("none", "stages"):
         trained = trainer(
-            tmp_path / residency,
+            tmp_path / offload,
             "bert",
             make("bert", **WIDE),
             use_cpu=False,
-            stage_residency=residency,
+            offload=offload,
             max_steps=6,
             **ORDERS[order],
         )
         with PeakMemory(trained.args.device) as peak:
             trained.train()
-        peaks[residency] = peak.peak_bytes
+        peaks[offload] = peak.peak_bytes
         del trained
         gc.collect()
-    assert peaks["stage"] < 0.8 * peaks["all"]
+    assert peaks["stages"] < 0.8 * peaks["none"]

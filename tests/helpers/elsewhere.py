@@ -1,6 +1,6 @@
 """A device with memory and streams of its own, played by a CPU."""
 
-from hf_mmst.memory import residency
+from hf_mmst.memory import stage_offload
 from hf_mmst.memory.ring import Ring
 from hf_mmst.memory.slabs import Slab
 
@@ -64,6 +64,6 @@ PLACES = ("in place", "late", "early")
 def play(place, monkeypatch):
     """Have layers rest in place, or beside a device whose copies are late or early."""
     if place != "in place":
-        monkeypatch.setattr(residency, "Ring", Littered)
-        monkeypatch.setattr(residency.Residency, "slab", Elsewhere)
-        monkeypatch.setattr(residency.Residency, "streams_of", staticmethod(lambda _: Copying(place == "late")))
+        monkeypatch.setattr(stage_offload, "Ring", Littered)
+        monkeypatch.setattr(stage_offload.StageOffload, "slab", Elsewhere)
+        monkeypatch.setattr(stage_offload.StageOffload, "streams_of", staticmethod(lambda _: Copying(place == "late")))

@@ -12,7 +12,7 @@ KINDS = {
     "resident": {
         "max_steps": 24,
         "stage_order": "sequential",
-        "stage_residency": "stage",
+        "offload": "stages",
         "feature_cache": "disk",
         "dropout": True,
     },

@@ -89,11 +89,11 @@ def own_loss(cls):
     return Own
 
 
-def run_coupled(folder, name="bert", cls=MMSTTrainer, callbacks=None, model=None, extra=None, **settings):
+def run_end_to_end(folder, name="bert", cls=MMSTTrainer, callbacks=None, model=None, extra=None, **settings):
     """Plain Trainer checkpoints, too: in bf16 that is not without rounding."""
     ours = issubclass(cls, MMSTTrainer)
     config = MMSTConfig if ours else TrainingArguments
-    order = {"stage_order": "coupled"} if ours else {"activation_checkpointing": True}
+    order = {"stage_order": "end_to_end"} if ours else {"activation_checkpointing": True}
     args = arguments(folder, config, **order, **settings)
     set_seed(0)
     model = make(name, dropout=True) if model is None else model
@@ -101,10 +101,10 @@ def run_coupled(folder, name="bert", cls=MMSTTrainer, callbacks=None, model=None
     return cls(model, args, callbacks=callbacks, **data | (extra or {}))
 
 
-def run_resting(folder, name="bert", model=None, order="multi_lap", residency="stage", extra=None, **kwargs):
+def run_resting(folder, name="bert", model=None, order="multi_lap", offload="stages", extra=None, **kwargs):
     set_seed(0)
     settings = {"dropout": True, "num_train_epochs": 4, **ORDERS[order], **kwargs}
-    return trainer(folder, name, model, stage_residency=residency, extra=extra, **settings)
+    return trainer(folder, name, model, offload=offload, extra=extra, **settings)
 
 
 def moments(trained):

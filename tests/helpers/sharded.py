@@ -24,7 +24,7 @@ RUNS = {
     "vit": {
         "stage_order": "sequential",
         "stage_clipping": True,
-        "coupled_laps": 1,
+        "end_to_end_laps": 1,
         "max_steps": 8,
         "eval_strategy": "steps",
         "eval_steps": 2,

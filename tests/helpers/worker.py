@@ -24,7 +24,7 @@ CASES = {  # name of the model, settings
         {"transport_schedule": "adaptive", "save_steps": 15, "save_strategy": "steps", "max_steps": 22},
     ),
     "vit sequential head_layers": ("vit", {**SEQUENTIAL, "head_layers": 1}),
-    "vit coupled_laps": ("vit", {"coupled_laps": 1}),
+    "vit end_to_end_laps": ("vit", {"end_to_end_laps": 1}),
     "vit frozen": ("vit", {}),
     "vit uneven": ("vit", {"accelerator_config": UNEVEN, "max_steps": 9}),
     "bert model loss": ("bert", {**SEQUENTIAL, **ACCUMULATION, "stage_objective": "model"}),

@@ -39,7 +39,7 @@ def count_runs(model, name):
     "settings",
     [
         {},
-        {"stage_residency": "stage", "gradient_accumulation_steps": 2, "bf16": True, "activation_checkpointing": True},
+        {"offload": "stages", "gradient_accumulation_steps": 2, "bf16": True, "activation_checkpointing": True},
     ],
 )
 def test_the_numbers_are_those_of_recomputed_features(name, order, settings, tmp_path, capsys):

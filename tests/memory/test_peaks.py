@@ -156,7 +156,7 @@ def test_planned_tensors_are_those_measured_and_training_is_the_same(settings, t
 
 
 def test_layers_in_files_are_not_tracked(tmp_path):
-    run = runs.trainer(tmp_path, max_steps=1, stage_order="coupled")
+    run = runs.trainer(tmp_path, max_steps=1, stage_order="end_to_end")
     run.peaks.tracks_tensors = True
     run.train()
     assert run.peaks.by_name.keys() == {"process_bytes"}

@@ -196,11 +196,11 @@ def whole_layers(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("vit", {}), ("bert", {"activation_checkpointing": True}), ("bert", {"stage_residency": "stage"})],
+    [("vit", {}), ("bert", {"activation_checkpointing": True}), ("bert", {"offload": "stages"})],
 )
 def test_training_evaluation_and_exits_agree_with_whole_layers(name, settings, tmp_path, monkeypatch):
     settings = {"head_layers": 1, "head_pooling": "cls", "max_steps": 4, "optim": "sgd", **settings}
-    if "stage_residency" in settings:
+    if "offload" in settings:
         settings |= {"stage_order": "sequential", "max_steps": 6}
     found = {}
     for kind, context in (("first", contextlib.nullcontext()), ("whole", whole_layers(monkeypatch))):

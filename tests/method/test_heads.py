@@ -66,9 +66,9 @@ def test_they_are_trained_saved_and_resumed(name, order, tmp_path):
     assert_same(weights(load_stages(tmp_path / "straight").heads), after)
 
 
-def test_checkpointing_and_residency_change_no_number(tmp_path):
+def test_checkpointing_and_offload_change_no_number(tmp_path):
     found = []
-    for settings in ({}, {"activation_checkpointing": True}, {"stage_residency": "stage"}):
+    for settings in ({}, {"activation_checkpointing": True}, {"offload": "stages"}):
         run = trainer(
             tmp_path / str(len(found)), "bert", head_layers=1, max_steps=6, stage_order="sequential", **settings
         )

@@ -42,7 +42,7 @@ def test_within_3_percent_of_real_training(name, precision, way, head_layers, tm
 BLOCK = Way(num_stages=3, stage_order="sequential", stage_objective="model")
 BLOCKS = [  # by the model's loss
     ("vit", "fp32", BLOCK),
-    ("bert", "bf16", replace(BLOCK, stage_residency="stage")),
+    ("bert", "bf16", replace(BLOCK, offload="stages")),
     ("vit", "fp32", replace(BLOCK, activation_checkpointing=True)),
 ]
 
@@ -82,14 +82,14 @@ def test_a_budget_chooses_the_least_compute_that_fits():
             compute.append(found.chosen.compute)
     assert compute == sorted(compute, reverse=True)
     assert len({*compute}) > 1
-    assert {"simultaneous", "coupled"} <= orders
+    assert {"simultaneous", "end_to_end"} <= orders
 
 
 def test_a_budget_that_cannot_be_met_says_what_can():
     found = plan(SMALL, 8, "1MiB")
     assert found.chosen is None
     assert found.settings == {}
-    least = min(row.peak.total for row in found.rows if row.way.num_stages > 1 or row.way.stage_order == "coupled")
+    least = min(row.peak.total for row in found.rows if row.way.num_stages > 1 or row.way.stage_order == "end_to_end")
     need = -(-int(least * 1.05) // 2**20)
     assert f"needs {need} MiB" in found.reason
     assert f"{need - 1} MiB more" in found.reason
@@ -140,7 +140,7 @@ def test_what_is_no_number_of_bytes_is_refused(value):
         (
             "vit",
             {"without": ["x"]},
-            "without='x' is not known. Set without to one of simultaneous, sequential, coupled",
+            "without='x' is not known. Set without to one of simultaneous, sequential, end_to_end",
         ),
         ("vit", {"head_layers": -1}, "head_layers=-1 is not a whole number"),
         ("vit", {"seq_len": 8}, "seq_len=8 is for models that take input_ids.*Leave seq_len unset"),
@@ -185,8 +185,8 @@ def test_the_config_to_paste_is_the_whole_plan():
     found = plan(SMALL, 64, "1GiB", "bf16", num_stages=3)
     assert found.config() == 'MMSTConfig("output", num_stages=3, per_device_train_batch_size=64, bf16=True)'
     assert "times that of end-to-end training" in found.reason
-    resident = plan(SMALL, 64, "70MiB", num_stages=3, without=["coupled", "stage_clipping"])
-    assert resident.chosen.way.stage_residency == "stage"
+    resident = plan(SMALL, 64, "70MiB", num_stages=3, without=["end_to_end", "stage_clipping"])
+    assert resident.chosen.way.offload == "stages"
     assert f"{resident.chosen.compute:.2f} times" in resident.reason
     assert f"{resident.chosen.resting_bytes / 2**20:,.0f} MiB at rest" in resident.reason
     assert "bf16" not in resident.config()
@@ -206,8 +206,8 @@ def test_precision_is_chosen_where_it_is_left_open():
 
 def test_one_layer_resident_is_among_the_ways():
     found = plan(SMALL, 64)
-    (row,) = [row for row in found.rows if row.way.stage_order == "coupled"]
-    assert row.name == "end to end, one layer resident"
+    (row,) = [row for row in found.rows if row.way.stage_order == "end_to_end"]
+    assert row.name == "end to end, layers offloaded"
     assert 1.2 < row.compute < 4 / 3  # a layer's last product is not recomputed
     assert row.resting_bytes > 3 * found.layers[0].weights * 3
     assert plan(SMALL, 64, int(1.06 * row.peak.total)).chosen.way == row.way
@@ -216,7 +216,7 @@ def test_one_layer_resident_is_among_the_ways():
 def test_only_rivals_fit():
     (lora,) = [row for row in plan(SMALL, 8, num_stages=2).rows if row.way.lora]
     found = plan(
-        SMALL, 8, int(1.06 * lora.peak.total), num_stages=2, without=["coupled", "stage_residency", "stage_clipping"]
+        SMALL, 8, int(1.06 * lora.peak.total), num_stages=2, without=["end_to_end", "offload", "stage_clipping"]
     )
     assert found.chosen is None
     assert "No way of this package fits in" in found.reason
@@ -244,7 +244,7 @@ def test_the_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "end to end, checkpointing" in out
     assert "LoRA" in out
-    assert """MMSTConfig("output", stage_order='coupled', per_device_train_batch_size=64)""" in out
+    assert """MMSTConfig("output", stage_order='end_to_end', per_device_train_batch_size=64)""" in out
     assert "vit.layers.2" in out
     assert main(["plan", str(tmp_path), "--budget", "1MiB"]) == 1
     assert "Nothing fits" in capsys.readouterr().out
@@ -257,10 +257,10 @@ def test_the_command(tmp_path, capsys):
 
 def test_what_is_moved_is_counted():
     rows = {row.name: row for row in plan(SMALL, 8).rows}
-    weights = rows["end to end, one layer resident"].resting_bytes // 4  # beside gradients and AdamW's two states
-    assert rows["end to end, one layer resident"].moved_bytes == 3 * weights
-    assert rows["K = 3, one stage resident"].moved_bytes == pytest.approx(weights / 3, rel=0.01)
-    assert rows["K = 3, one stage resident, features cached"].moved_bytes == 0
+    weights = rows["end to end, layers offloaded"].resting_bytes // 4  # beside gradients and AdamW's two states
+    assert rows["end to end, layers offloaded"].moved_bytes == 3 * weights
+    assert rows["K = 3, stages offloaded"].moved_bytes == pytest.approx(weights / 3, rel=0.01)
+    assert rows["K = 3, stages offloaded, features cached"].moved_bytes == 0
     assert rows["end to end"].moved_bytes == 0
 
 
@@ -271,7 +271,7 @@ def arguments(folder, **settings):
 
 @pytest.mark.parametrize(
     "way",
-    [Way(2), Way(stage_order="coupled"), Way(6, "sequential", "stage")],
+    [Way(2), Way(stage_order="end_to_end", offload="layers"), Way(6, "sequential", "stages")],
 )
 def test_a_budget_in_the_arguments_plans_before_training(way, tmp_path, capsys):
     model, order = build("vit"), way.stage_order
@@ -282,7 +282,7 @@ def test_a_budget_in_the_arguments_plans_before_training(way, tmp_path, capsys):
     trained = MMSTTrainer(model, args, train_dataset=Zeros(model))
     assert args.stage_order == order
     assert args.memory_budget is None
-    assert trained.partition.num_stages == (1 if order == "coupled" else args.num_stages)
+    assert trained.partition.num_stages == (1 if order == "end_to_end" else args.num_stages)
     trained.train()
     said = capsys.readouterr().out
     assert "fits in" in said
@@ -321,7 +321,7 @@ def test_a_number_of_stages_is_kept_in_a_budget(tmp_path):
     settings = {"per_device_train_batch_size": 64, "num_stages": 3}
     batch = {**dummy_inputs(make("vit"), 64), "labels": torch.zeros(64, dtype=torch.long)}
     simulated = Simulation(make("vit"), batch)
-    tight = simulated.peak(Way(3, "sequential", "stage", activation_checkpointing=True)).total  # would be coupled
+    tight = simulated.peak(Way(3, "sequential", "stages", activation_checkpointing=True)).total  # would be end to end
     for budget, order in (("1GiB", "simultaneous"), (str(int(1.06 * tight)), "sequential")):
         args = arguments(tmp_path, memory_budget=budget, **settings)
         trained = MMSTTrainer(make("vit"), args, train_dataset=Zeros(make("vit")))
@@ -340,8 +340,10 @@ def test_a_budget_for_what_cannot_step_at_once(tmp_path):
 
 
 def test_a_budget_and_an_order_are_refused(tmp_path):
-    for settings in ({"stage_order": "sequential"}, {"stage_boundaries": ["vit.layers.1"]}, {"coupled_laps": 1}):
-        with pytest.raises(ValueError, match="Leave stage_order, coupled_laps and stage_boundaries unset, or memory_b"):
+    for settings in ({"stage_order": "sequential"}, {"stage_boundaries": ["vit.layers.1"]}, {"end_to_end_laps": 1}):
+        with pytest.raises(
+            ValueError, match="Leave stage_order, end_to_end_laps and stage_boundaries unset, or memory_b"
+        ):
             arguments(tmp_path, memory_budget="1GiB", **settings)
     with pytest.raises(ValueError, match='Set memory_budget to one with a unit, as in "4GiB"'):
         arguments(tmp_path, memory_budget="lots")

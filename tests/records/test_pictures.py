@@ -102,7 +102,7 @@ def test_tensorboard_has_pictures_and_grouped_numbers_and_training_is_the_same(t
     )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    settings = {"stage_order": "sequential", "stage_residency": "stage", "num_stages": 2, "coupled_laps": 1}
+    settings = {"stage_order": "sequential", "offload": "stages", "num_stages": 2, "end_to_end_laps": 1}
     settings |= {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3, "logging_steps": 2}
     plain = trainer(tmp_path / "plain", **settings)
     plain.train()

@@ -43,11 +43,11 @@ def test_the_numbers_are_those_of_plain_trainer(name, tmp_path):
     means = name in ("no labels", "images and texts", "detection", "a module")  # of which Trainer takes the mean
     settings = {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2 if means else 1}
     plain = run(tmp_path / "plain", name, Trainer, **settings)
-    coupled = run(tmp_path / "coupled", name, stage_order="coupled", **settings)
+    offloaded = run(tmp_path / "offloaded", name, stage_order="end_to_end", **settings)
     exact = name != "encoder and decoder"  # whose layers share a bias, to which they add in another order
-    assert losses(coupled) == (losses(plain) if exact else pytest.approx(losses(plain), rel=1e-6))
+    assert losses(offloaded) == (losses(plain) if exact else pytest.approx(losses(plain), rel=1e-6))
     for key, tensor in weights(plain.model).items():
-        torch.testing.assert_close(weights(coupled.model)[key], tensor, rtol=0, atol=0 if exact else 1e-5)
+        torch.testing.assert_close(weights(offloaded.model)[key], tensor, rtol=0, atol=0 if exact else 1e-5)
 
 
 class WeightsAfter(TrainerCallback):
@@ -93,7 +93,7 @@ def test_one_stage_goes_on_from_a_checkpoint_of_plain_trainer(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["a decoder", "images and texts", "a module"])
 def test_a_budget_for_what_has_no_stages_is_one_for_a_layer_at_a_time(name, tmp_path):
-    assert run(tmp_path, name, memory_budget="1GiB", num_stages=None, max_steps=1).args.stage_order == "coupled"
+    assert run(tmp_path, name, memory_budget="1GiB", num_stages=None, max_steps=1).args.stage_order == "end_to_end"
 
 
 def test_a_budget_for_what_cannot_be_planned_is_refused(tmp_path):
@@ -112,18 +112,18 @@ def test_layers_that_share_weights_do_not_rest_apart(tmp_path):
     model = build()
     layers = model.bert.encoder.layer
     layers[1].attention = layers[0].attention
-    args = arguments(tmp_path, stage_order="coupled")
+    args = arguments(tmp_path, stage_order="end_to_end")
     with pytest.raises(
-        ValueError, match=r"layer.1 of BertFor.* shares weights with bert.encoder.layer.0.*coupled_laps=0"
+        ValueError, match=r'layer.1 of BertFor.* shares weights with bert.encoder.layer.0.*Set offload="none"'
     ):
         MMSTTrainer(model, args, train_dataset=[sample(0)])
 
 
 def test_single_modules_are_not_recomputed_one_by_one(tmp_path):
     with pytest.raises(ValueError, match="Vgg is a sequence of single modules.*cannot be recomputed one by one"):
-        MMSTTrainer(MODELS["single modules"][0](), arguments(tmp_path, stage_order="coupled"))
+        MMSTTrainer(MODELS["single modules"][0](), arguments(tmp_path, stage_order="end_to_end"))
 
 
 def test_without_layers_there_is_nothing_that_could_rest(tmp_path):
-    with pytest.raises(ValueError, match=r"No list of layers.*Leave stage_order unset"):
-        MMSTTrainer(Slope(), arguments(tmp_path, stage_order="coupled"))
+    with pytest.raises(ValueError, match=r'No list of layers.*Set offload="none"'):
+        MMSTTrainer(Slope(), arguments(tmp_path, stage_order="end_to_end"))

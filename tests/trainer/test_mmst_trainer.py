@@ -326,7 +326,7 @@ def test_prediction_without_labels(tmp_path):
     assert trainer(tmp_path).predict(data).predictions.shape == (6, 5)
 
 
-@pytest.mark.parametrize("settings", [{"num_stages": 1}, {"stage_order": "coupled"}])
+@pytest.mark.parametrize("settings", [{"num_stages": 1}, {"stage_order": "end_to_end"}])
 def test_a_custom_trainer_trains_end_to_end_as_on_plain_trainer(settings, tmp_path):
     shared = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.1}
     trained = []
@@ -340,7 +340,7 @@ def test_a_custom_trainer_trains_end_to_end_as_on_plain_trainer(settings, tmp_pa
 
 @pytest.mark.parametrize(
     ("whole", "settings"),
-    [(True, {}), (False, {}), (False, {"stage_order": "sequential", "stage_residency": "stage"})],
+    [(True, {}), (False, {}), (False, {"stage_order": "sequential", "offload": "stages"})],
 )
 def test_a_custom_trainer_makes_its_optimizer(whole, settings, tmp_path):
     class Own(MMSTTrainer):

@@ -32,7 +32,7 @@ class Watch(TrainerCallback):
         self.states.append({n: int(state[p]["step"]) for n, p in model.named_parameters() if p in state})
 
 
-@pytest.mark.parametrize("settings", [{}, {"stage_residency": "stage"}])
+@pytest.mark.parametrize("settings", [{}, {"offload": "stages"}])
 def test_gradients_and_states_are_those_of_the_stage_that_learns(settings, tmp_path):
     watch = Watch()
     trained = run(tmp_path, callbacks=[watch], **settings)
@@ -55,10 +55,10 @@ def test_the_numbers_do_not_depend_on_where_layers_are(name, place, tmp_path, mo
     play(place, monkeypatch)
     ways = {
         "all": {},
-        "stage": {"stage_residency": "stage"},
+        "stage": {"offload": "stages"},
         "checkpointing": {"activation_checkpointing": True},
         "cached": {"feature_cache": "disk"},
-        "both": {"stage_residency": "stage", "feature_cache": "memory"},
+        "both": {"offload": "stages", "feature_cache": "memory"},
     }
     found = {}
     for kind, settings in ways.items():
@@ -70,7 +70,7 @@ def test_the_numbers_do_not_depend_on_where_layers_are(name, place, tmp_path, mo
         assert losses(found[kind]) == losses(found["all"])
 
 
-@pytest.mark.parametrize("settings", [{}, {"stage_residency": "stage", "feature_cache": "disk"}])
+@pytest.mark.parametrize("settings", [{}, {"offload": "stages", "feature_cache": "disk"}])
 @pytest.mark.parametrize("stop", [6, 8])  # within a turn, and where the next one begins
 def test_resume_is_bitwise_the_uninterrupted_run(stop, settings, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": stop, **settings}
@@ -130,7 +130,7 @@ def test_a_loss_of_ones_own_is_still_refused(tmp_path):
     ("settings", "message"),
     [
         ({"stage_order": "simultaneous"}, 'Set stage_order to "sequential" or "multi_lap", or stage_objective="local"'),
-        ({"stage_order": "coupled"}, 'stage_order="coupled" all of them learn'),
+        ({"stage_order": "end_to_end"}, 'stage_order="end_to_end" all of them learn'),
         ({**BLOCKS, "head_layers": 1}, "head_layers=1 has no effect.*Leave head_layers unset"),
         ({**BLOCKS, "head_pooling": "cls"}, "head_pooling='cls' has no effect"),
         ({**BLOCKS, "stage_objective": "global"}, "stage_objective='global' is not known.*local, model"),

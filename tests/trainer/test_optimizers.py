@@ -40,28 +40,27 @@ def test_the_states_are_not_the_usual_ones(settings, tmp_path):
 
 def test_the_numbers_of_one_resident_stage_are_those_of_all(settings, tmp_path):
     trained = {
-        residency: run(tmp_path / residency, "vit", wide(), residency=residency, **settings)
-        for residency in ("all", "stage")
+        offload: run(tmp_path / offload, "vit", wide(), offload=offload, **settings) for offload in ("none", "stages")
     }
     for one in trained.values():
         one.train()
-    assert_same(weights(trained["stage"].model), weights(trained["all"].model))
-    assert_same(moments(trained["stage"]), moments(trained["all"]))
+    assert_same(weights(trained["stages"].model), weights(trained["none"].model))
+    assert_same(moments(trained["stages"]), moments(trained["none"]))
 
 
 def test_the_numbers_of_stepping_early_are_those_of_stepping_at_the_end(settings, tmp_path, monkeypatch):
     trained = {}
     for when in ("early", "late"):
         settings = {**settings, "stage_clipping": True, "max_grad_norm": 0.1}
-        trained[when] = run(tmp_path / when, "vit", wide(), "simultaneous", "all", **settings)
+        trained[when] = run(tmp_path / when, "vit", wide(), "simultaneous", "none", **settings)
         trained[when].train()
         monkeypatch.setattr(StageLearning, "_step_early", lambda self, *given: None)
     assert_same(weights(trained["early"].model), weights(trained["late"].model))
 
 
-@pytest.mark.parametrize("residency", ["all", "stage"])
-def test_resume_is_bitwise_the_uninterrupted_run(residency, settings, tmp_path):
-    settings = {"residency": residency, "save_strategy": "steps", "save_steps": 13, **settings}
+@pytest.mark.parametrize("offload", ["none", "stages"])
+def test_resume_is_bitwise_the_uninterrupted_run(offload, settings, tmp_path):
+    settings = {"offload": offload, "save_strategy": "steps", "save_steps": 13, **settings}
     straight = run(tmp_path / "straight", "vit", wide(), **settings)
     straight.train()
     run(tmp_path / "stopped", "vit", wide(), extra={"callbacks": [StopAt(13)]}, **settings).train()
@@ -85,7 +84,7 @@ SCHEDULERS = {
     "greedy": (lambda o: GreedyLR(o, patience=0, min_lr=[1e-5, 1e-6]), {"stage_order": "sequential", **EVALUATING}),
     "one after the other": (
         lambda o: lr_scheduler.SequentialLR(o, [ramp(o), lr_scheduler.CyclicLR(o, 1e-4, 1e-3, 2)], [3]),
-        {"stage_order": "multi_lap", "stage_residency": "stage"},
+        {"stage_order": "multi_lap", "offload": "stages"},
     ),
     "adafactor": (AdafactorSchedule, {"stage_order": "sequential"}),
 }

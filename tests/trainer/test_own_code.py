@@ -37,7 +37,7 @@ def keeps_eval(model, how):
     ("how", "settings"),
     [
         ("returns the model", {}),
-        ("returns the model", {"stage_order": "coupled"}),
+        ("returns the model", {"stage_order": "end_to_end"}),
         ("returns nothing", ORDERS["sequential"]),
         ("of a part", ORDERS["sequential"]),
         ("no dropout", {}),
@@ -137,10 +137,10 @@ def again(how):
     [
         ("R-Drop", {}, "calls compute_loss of MMSTTrainer again before the first loss is stepped back"),
         ("a second pass", {}, "Again runs the model by itself in a training step.*past its stages"),
-        ("a second pass", {**ORDERS["sequential"], "stage_residency": "stage"}, "runs the model by itself"),
+        ("a second pass", {**ORDERS["sequential"], "offload": "stages"}, "runs the model by itself"),
         ("a pass of its encoder", {}, "runs the model by itself"),
         ("FGM", {}, "runs the model by itself"),
-        ("FGM", {"coupled_laps": 1}, "runs the model by itself"),
+        ("FGM", {"end_to_end_laps": 1}, "runs the model by itself"),
         ("a step again", {"stage_clipping": True}, "stages have stepped.*Set stage_clipping=False"),
         ("a loss again", {"max_grad_norm": 0.0}, "stages have stepped.*max_grad_norm above 0"),
     ],
@@ -173,7 +173,7 @@ def test_what_learns_stage_by_stage_may_run_again(how, rate, order, tmp_path):
         torch.testing.assert_close(run.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"num_stages": 1}, {"stage_order": "coupled"}], ids=str)
+@pytest.mark.parametrize("settings", [{"num_stages": 1}, {"stage_order": "end_to_end"}], ids=str)
 def test_end_to_end_the_model_may_run_twice(settings, tmp_path):
     runs = []
     for how in ("R-Drop", "none"):

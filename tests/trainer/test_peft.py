@@ -1,4 +1,4 @@
-"""Adapters of PEFT in stages: what learns, that residency changes no number, and what plain PEFT makes of the files."""
+"""Adapters of PEFT in stages: what learns, that offload changes no number, and what plain PEFT makes of the files."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference import detached_step, gradients
 from runs import StopAt, arguments, assert_same, trainer, weights
-from runs import run_coupled as coupled_or_plain
+from runs import run_end_to_end as end_to_end_or_plain
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, Trainer, TrainingArguments, set_seed
 from zoo import Samples, batch, make
@@ -34,8 +34,8 @@ ORDERS = {
     "sequential": {"stage_order": "sequential"},
     "multi_lap": {"stage_order": "multi_lap", "num_laps": 2},
     "model loss": {"stage_order": "sequential", "stage_objective": "model"},
-    "coupled": {"stage_order": "coupled"},
-    "coupled laps": {"stage_order": "sequential", "coupled_laps": 1},
+    "end_to_end": {"stage_order": "end_to_end"},
+    "end-to-end laps": {"stage_order": "sequential", "end_to_end_laps": 1},
 }
 CASES = [
     (kind, order) for kind in ADAPTERS for order in ORDERS if kind == "lora" or order in ("simultaneous", "sequential")
@@ -72,7 +72,7 @@ def test_adapters_learn_resume_and_are_loaded_by_plain_peft(kind, order, tmp_pat
     for stage in straight.partition.stages:
         assert any(name.startswith(tuple(f"{layer}." for layer in stage)) for name in learning)
     # One stage on the device at a time: the same numbers; the run stops in the middle and goes on.
-    other = {} if order == "simultaneous" else {"stage_residency": "stage"}
+    other = {} if order == "simultaneous" else {"offload": "stages"}
     other |= {"save_strategy": "steps", "save_steps": 5}
     run(tmp_path / "other", kind, order, {"callbacks": [StopAt(5)]}, **other).train()
     resumed = run(tmp_path / "other", kind, order, **other)
@@ -120,19 +120,19 @@ def test_gradients_are_those_of_the_equations(kind):
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_the_coupled_order_has_the_numbers_of_plain_trainer(kind, tmp_path):
+def test_the_end_to_end_order_has_the_numbers_of_plain_trainer(kind, tmp_path):
     trained = []
     for cls in (None, Trainer):
         set_seed(0)
         model = peft.get_peft_model(make("bert", dropout=True), ADAPTERS[kind]())
         chosen = {} if cls is None else {"cls": cls}
-        one = coupled_or_plain(tmp_path / str(cls), "bert", model=model, max_steps=6, max_grad_norm=0.0, **chosen)
+        one = end_to_end_or_plain(tmp_path / str(cls), "bert", model=model, max_steps=6, max_grad_norm=0.0, **chosen)
         one.train()
         trained.append(weights(one.model))
     assert_same(*trained)
 
 
-@pytest.mark.parametrize("order", ["simultaneous", "sequential", "coupled"])
+@pytest.mark.parametrize("order", ["simultaneous", "sequential", "end_to_end"])
 def test_the_best_adapters_come_back(order, tmp_path):
     best = {}
 
@@ -184,9 +184,9 @@ def test_adapters_on_quantized_weights(bits, tmp_path, monkeypatch):
         return {name: p.detach().clone() for name, p in one.model.named_parameters() if p.requires_grad}
 
     plain = trained("plain", None, Trainer, activation_checkpointing=True)
-    assert_same(trained("coupled", "coupled"), plain)
+    assert_same(trained("end_to_end", "end_to_end"), plain)
     straight = trained("straight", "sequential")
-    saving = {"stage_residency": "stage", "save_strategy": "steps", "save_steps": 5}
+    saving = {"offload": "stages", "save_strategy": "steps", "save_steps": 5}
     trained("other", "sequential", stop=5, **saving)
     assert_same(trained("other", "sequential", resume=True, **saving), straight)
     assert_same(trained("early", "simultaneous", stage_clipping=True), trained("late", "simultaneous"))

@@ -13,7 +13,7 @@ from zoo import Samples, make
 from hf_mmst import MMSTTrainer
 from hf_mmst.memory.feature_store import FeatureStore
 
-RESIDENT = {"stage_order": "sequential", "stage_residency": "stage"}
+RESIDENT = {"stage_order": "sequential", "offload": "stages"}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "num_stages": 2}
 
 
@@ -112,7 +112,7 @@ def test_nothing_is_said_of_the_same_settings(stopped, tmp_path, capsys):
     ("order", "settings", "message"),
     [
         ("simultaneous", {"stage_order": "sequential"}, "Set stage_order='simultaneous', or start anew"),
-        ("simultaneous", {"stage_order": "coupled"}, "Set stage_order='simultaneous', or start anew"),
+        ("simultaneous", {"stage_order": "end_to_end"}, "Set stage_order='simultaneous', or start anew"),
         ("multi_lap", {"num_laps": 3}, "Set num_laps=2, or start anew"),
         ("sequential", {"max_steps": 24}, "8 optimizer steps in 2 turns, this run has 24.*Set max_steps or num_train"),
         ("sequential", {"per_device_train_batch_size": 4, "max_steps": -1}, "this run has 32"),
@@ -181,7 +181,7 @@ class Interrupts(TrainerCallback):
 AGAIN = [
     ("between", {**RESIDENT, "feature_cache": "disk"}),
     ("forward", {**RESIDENT, "feature_cache": "memory"}),
-    ("forward", {**RESIDENT, "coupled_laps": 1}),
+    ("forward", {**RESIDENT, "end_to_end_laps": 1}),
 ]
 
 
@@ -202,7 +202,7 @@ def test_the_same_trainer_resumes_bitwise_after_an_error(where, settings, tmp_pa
 
 def test_a_batch_that_was_too_large_leaves_nothing(tmp_path):
     """Plain SGD on one batch that holds all samples, however large it may be."""
-    settings = {"stage_order": "coupled", "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+    settings = {"stage_order": "end_to_end", "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
     settings |= {"per_device_train_batch_size": 32, "data": Samples("bert", 8), "max_steps": 2, "dropout": False}
     trained = []
     for callbacks in ([], [Interrupts("backward", at=0)]):
@@ -229,7 +229,7 @@ def test_an_error_in_the_last_flush_leaves_the_model_as_it_came(tmp_path, monkey
         with pytest.raises(OSError, match="No space left"):
             failing.train()
     assert [name for name, _ in failing.model.named_children()] == names
-    assert not failing._run.staged.residency._active
+    assert not failing._run.staged.offload._active
 
 
 def test_stopping_early_leaves_no_features(tmp_path):

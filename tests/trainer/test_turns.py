@@ -5,7 +5,7 @@ import torch
 from runs import ORDERS, StopAt, assert_same, trainer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-TURNS = {**ORDERS, "simultaneous": {"coupled_laps": 1}}
+TURNS = {**ORDERS, "simultaneous": {"end_to_end_laps": 1}}
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 16}
 BEST = {**EACH_STEP, "metric_for_best_model": "score", "greater_is_better": True}
 
@@ -40,7 +40,7 @@ def test_early_stopping_ends_each_turn(settings, tmp_path, capsys):
     assert rates[0] == 0.1
     assert {name for name, tensor in trained.model.state_dict().items() if torch.equal(tensor, before[name])} == set()
     ended = [name for entry in trained.state.log_history for name in entry if "stopped_early" in name]
-    expected = ["stopped_early", "coupled_stopped_early"]
+    expected = ["stopped_early", "end_to_end_stopped_early"]
     if "stage_order" in settings:
         expected = [f"stage_{k}_stopped_early" for k in (1, 2, 3)] * (turns // 3)
     assert ended == expected
@@ -83,7 +83,7 @@ def test_the_best_model_is_one_whose_last_stage_has_learned(tmp_path):
     assert trained.state.best_model_checkpoint == str(tmp_path / "checkpoint-5")
 
 
-RESIDENT = {"stage_order": "sequential", "stage_residency": "stage", "feature_cache": "disk"}
+RESIDENT = {"stage_order": "sequential", "offload": "stages", "feature_cache": "disk"}
 
 
 @pytest.mark.parametrize(

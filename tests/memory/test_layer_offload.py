@@ -4,7 +4,7 @@ import pytest
 import torch
 from elsewhere import PLACES, play
 from runs import StopAt, arguments, assert_same, losses, trainer, weights
-from runs import run_coupled as run
+from runs import run_end_to_end as run
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from zoo import Samples, batch, make
 
@@ -45,34 +45,34 @@ def test_twenty_steps_are_those_of_plain_trainer(place, name, limits, accumulati
     settings = {"max_steps": 20, "max_grad_norm": limit, "gradient_accumulation_steps": accumulation}
     if name == "llama":
         extra = {**extra, "train_dataset": Sentences(48)}
-    coupled = run(tmp_path / "coupled", name, extra=extra, **settings)
-    coupled.train()
+    offloaded = run(tmp_path / "offloaded", name, extra=extra, **settings)
+    offloaded.train()
     plain = run(tmp_path / "plain", name, Trainer, extra=extra, **settings)
     if name == "bert":  # which is not told how many labels there are, although Trainer believes so
         plain.model_accepts_loss_kwargs = False
     plain.train()
-    assert_same(weights(coupled.model), weights(plain.model))
-    assert_same(moments(coupled), moments(plain))
-    norms = [[entry["grad_norm"] for entry in one.state.log_history if "loss" in entry] for one in (coupled, plain)]
+    assert_same(weights(offloaded.model), weights(plain.model))
+    assert_same(moments(offloaded), moments(plain))
+    norms = [[entry["grad_norm"] for entry in one.state.log_history if "loss" in entry] for one in (offloaded, plain)]
     assert norms[0] == norms[1]
     assert min(norms[0]) < limit < max(norms[0])
-    assert losses(coupled) == pytest.approx(losses(plain), rel=1e-5)
+    assert losses(offloaded) == pytest.approx(losses(plain), rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "settings"), zip(["distilbert", "dinov2"], SETTINGS, strict=True))
 def test_the_numbers_are_those_of_plain_trainer(name, settings, tmp_path):
-    coupled = run(tmp_path / "coupled", name, **settings)
-    coupled.train()
+    offloaded = run(tmp_path / "offloaded", name, **settings)
+    offloaded.train()
     plain = run(tmp_path / "plain", name, Trainer, **settings)
     plain.model_accepts_loss_kwargs = False  # a mean of means, all batches are full
     plain.train()
-    found, expected = weights(coupled.model), weights(plain.model)
+    found, expected = weights(offloaded.model), weights(plain.model)
     if "bf16" not in settings:  # in which gradients are rounded where layers are recomputed
         assert_same(found, expected)
-        assert losses(coupled) == losses(plain)
+        assert losses(offloaded) == losses(plain)
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-6)
-    for ours, theirs in zip(coupled.state.log_history, plain.state.log_history, strict=True):
+    for ours, theirs in zip(offloaded.state.log_history, plain.state.log_history, strict=True):
         assert ours.get("grad_norm", 0) == pytest.approx(theirs.get("grad_norm", 0), rel=1e-4)
 
 
@@ -97,14 +97,14 @@ class Watch(TrainerCallback):
         self.most = self.looks = 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        slabs = self.trainer._run.staged.residency._slabs
+        slabs = self.trainer._run.staged.offload._slabs
 
         def look(*_):
             layers = {name: list(model.get_submodule(name).parameters()) for name in slabs}
             self.looks += 1
             away = [n for n, s in slabs.items() if layers[n][0].data_ptr() != s.tensors[0].data_ptr()]
             at_rest = {
-                t.data_ptr() for _, slab in self.trainer._run.staged.residency._gradients.values() for t in slab.tensors
+                t.data_ptr() for _, slab in self.trainer._run.staged.offload._gradients.values() for t in slab.tensors
             }
             gradients = [
                 n for n, found in layers.items() if {p.grad.data_ptr() for p in found if p.grad is not None} - at_rest
@@ -122,7 +122,7 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path, monkeypatch):
     trained.train()
     assert watch.most == 1
     assert watch.looks == 2 * 4 * trained.state.global_step  # forward, and again in the backward pass
-    resting = {slab.tensors[0].data_ptr() for slab in trained._run.staged.residency._slabs.values()}
+    resting = {slab.tensors[0].data_ptr() for slab in trained._run.staged.offload._slabs.values()}
     assert {next(trained.model.get_submodule(n).parameters()).data_ptr() for n in trained.partition.layers} == resting
     assert "eval_loss" in trained.evaluate()
     trained.save_model()
@@ -140,7 +140,7 @@ def test_bytes_moved_are_those_of_the_formula_and_of_the_plan(place, accumulatio
         layers.requires_grad_(False)
         for layer in layers:
             layer.attention.requires_grad_(True)
-    way = Way(stage_order="coupled")
+    way = Way(stage_order="end_to_end", offload="layers")
     planned = costs.moved_bytes(Simulation(model, batch("bert", 8), for_gpu=place == "late"), way).total
     trained = run(tmp_path, model=model, max_steps=2, gradient_accumulation_steps=accumulation)
     trained.train()
@@ -217,20 +217,20 @@ def test_an_error_in_the_backward_pass_leaves_nothing_stale(place, tmp_path, mon
 
 
 LAPS = [
-    {"stage_order": "simultaneous", "coupled_laps": 1},
-    {"stage_order": "sequential", "coupled_laps": 1, "feature_cache": "disk", "dropout": False},
-    {"stage_order": "multi_lap", "num_laps": 2, "coupled_laps": 2},
+    {"stage_order": "simultaneous", "end_to_end_laps": 1},
+    {"stage_order": "sequential", "end_to_end_laps": 1, "feature_cache": "disk", "dropout": False},
+    {"stage_order": "multi_lap", "num_laps": 2, "end_to_end_laps": 2},
 ]
 
 
 @pytest.mark.parametrize("settings", LAPS)
-def test_coupled_laps_are_end_to_end_from_where_the_stages_are(settings, tmp_path):
+def test_end_to_end_laps_are_end_to_end_from_where_the_stages_are(settings, tmp_path):
     """One batch, plain SGD: the last turn's steps are those of plain Trainer that begins with its weights."""
     data = {"data": Samples("bert", 8), "max_steps": 16, "optim": "sgd", "lr_scheduler_type": "constant"}
     settings = {**settings, "dropout": False, "learning_rate": 0.05}
     whole = trainer(tmp_path / "whole", "bert", **data, **settings)
     whole.train()
-    steps = sum(segment.steps for segment in whole._run.turns.order.segments if segment.coupled)
+    steps = sum(segment.steps for segment in whole._run.turns.order.segments if segment.end_to_end)
     local = trainer(tmp_path / "local", "bert", extra={"callbacks": [StopAt(16 - steps)]}, **data, **settings)
     local.train()
     args = arguments(tmp_path / "plain", TrainingArguments, **{k: v for k, v in data.items() if k != "data"})
@@ -239,37 +239,37 @@ def test_coupled_laps_are_end_to_end_from_where_the_stages_are(settings, tmp_pat
     plain.train()
     for key, tensor in weights(plain.model).items():
         torch.testing.assert_close(weights(whole.model)[key], tensor, rtol=1e-5, atol=1e-7)
-    assert [segment.coupled for segment in whole._run.turns.order.segments][-settings["coupled_laps"] :] == [
+    assert [segment.end_to_end for segment in whole._run.turns.order.segments][-settings["end_to_end_laps"] :] == [
         True
-    ] * settings["coupled_laps"]
-    assert "coupled_process_bytes" in whole.peaks.by_name
+    ] * settings["end_to_end_laps"]
+    assert "end_to_end_process_bytes" in whole.peaks.by_name
 
 
 @pytest.mark.parametrize("settings", LAPS[1:])
-def test_coupled_laps_resume_and_take_one_layer_at_a_time(settings, tmp_path):
+def test_end_to_end_laps_resume_and_take_one_layer_at_a_time(settings, tmp_path):
     settings = {"dropout": True, **settings, "num_train_epochs": 6, "save_strategy": "steps", "save_steps": 1}
     settings |= {"max_grad_norm": 0.0}
     runs = {}
-    for kind, residency, stop in (("all", "all", 99), ("stage", "stage", 99), ("resumed", "stage", 50)):
-        own = {**settings, "stage_residency": residency, "activation_checkpointing": True}
+    for kind, offload, stop in (("none", "none", 99), ("stages", "stages", 99), ("resumed", "stages", 50)):
+        own = {**settings, "offload": offload, "activation_checkpointing": True}
         own["save_steps"] = 50 if kind == "resumed" else 1000
         set_seed(0)
         runs[kind] = trainer(tmp_path / kind, "bert", extra={"callbacks": [StopAt(stop)]}, **own)
         runs[kind].train()
         if kind == "resumed":
-            assert runs[kind]._run.turns.order.at(50).coupled
+            assert runs[kind]._run.turns.order.at(50).end_to_end
             runs[kind] = trainer(tmp_path / kind, "bert", **own)
             runs[kind].train(resume_from_checkpoint=True)
-    assert_same(weights(runs["stage"].model), weights(runs["all"].model))
-    assert_same(weights(runs["resumed"].model), weights(runs["stage"].model))
+    assert_same(weights(runs["stages"].model), weights(runs["none"].model))
+    assert_same(weights(runs["resumed"].model), weights(runs["stages"].model))
 
 
-def test_epochs_of_coupled_laps(tmp_path):
+def test_epochs_of_end_to_end_laps(tmp_path):
     """Each of R + n laps has N / (R + n) epochs of 4 steps, for every stage."""
     for settings, steps in (
-        ({"coupled_laps": 1}, 16),
-        ({"coupled_laps": 1, "stage_order": "sequential"}, 8 * 3 + 8),
-        ({"coupled_laps": 2, "stage_order": "multi_lap", "num_laps": 2}, 2 * 4 * 3 + 2 * 4),
+        ({"end_to_end_laps": 1}, 16),
+        ({"end_to_end_laps": 1, "stage_order": "sequential"}, 8 * 3 + 8),
+        ({"end_to_end_laps": 2, "stage_order": "multi_lap", "num_laps": 2}, 2 * 4 * 3 + 2 * 4),
     ):
         run = trainer(tmp_path, num_train_epochs=4, **settings)
         run.train()
@@ -286,11 +286,13 @@ def test_frozen_layers_stay_as_they_were(tmp_path):
 
 
 def test_what_cannot_be_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r'stage_order="coupled".* Set bf16=True in the place of fp16'):
-        arguments(tmp_path, stage_order="coupled", fp16=True)
-    with pytest.raises(ValueError, match="coupled_laps=1 steps each layer by itself.* Set bf16=True"):
-        arguments(tmp_path, stage_order="sequential", stage_residency="stage", coupled_laps=1, fp16=True)
-    with pytest.raises(ValueError, match='coupled_laps=1 has no effect with stage_order="coupled".*coupled_laps=0'):
-        arguments(tmp_path, stage_order="coupled", coupled_laps=1)
-    with pytest.raises(ValueError, match='feature_cache="disk".*stage_order="coupled" all of them learn'):
-        arguments(tmp_path, stage_order="coupled", feature_cache="disk")
+    with pytest.raises(ValueError, match=r'offload="layers".* Set bf16=True in the place of fp16'):
+        arguments(tmp_path, stage_order="end_to_end", fp16=True)
+    with pytest.raises(ValueError, match='offload="stages" steps layers one by one.* Set bf16=True'):
+        arguments(tmp_path, stage_order="sequential", offload="stages", end_to_end_laps=1, fp16=True)
+    with pytest.raises(
+        ValueError, match='end_to_end_laps=1 has no effect with stage_order="end_to_end".*end_to_end_laps=0'
+    ):
+        arguments(tmp_path, stage_order="end_to_end", end_to_end_laps=1)
+    with pytest.raises(ValueError, match='feature_cache="disk".*stage_order="end_to_end" all of them learn'):
+        arguments(tmp_path, stage_order="end_to_end", feature_cache="disk")

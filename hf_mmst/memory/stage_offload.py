@@ -12,7 +12,7 @@ from .slabs import Slab
 from .states import RestingStates
 
 
-class Residency:
+class StageOffload:
     """
     Keeps the layers' weights and all optimizer states at rest, but for those of the stages that learn.
 

@@ -28,17 +28,17 @@ MIXED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True}
 def test_the_numbers_are_those_of_all_stages_in_memory(name, order, settings, place, tmp_path, monkeypatch):
     play(place, monkeypatch)
     trained = {}
-    for residency in ("all", "stage"):
-        folder = tmp_path / residency
-        trained[residency] = run(folder, name, None, order, residency, eval_strategy="epoch", **settings)
-        trained[residency].train()
-    assert_same(weights(trained["stage"].model), weights(trained["all"].model))
-    assert_same(weights(trained["stage"].heads), weights(trained["all"].heads))
-    assert_same(moments(trained["stage"]), moments(trained["all"]))
-    assert losses(trained["stage"]) == losses(trained["all"])
-    found, expected = (trained[residency].evaluate() for residency in ("stage", "all"))
+    for offload in ("none", "stages"):
+        folder = tmp_path / offload
+        trained[offload] = run(folder, name, None, order, offload, eval_strategy="epoch", **settings)
+        trained[offload].train()
+    assert_same(weights(trained["stages"].model), weights(trained["none"].model))
+    assert_same(weights(trained["stages"].heads), weights(trained["none"].heads))
+    assert_same(moments(trained["stages"]), moments(trained["none"]))
+    assert losses(trained["stages"]) == losses(trained["none"])
+    found, expected = (trained[offload].evaluate() for offload in ("stages", "none"))
     assert [found[k] for k in found if "stage" in k] == [expected[k] for k in found if "stage" in k]
-    model = trained["stage"].model
+    model = trained["stages"].model
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -74,7 +74,7 @@ class Watch(TrainerCallback):
         self.layers, self.states = [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        slabs = self.trainer._run.staged.residency._slabs
+        slabs = self.trainer._run.staged.offload._slabs
         self.layers.append(
             [
                 name
@@ -84,9 +84,9 @@ class Watch(TrainerCallback):
         )
 
     def on_step_end(self, args, state, control, **kwargs):
-        residency = self.trainer._run.staged.residency
-        at_rest = {t.data_ptr() for slab in residency.states._slabs.values() for t in slab.tensors}
-        owner = {id(p): name for name, parameters in residency._parameters.items() for p in parameters}
+        offload = self.trainer._run.staged.offload
+        at_rest = {t.data_ptr() for slab in offload.states._slabs.values() for t in slab.tensors}
+        owner = {id(p): name for name, parameters in offload._parameters.items() for p in parameters}
         found = self.trainer.optimizer.state.items()
         self.states.append(
             {
@@ -109,7 +109,7 @@ def test_only_the_stage_that_learns_is_in_memory(tmp_path, monkeypatch):
         assert layers == list(trained.partition.stages[stage])
         assert states <= set(layers)
     assert any(watch.states)
-    resting = {slab.tensors[0].data_ptr() for slab in trained._run.staged.residency._slabs.values()}
+    resting = {slab.tensors[0].data_ptr() for slab in trained._run.staged.offload._slabs.values()}
     assert {next(trained.model.get_submodule(n).parameters()).data_ptr() for n in trained.partition.layers} == resting
 
 
@@ -151,12 +151,12 @@ def test_the_file_has_no_name_and_the_checkpoint_is_complete(tmp_path):
 
 
 def test_training_twice_goes_on(tmp_path):
-    trained = {residency: run(tmp_path / residency, residency=residency) for residency in ("all", "stage")}
+    trained = {offload: run(tmp_path / offload, offload=offload) for offload in ("none", "stages")}
     for one in trained.values():
         set_seed(0)
         one.train()
         one.train()
-    assert_same(weights(trained["stage"].model), weights(trained["all"].model))
+    assert_same(weights(trained["stages"].model), weights(trained["none"].model))
 
 
 def test_a_full_disk_is_said_at_once(tmp_path, monkeypatch):
@@ -170,11 +170,11 @@ def test_a_full_disk_is_said_at_once(tmp_path, monkeypatch):
 
 def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match='Set stage_order to "sequential" or "multi_lap"'):
-        arguments(tmp_path, stage_residency="stage")
-    with pytest.raises(ValueError, match="Set stage_residency to one of all, stage"):
-        arguments(tmp_path, stage_residency="disk")
+        arguments(tmp_path, offload="stages")
+    with pytest.raises(ValueError, match="Set offload to one of none, stages, layers"):
+        arguments(tmp_path, offload="disk")
     with pytest.raises(ValueError, match="Set bf16_full_eval=False"):
-        arguments(tmp_path, stage_order="coupled", bf16_full_eval=True)
+        arguments(tmp_path, stage_order="end_to_end", bf16_full_eval=True)
 
 
 def test_a_frozen_layer_stays_as_it_was(tmp_path):

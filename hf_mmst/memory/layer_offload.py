@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from ..cut.partition import Partition
 from ..cut.temporary_attributes import not_caching, replaced
 from ..method.stepping import steps_elementwise
-from .residency import Residency
 from .slabs import HOST, Slab
+from .stage_offload import StageOffload
 from .states import RestingStates
 
 
-class CoupledResidency(Residency):
+class LayerOffload(StageOffload):
     """
     Runs forward and backward of a whole model while each layer is in device memory only when it is needed.
 
@@ -32,7 +32,7 @@ class CoupledResidency(Residency):
     and n G go out in a step, less n times what a ring holds: the backward pass finds it there. Clipping adds none, for
     the norms are taken when the gradients are there.
 
-    Args: those of [`Residency`].
+    Args: those of [`StageOffload`].
 
     Raises:
         `ValueError`: if layers share weights, which could not rest with one of them.
@@ -53,7 +53,7 @@ class CoupledResidency(Residency):
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
-        """As [`Residency.streaming`], and in the backward pass, too."""
+        """As [`StageOffload.streaming`], and in the backward pass, too."""
         with super().streaming(), not_caching(self._model), contextlib.ExitStack() as stack:
             for name in self._partition.layers:
                 layer: Any = self._model.get_submodule(name)
@@ -94,7 +94,7 @@ class CoupledResidency(Residency):
             self.link.wait()
 
     def rest(self) -> None:
-        """As [`Residency.rest`]; gradients of a step that was not taken are forgotten."""
+        """As [`StageOffload.rest`]; gradients of a step that was not taken are forgotten."""
         self._put_back()
         for parameters in self._parameters.values():
             for parameter in parameters:
@@ -213,5 +213,5 @@ def _refuse_shared(model: nn.Module, partition: Partition) -> None:
             if layer_of.setdefault(parameter, name) != name:
                 raise ValueError(
                     f"{name} of {type(model).__name__} shares weights with {layer_of[parameter]}, so that the two "
-                    'cannot rest one by one. Set stage_order to another than "coupled", or coupled_laps=0.'
+                    'cannot rest one by one. Set offload="none".'
                 )
