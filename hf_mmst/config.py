@@ -133,6 +133,11 @@ class MMSTConfig(TrainingArguments):
               where one learns at a time. Frozen layers come one by one where they run.
             - `"layers"`: those of all layers, which come one by one, and are recomputed in the backward pass. The
               optimizer steps in host memory.
+        resident_layers (`int`, *optional*, defaults to 0):
+            Number of layers that stay in device memory for good, with their gradients and optimizer states, evenly
+            spread over the model, while the others are offloaded, with `stage_order="end_to_end"` and
+            `offload="layers"`. They are recomputed in the backward pass with `activation_checkpointing` only, and step
+            on the device.
         feature_cache (`str`, *optional*, defaults to `"none"`):
             Where the inputs of the stage that learns are cached, so that the frozen stages before it run once per
             sample and turn, not in each epoch: `"none"`, `"disk"` (in `output_dir`, deleted after training) or
@@ -242,6 +247,9 @@ class MMSTConfig(TrainingArguments):
             "help": "What is not in device memory: none; stages: all but the one that learns; layers: all but the one "
             "that computes; if unset, layers in the end_to_end order, else none."
         },
+    )
+    resident_layers: Annotated[int, whole(0, "0 offloads all layers")] = field(
+        default=0, metadata={"help": "Layers that stay in device memory while the others are offloaded."}
     )
     feature_cache: FeatureCache = field(
         default="none",

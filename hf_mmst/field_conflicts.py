@@ -74,6 +74,12 @@ def _refuse_with_model_loss(args: Any) -> None:
 
 
 def _refuse_with_offload(args: Any) -> None:
+    if args.resident_layers and (args.stage_order, args.offload) != ("end_to_end", "layers"):
+        raise ValueError(
+            f"resident_layers={args.resident_layers} keeps some layers on the device while the others are offloaded, "
+            f'but stage_order="{args.stage_order}" and offload="{args.offload}". Set stage_order="end_to_end" and '
+            'offload="layers", or resident_layers=0.'
+        )
     if args.offload == "none":
         return
     if args.offload == "stages" and args.stage_order in ("simultaneous", "end_to_end"):

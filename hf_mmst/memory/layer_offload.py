@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class LayerOffload(StageOffload):
     the backward pass recomputes it; its gradient is put to rest when the backward pass has reached the layer before it.
     The optimizer steps where everything rests, in host memory, one layer at a time. The gradients are those of
     end-to-end training; what the device holds is one layer's weights (in a [`Ring`], two layers'), gradient and
-    activations, the input of each layer, and the weights and gradients of what is around the layers.
+    activations, the input of each layer, and the weights and gradients of what is around the layers. Layers that are
+    `resident` are as in any other training, and step on the device.
 
     With W bytes of weights in the layers, G of gradients, and n micro-batches a step, 2 n W + (n - 1) G bytes come in
     and n G go out in a step, less n times what a ring holds: the backward pass finds it there. Clipping adds none, for
@@ -38,9 +39,11 @@ class LayerOffload(StageOffload):
         `ValueError`: if layers share weights, which could not rest with one of them.
     """
 
-    def __init__(self, model: nn.Module, partition: Partition, device: torch.device, folder: str):
+    def __init__(
+        self, model: nn.Module, partition: Partition, device: torch.device, folder: str, resident: Collection[str] = ()
+    ):
         _refuse_shared(model, partition)
-        super().__init__(model, partition, device, folder)
+        super().__init__(model, partition, device, folder, resident)
         self._gradients: dict[str, tuple[list[nn.Parameter], Slab]] = {}  # of the layers' parameters that learn
         self._norms: dict[nn.Parameter, tuple[torch.Tensor, int, torch.Tensor]] = {}  # gradient, its version, its norm
         self._limit: tuple[float, torch.Tensor] | None = None  # of the norm of all gradients, and what that is
@@ -55,7 +58,7 @@ class LayerOffload(StageOffload):
     def streaming(self) -> Iterator[None]:
         """As [`StageOffload.streaming`], and in the backward pass, too."""
         with super().streaming(), not_caching(self._model), contextlib.ExitStack() as stack:
-            for name in self._partition.layers:
+            for name in self._layers:
                 layer: Any = self._model.get_submodule(name)
                 # The host would recompute it once more; where a stage learns from its own loss, that is done here, too.
                 recomputed = getattr(layer, "gradient_checkpointing", False)
@@ -153,7 +156,8 @@ class LayerOffload(StageOffload):
 
     def step(self, optimizer: Any) -> None:
         """
-        Step each layer's parameters, and have those around the layers in host memory for the caller's own step.
+        Step each layer's parameters, and have those around the layers in host memory for the caller's own step, which
+        is that of resident layers, too.
 
         An optimizer of which is not known that it steps each parameter by itself has all of them in the caller's step.
         """
@@ -161,12 +165,14 @@ class LayerOffload(StageOffload):
         if steps_elementwise(optimizer):
             for parameter in gradients:
                 parameter.grad = None
-            for name in self._partition.layers:
+            for name in self._layers:
                 if not gradients.keys().isdisjoint(self._parameters[name]):
                     self._step(name, optimizer, gradients)
         inside = {p for parameters in self._parameters.values() for p in parameters}
         for parameter, gradient in gradients.items():
-            if parameter not in inside:
+            if parameter in self._resident:
+                parameter.grad = gradient
+            elif parameter not in inside:
                 self._away.append((parameter, parameter.data))
                 parameter.grad = None
                 parameter.data = parameter.data.to(HOST)
@@ -204,6 +210,11 @@ class LayerOffload(StageOffload):
                 parameter.grad = None
                 parameter.data = tensor
         self._away.clear()
+
+
+def resident_layers(layers: Sequence[str], number: int) -> list[str]:
+    """That many of the layers, evenly spread, so that between any two of them others have time to come."""
+    return [layers[(2 * i + 1) * len(layers) // (2 * number)] for i in range(number)]
 
 
 def _refuse_shared(model: nn.Module, partition: Partition) -> None:

@@ -24,6 +24,7 @@ class StageOffload:
         partition (`Partition`): the cut.
         device (`torch.device`): where training takes place.
         folder (`str`): for the memory-mapped files, see [`Slab`].
+        resident (`Collection[str]`): names of layers that stay on the device for good, with their optimizer states.
 
     Attributes:
         link ([`Link`]): by which layers come to the device and go back, and which counts their bytes.
@@ -32,16 +33,20 @@ class StageOffload:
     slab: type[Slab] = Slab
     streams_of: Callable[[torch.device], Streams | None] = staticmethod(streams_of)
 
-    def __init__(self, model: nn.Module, partition: Partition, device: torch.device, folder: str):
+    def __init__(
+        self, model: nn.Module, partition: Partition, device: torch.device, folder: str, resident: Collection[str] = ()
+    ):
         self._model, self._partition, self._device, self._folder = model, partition, device, folder
+        self._layers = [name for name in partition.layers if name not in resident]
         self.states: RestingStates | None = None
         self._active: frozenset[str] = frozenset()
         self.is_streaming = False
-        self._parameters = {name: list(model.get_submodule(name).parameters()) for name in partition.layers}
+        self._parameters = {name: list(model.get_submodule(name).parameters()) for name in self._layers}
+        self._resident = {p for name in resident for p in model.get_submodule(name).parameters()}
         self._slabs = {name: self.slab(parameters, device, folder) for name, parameters in self._parameters.items()}
         streams, sizes = self.streams_of(device), [len(slab.memory) for slab in self._slabs.values()]
         self.link = Link(device) if streams is None else Ring(device, max(sizes, default=0), streams)
-        for name in partition.layers:
+        for name in self._layers:
             self._put(name)
         inside = {id(p) for parameters in self._parameters.values() for p in parameters}
         for tensor in [*(p for p in model.parameters() if id(p) not in inside), *model.buffers()]:
@@ -52,7 +57,9 @@ class StageOffload:
         """From now on keep the states of `optimizer` at rest, too; they are taken when it is about to use them."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
         if self.states is None or self.states.optimizer is not optimizer:
-            self.states = RestingStates(optimizer, self._parameters, self._device, self._folder, self.slab)
+            self.states = RestingStates(
+                optimizer, self._parameters, self._resident, self._device, self._folder, self.slab
+            )
             self._hook(optimizer, self.states)
 
     def _hook(self, optimizer: torch.optim.Optimizer, states: RestingStates) -> None:
@@ -65,7 +72,7 @@ class StageOffload:
             return
         self.rest()
         self._active = wanted
-        for name in self._partition.layers:
+        for name in self._layers:
             if name in wanted:  # in memory of their own, for longer than a pass
                 self._set(name, self._slabs[name].take(self._device))
                 self.link.bytes_in += self._slabs[name].nbytes
@@ -74,7 +81,7 @@ class StageOffload:
         """Put everything to rest, also what an error has left on the device."""
         self.link.wait()
         self.link.begin()
-        for name in self._partition.layers:
+        for name in self._layers:
             if name in self._active:
                 self.link.bytes_out += self._slabs[name].nbytes
                 self._put(name)
@@ -93,7 +100,7 @@ class StageOffload:
     def streaming(self) -> Iterator[None]:
         """Within this context, forward passes of the model find each layer's weights on the device."""
         with contextlib.ExitStack() as stack:
-            for name in self._partition.layers:
+            for name in self._layers:
                 layer = self._model.get_submodule(name)
                 stack.callback(layer.register_forward_pre_hook(self._before_layer(name)).remove)
                 stack.callback(layer.register_forward_hook(self._after_layer(name)).remove)
@@ -103,7 +110,7 @@ class StageOffload:
 
     def _before_layer(self, name: str):
         def hook(_module, _args):
-            if name == self._partition.layers[0]:
+            if name == self._layers[0]:
                 self.link.begin()
             if name not in self._active:
                 self._take(name, 1)
@@ -121,9 +128,9 @@ class StageOffload:
     def _take(self, name: str, step: int) -> None:
         """Bring a layer's weights to the device; the next one to come is `step` layers further."""
         self._set(name, self.link.take(self._slabs[name]))
-        number = self._partition.layers.index(name) + step
-        if 0 <= number < len(self._partition.layers):
-            following = self._partition.layers[number]
+        number = self._layers.index(name) + step
+        if 0 <= number < len(self._layers):
+            following = self._layers[number]
             if following not in self._active:
                 self.link.expect(self._slabs[following])
 

@@ -1,6 +1,6 @@
 """States of an optimizer at rest in host memory, but for those that a step is about to use."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ class RestingStates:
         optimizer (`torch.optim.Optimizer`): whose states they are. It makes them at its first step.
         layers (`Mapping[str, list[nn.Parameter]]`): the parameters of each layer, whose states rest together; those of
             any other parameter rest by themselves.
+        kept (`Collection[torch.Tensor]`): parameters whose states do not rest.
         device (`torch.device`), folder (`str`), slab (`type`): see [`Slab`].
     """
 
@@ -26,12 +27,14 @@ class RestingStates:
         self,
         optimizer: torch.optim.Optimizer,
         layers: Mapping[str, list[nn.Parameter]],
+        kept: Collection[torch.Tensor],
         device: torch.device,
         folder: str,
         slab: type[Slab] = Slab,
     ):
         self.optimizer = optimizer
         self._device, self._folder, self._slab = device, folder, slab
+        self._kept = kept
         self._layer_of = {id(p): name for name, parameters in layers.items() for p in parameters}
         self._slabs: dict[Keys, Slab] = {}
         self._taken: set[Keys] = set()
@@ -74,6 +77,8 @@ class RestingStates:
         known = {key for keys in self._slabs for key in keys}
         found: dict[Any, list[tuple[torch.Tensor, str]]] = {}
         for parameter, values in self.optimizer.state.items():
+            if parameter in self._kept:
+                continue
             for name, value in values.items():
                 is_new = torch.is_tensor(value) and value.numel() > 1 and (parameter, name) not in known
                 if is_new and value.device.type == self._device.type:  # what is in host memory beside a device may stay

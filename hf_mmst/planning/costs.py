@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..memory.layer_offload import resident_layers
 from ..memory.ring import BUFFERS
+from .layer_memory import LayerMemory
 from .operations import Peak
 from .simulation import Simulation
 from .step_time import CLIPPING, UPDATE, Phase, Step
@@ -65,10 +67,10 @@ def moved_bytes(simulation: Simulation, way: Way) -> Moved:
         return Moved()
     layers = {layer.name: layer for layer in simulation.by_layer}
     if way.offload == "layers":
-        weights = sum(layer.weights for layer in layers.values())
-        gradients = sum(layer.gradients for layer in layers.values())
+        moving = _offloaded(simulation, way)
+        weights, gradients = (sum(getattr(layer, of) for layer in moving) for of in ("weights", "gradients"))
         # The backward pass finds in the ring what the forward pass left there.
-        left = sum(layers[name].weights for name in simulation.layers[-BUFFERS:]) if simulation.has_ring else 0
+        left = sum(layer.weights for layer in moving[-BUFFERS:]) if simulation.has_ring else 0
         return Moved(weights, weights - left, gradients)
     # A layer comes once in the turns of later stages, and, by the model's loss, twice in those of earlier ones.
     once = twice = 0
@@ -82,10 +84,15 @@ def moved_bytes(simulation: Simulation, way: Way) -> Moved:
 def resting_bytes(simulation: Simulation, way: Way) -> int:
     """Bytes at rest outside the device."""
     if way.offload == "layers":
-        return sum(layer.weights + layer.gradients + layer.states for layer in simulation.by_layer)
+        return sum(layer.weights + layer.gradients + layer.states for layer in _offloaded(simulation, way))
     if way.offload == "stages":
         return sum(layer.weights + layer.states for layer in simulation.by_layer)
     return 0
+
+
+def _offloaded(simulation: Simulation, way: Way) -> list[LayerMemory]:
+    resident = resident_layers(simulation.layers, way.resident_layers)
+    return [layer for layer in simulation.by_layer if layer.name not in resident]
 
 
 def cache_bytes(simulation: Simulation, way: Way) -> int:
@@ -112,10 +119,15 @@ def step_of(simulation: Simulation, way: Way, peak: Peak, whole: Peak) -> Step:
         flops = [scale * value for value in whole.operations.flops.values()]
         nbytes = [scale * value for value in whole.operations.nbytes.values()]
     learned = (peak if way.lora else whole).states // 2  # AdamW's states are two for each weight
+    resident = resident_layers(simulation.layers, way.resident_layers)
+    on_device = sum(layer.states for layer in simulation.by_layer if layer.name in resident) // 2
+    if way.offload != "layers":
+        on_device = learned
     return Step(
         (
             Phase(flops[0], nbytes[0], times * moved.forward_in),
             Phase(flops[1], nbytes[1], times * moved.backward_in, times * moved.backward_out),
-            Phase(stepped=(UPDATE + CLIPPING) * learned, on_host=way.offload == "layers"),
+            Phase(stepped=(UPDATE + CLIPPING) * on_device),
+            Phase(stepped=(UPDATE + CLIPPING) * (learned - on_device), on_host=True),
         )
     )

@@ -46,14 +46,14 @@ class _Ended:
 
 
 class FakeStageOffload(StageOffload):
-    """A offload without a ring, as on a CPU."""
+    """Offloading without a ring, as on a CPU."""
 
     slab = _FakeSlab
     streams_of: Any = staticmethod(lambda _: None)
 
 
 class FakeRingStageOffload(FakeStageOffload):
-    """A offload with a ring, as on a GPU, wherever it is simulated."""
+    """Offloading with a ring, as on a GPU, wherever it is simulated."""
 
     streams_of: Any = staticmethod(lambda _: _NoStreams())
 

@@ -16,6 +16,7 @@ from ..cut.layers import find_layers, resting_parameters, run_ends, tied_paramet
 from ..cut.objectives import CLASSES, objective_of
 from ..cut.partition import Partition
 from ..cut.probe import LayerProfile, profile_layers
+from ..memory.layer_offload import resident_layers
 from ..memory.slabs import has_streams
 from ..method.engine import Stagewise
 from ..method.first_token import token_mixer
@@ -108,7 +109,7 @@ class Simulation:
         if way.lora:
             return self._end_to_end(self._without_data(with_adapters(self.model, LORA_RANK)), way)
         if way.offload == "layers":
-            return self._layers_offloaded()
+            return self._layers_offloaded(way)
         if way.num_stages == 1:
             return self._end_to_end(self.model, way)
         partition = self.partition(way.num_stages)
@@ -230,13 +231,13 @@ class Simulation:
                 optimizer.step()
             return self._read(tracker, parameters, optimizer)
 
-    def _layers_offloaded(self) -> Peak:
-        partition = Partition((tuple(self.layers),))
-        with self._mode, contextlib.ExitStack() as stack:
+    def _layers_offloaded(self, way: Way) -> Peak:
+        partition, resident = Partition((tuple(self.layers),)), resident_layers(self.layers, way.resident_layers)
+        with self._mode, self._checkpointing(self.model, way), contextlib.ExitStack() as stack:
             parameters = list(self.model.parameters())
             optimizer = self._with_states([p for p in parameters if p.requires_grad])
             kind = FakeRingLayerOffload if self.has_ring else FakeLayerOffload
-            offload = stack.enter_context(self._offload(kind, partition, optimizer))
+            offload = stack.enter_context(self._offload(kind, partition, optimizer, resident))
             tracker = self._tracker(parameters, optimizer, *offload.link.buffers)
             with tracker:
                 with self._autocast():
@@ -250,10 +251,12 @@ class Simulation:
             return self._read(tracker, parameters, optimizer)
 
     @contextlib.contextmanager
-    def _offload(self, kind: Any, partition: Partition, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
-        """A offload of the simulated model, with all layers and optimizer states at rest to begin with."""
+    def _offload(
+        self, kind: Any, partition: Partition, optimizer: torch.optim.Optimizer, resident: Sequence[str] = ()
+    ) -> Iterator[Any]:
+        """Offloading of the simulated model, with all layers and optimizer states at rest to begin with."""
         before = {parameter: parameter.data for parameter in self.model.parameters()}
-        offload = kind(self.model, partition, torch.device(self.device), "")
+        offload = kind(self.model, partition, torch.device(self.device), "", resident)
         offload.watch(optimizer)
         offload.rest()
         try:

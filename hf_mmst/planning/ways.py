@@ -19,6 +19,7 @@ class Way:
         stage_order (`str`): `"simultaneous"`, `"sequential"` or `"end_to_end"`.
         stage_objective (`str`): `"local"`, or `"model"` in the sequential order.
         offload (`str`): `"none"`, `"stages"` or `"layers"`.
+        resident_layers (`int`): layers that are not offloaded, where layers are.
         feature_cache (`str`): `"none"` or `"disk"`.
         stage_clipping (`bool`): whether stages step by themselves.
         activation_checkpointing (`bool`): whether activations within a stage are recomputed.
@@ -33,6 +34,7 @@ class Way:
     activation_checkpointing: bool = False
     lora: bool = False
     stage_objective: str = "local"
+    resident_layers: int = 0
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -49,7 +51,8 @@ class Way:
         whole = f"LoRA (r = {LORA_RANK})" if self.lora else "end to end"
         words = [whole if self.num_stages == 1 else f"K = {self.num_stages}"]
         if self.offload == "layers":
-            words.append("layers offloaded")
+            some = f"all but {self.resident_layers} of the " if self.resident_layers else ""
+            words.append(f"{some}layers offloaded")
         if self.num_stages > 1:
             if self.stage_objective == "model":
                 words.append("in turn, by the model's loss")

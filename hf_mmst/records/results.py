@@ -32,6 +32,7 @@ SETTINGS = (
     "transport_schedule",
     "stage_clipping",
     "offload",
+    "resident_layers",
     "feature_cache",
     "activation_checkpointing",
     "learning_rate",

@@ -15,7 +15,7 @@ from ..cut.partition import Partition
 from ..cut.probe import LayerProfile, check_cut, logits_of, profile_layers, run_example, trace_stages
 from ..cut.token_flow import attends_causally, ignores_padding
 from ..distributed.wrappers import Wrapper, numel
-from ..memory.layer_offload import LayerOffload
+from ..memory.layer_offload import LayerOffload, resident_layers
 from ..memory.stage_offload import StageOffload
 from ..method.engine import Stagewise
 from ..method.heads import StageHeads, head_pooling, is_pretrained, num_head_layers
@@ -186,13 +186,24 @@ class Staging:
         offload = None
         if args.offload != "none":
             kind = LayerOffload if _recomputes(args) else StageOffload
-            offload = kind(model, partition, args.device, args.output_dir)
+            resident = self._resident(model, partition.layers)
+            offload = kind(model, partition, args.device, args.output_dir, resident)
         found["uses_model_loss"] = args.stage_objective == "model" and num_stages > 1
         if found["uses_model_loss"] and _are_of_decoder(model, partition.layers):
             found["mask_name"] = "decoder_attention_mask"
         staged = StagedModel(model, partition, heads, engine, objective, weights, offload, **found)
         staged.share_out()
         return staged
+
+    def _resident(self, model: nn.Module, layers: Sequence[str]) -> list[str]:
+        """The layers that stay on the device."""
+        number = self.args.resident_layers
+        if number >= len(layers):
+            raise ValueError(
+                f"resident_layers={number}, but {type(model).__name__} has {len(layers)} layers. Set resident_layers "
+                'to fewer, or offload="none", which keeps all of them in device memory.'
+            )
+        return resident_layers(layers, number)
 
     def _example(self, model: nn.Module) -> ExampleInputs:
         """What the model is looked at with: the first samples of the user's data, or, without data, made-up inputs."""

@@ -36,16 +36,18 @@ class Sentences(Samples):
 
 @pytest.mark.parametrize(("name", "limits"), [("vit", (2, 1)), ("bert", (0.5, 0.3)), ("llama", (0.85, 0.5))])
 @pytest.mark.parametrize(
-    ("place", "accumulation", "extra"),
-    [("in place", 1, {}), ("late", 3, {}), ("early", 1, SGD), ("in place", 3, SGD)],
+    ("place", "accumulation", "extra", "resident"),
+    [("in place", 1, {}, 0), ("late", 3, {}, 0), ("early", 1, SGD, 1), ("in place", 3, SGD, 2)],
 )
-def test_twenty_steps_are_those_of_plain_trainer(place, name, limits, accumulation, extra, tmp_path, monkeypatch):
+def test_twenty_steps_are_those_of_plain_trainer(
+    place, name, limits, accumulation, extra, resident, tmp_path, monkeypatch
+):
     play(place, monkeypatch)
     limit = limits[accumulation > 1]
     settings = {"max_steps": 20, "max_grad_norm": limit, "gradient_accumulation_steps": accumulation}
     if name == "llama":
         extra = {**extra, "train_dataset": Sentences(48)}
-    offloaded = run(tmp_path / "offloaded", name, extra=extra, **settings)
+    offloaded = run(tmp_path / "offloaded", name, extra=extra, resident_layers=resident, **settings)
     offloaded.train()
     plain = run(tmp_path / "plain", name, Trainer, extra=extra, **settings)
     if name == "bert":  # which is not told how many labels there are, although Trainer believes so
