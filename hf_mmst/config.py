@@ -2,7 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from transformers import TrainingArguments
 
@@ -50,8 +50,11 @@ class MMSTConfig(TrainingArguments):
         stage_boundaries (`list[str]`, *optional*):
             Qualified names of each stage's last layer, in order, e.g. `["vit.layers.5", "vit.layers.11"]`, in the place
             of a cut by compute; overrides `num_stages`. The model's last layer may be left out.
-        stage_order (`str`, *optional*, defaults to `"simultaneous"`):
-            Which stages learn when.
+        stage_order (`str`, *optional*):
+            Which stages learn when. Unset: `"end_to_end"` for a pretrained model, for which no setting with local
+            losses has the accuracy of exact gradients at their memory; `"simultaneous"` for any other model, and
+            where another field of stages is set, such as `num_stages`. What was chosen is written here when the model
+            is cut.
 
             - `"simultaneous"`: all stages learn on each batch.
             - `"sequential"`: stage 1 learns to its end, then stage 2 on its output, and so on.
@@ -126,7 +129,8 @@ class MMSTConfig(TrainingArguments):
         offload (`str`, *optional*):
             What is not in device memory, but rests in pinned host memory (CUDA, XPU) or in memory-mapped files in
             `output_dir` (CPU), until it is used. For a single process. Unset: `"layers"` in the `"end_to_end"` order,
-            else `"none"`; what was chosen is written here.
+            unless there are several processes, DeepSpeed, FSDP, fp16, compilation or evaluation in half precision, with
+            which it cannot be; else `"none"`. What was chosen is written here.
 
             - `"none"`: everything is in device memory.
             - `"stages"`: weights, gradients and optimizer states of all stages but the one that learns, in the orders
@@ -172,11 +176,12 @@ class MMSTConfig(TrainingArguments):
         default=None,
         metadata={"help": "Qualified names of each stage's last layer, in order; overrides num_stages."},
     )
-    stage_order: StageOrder = field(
-        default="simultaneous",
+    stage_order: StageOrder | None = field(
+        default=None,
         metadata={
             "help": "simultaneous: all stages on each batch; sequential: one after the other; multi_lap: first to "
-            "last stage in each of num_laps laps; end_to_end: from the model's own loss."
+            "last stage in each of num_laps laps; end_to_end: from the model's own loss; if unset, end_to_end for a "
+            "pretrained model without settings of stages, else simultaneous."
         },
     )
     num_laps: Annotated[int, whole(1, "1 is a single lap")] = field(
@@ -269,8 +274,11 @@ class MMSTConfig(TrainingArguments):
         default=True, metadata={"help": "Write a model card, README.md and stages.png, when pushing to the Hub."}
     )
 
-    _found_stages: int | None = None  # what write_stages has put into num_stages
-    _found_offload: Offload | None = None  # what check_stages has put into offload
+    _is_pretrained = cast(bool | None, None)  # the model; not known before there is one
+    _is_movable = True  # whether its layers can be offloaded
+    _found_stages = cast(int | None, None)  # what write_stages has put into num_stages
+    _found_order = cast(StageOrder | None, None)  # what check_stages has put into stage_order
+    _found_offload = cast(Offload | None, None)  # what it has put into offload
 
     def __post_init__(self):
         super().__post_init__()
@@ -318,12 +326,74 @@ class MMSTConfig(TrainingArguments):
         if self.chooses_stages:
             self.num_stages = self._found_stages = number
 
+    @property
+    def chooses_order(self) -> bool:
+        """Whether `stage_order` was unset by the user."""
+        return self.stage_order in (None, self._found_order)
+
+    @property
+    def chooses_offload(self) -> bool:
+        """Whether `offload` was unset by the user."""
+        return self.offload in (None, self._found_offload)
+
+    @property
+    def order(self) -> StageOrder:
+        """`stage_order`, once a model is there."""
+        assert self.stage_order is not None
+        return self.stage_order
+
+    def settle(self, is_pretrained: bool, can_offload: bool | None = None) -> None:
+        """
+        Fill in `stage_order` and `offload`, if they are unset, for a model, and check the fields.
+
+        Args:
+            is_pretrained (`bool`): whether the model is.
+            can_offload (`bool`, *optional*): whether no wrapper or compilation is there with which layers cannot be
+                offloaded; unset: as before.
+        """
+        self._is_pretrained = is_pretrained
+        self._is_movable = self._is_movable if can_offload is None else can_offload
+        self.check_stages()
+
     def check_stages(self) -> None:
         """Check the fields of stage-wise training; called again when a hyper-parameter search has set one."""
         check_fields(self, OWN_FIELDS)
-        if self.offload in (None, self._found_offload):
-            self.offload = self._found_offload = "layers" if self.stage_order == "end_to_end" else "none"
+        if self.chooses_order:
+            in_stages = self._is_pretrained is False or self._asks_for_stages
+            self.stage_order = self._found_order = (
+                "simultaneous" if in_stages else "end_to_end" if self._is_pretrained else None
+            )
+        if self.chooses_offload:
+            self.offload = self._found_offload = (
+                None if self.stage_order is None else "layers" if self._offloads else "none"
+            )
         refuse_conflicts(self)
+
+    @property
+    def _asks_for_stages(self) -> bool:
+        """Whether a field is set that has an effect on stages only."""
+        others = [f for f in fields(self) if f.name in OWN_FIELDS and f.name not in OF_ALL]
+        return any(getattr(self, f.name) != f.default for f in others) or not self.chooses_stages
+
+    @property
+    def _offloads(self) -> bool:
+        """Whether layers are offloaded where nothing is said about it."""
+        half = self.fp16 or self.fp16_full_eval or self.bf16_full_eval
+        elsewhere = self.fsdp or self.deepspeed or self.world_size > 1 or not self._is_movable
+        other = half or elsewhere or self.torch_compile or self.accelerator_config.dispatch_batches
+        return self.stage_order == "end_to_end" and not other
 
 
 OWN_FIELDS = [f.name for f in fields(MMSTConfig)[len(fields(TrainingArguments)) :]]
+# Those that have an effect without stages, too.
+OF_ALL = {
+    "num_stages",
+    "stage_order",
+    "offload",
+    "resident_layers",
+    "memory_budget",
+    "head_learning_rate",
+    "stage_learning_rate_decay",
+    "cache_views",
+    "model_card",
+}

@@ -74,17 +74,18 @@ def _refuse_with_model_loss(args: Any) -> None:
 
 
 def _refuse_with_offload(args: Any) -> None:
-    if args.resident_layers and (args.stage_order, args.offload) != ("end_to_end", "layers"):
+    is_open = args.stage_order is None and args.offload in (None, "layers")
+    if args.resident_layers and not is_open and (args.stage_order, args.offload) != ("end_to_end", "layers"):
         raise ValueError(
             f"resident_layers={args.resident_layers} keeps some layers on the device while the others are offloaded, "
             f'but stage_order="{args.stage_order}" and offload="{args.offload}". Set stage_order="end_to_end" and '
             'offload="layers", or resident_layers=0.'
         )
-    if args.offload == "none":
+    if args.offload in (None, "none"):
         return
-    if args.offload == "stages" and args.stage_order in ("simultaneous", "end_to_end"):
+    if args.offload == "stages" and args.stage_order in (None, "simultaneous", "end_to_end"):
         raise ValueError(
-            f'offload="stages" keeps the stage that learns in device memory, but with stage_order="{args.stage_order}" '
+            f'offload="stages" keeps the stage that learns in device memory, but with stage_order={args.stage_order!r} '
             'all of them learn on each batch. Set stage_order to "sequential" or "multi_lap", or offload="layers".'
         )
     if (args.offload == "layers" or args.end_to_end_laps) and args.fp16:
@@ -126,12 +127,14 @@ def _refuse_with_feature_cache(args: Any) -> None:
 
 
 def _refuse_with_budget(args: Any) -> None:
-    if args.memory_budget is not None and (
-        args.stage_order != "simultaneous" or args.stage_boundaries is not None or args.end_to_end_laps
-    ):
+    if args.memory_budget is None:
+        return
+    laps_or_cut = args.stage_order == "multi_lap" or args.stage_boundaries is not None or args.end_to_end_laps
+    if laps_or_cut or not args.chooses_offload or args.resident_layers:
         raise ValueError(
-            f'memory_budget="{args.memory_budget}" chooses the order of training and the cut. Leave stage_order, '
-            "end_to_end_laps and stage_boundaries unset, or memory_budget."
+            f'memory_budget="{args.memory_budget}" chooses what is offloaded, and the cut. Leave offload, '
+            "resident_layers, end_to_end_laps and stage_boundaries unset, and stage_order other than "
+            '"multi_lap", or leave memory_budget unset.'
         )
 
 
@@ -155,7 +158,7 @@ def _refuse_host_settings(args: Any) -> None:
             "Reentrant checkpointing would silently stop every stage but the first from learning, because a "
             "stage's input carries no gradient. Set use_reentrant to False in activation_checkpointing_kwargs."
         )
-    staged = args.num_stages != 1 or args.stage_boundaries is not None or args.stage_order == "end_to_end"
+    staged = args.num_stages != 1 or args.stage_boundaries is not None or args.offload == "layers"
     optim = OptimizerNames(args.optim).value
     if staged and args.use_cache:
         raise ValueError(

@@ -272,5 +272,5 @@ def _turns(trainer: MMSTTrainer) -> float:
     args = trainer.args
     if args.stage_objective == "model":
         return 1
-    turns = Order.turns(args.stage_order, trainer.partition.num_stages, args.num_laps, args.end_to_end_laps)
+    turns = Order.turns(args.order, trainer.partition.num_stages, args.num_laps, args.end_to_end_laps)
     return len(turns) / (args.num_laps + args.end_to_end_laps)

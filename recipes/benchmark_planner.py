@@ -98,7 +98,7 @@ def simulation(model, precision: str, head_layers: int = 0) -> Simulation:
 
 def measured_bytes(model, precision: str, way: Way, head_layers: int, folder: str) -> int:
     """The most bytes that tensors take while the model trains."""
-    stagewise = way.num_stages > 1 or way.stage_order == "end_to_end"
+    stagewise = way.num_stages > 1 or way.offload != "none"
     settings = {"activation_checkpointing": way.activation_checkpointing}
     if stagewise:
         settings = {**vars(way), "head_layers": head_layers if way.stage_objective == "local" else None}

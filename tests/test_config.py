@@ -14,7 +14,7 @@ from hf_mmst import MMSTConfig, MMSTTrainer
 OWN_FIELDS = {
     "num_stages": None,
     "stage_boundaries": None,
-    "stage_order": "simultaneous",
+    "stage_order": None,
     "num_laps": 1,
     "end_to_end_laps": 0,
     "head_layers": None,
@@ -27,7 +27,8 @@ OWN_FIELDS = {
     "transport_schedule": "auto",
     "stage_clipping": False,
     "memory_budget": None,
-    "offload": "none",
+    "offload": None,
+    "resident_layers": 0,
     "feature_cache": "none",
     "cache_views": None,
     "stage_parallel": False,
@@ -106,7 +107,7 @@ def test_flags_and_yaml(tmp_path):
             'optim="galore_adamw_layerwise" steps each weight within the backward pass',
         ),
         (
-            {"stage_order": "end_to_end", "accelerator_config": {"dispatch_batches": True}},
+            {"offload": "layers", "accelerator_config": {"dispatch_batches": True}},
             "Leave dispatch_batches unset in accelerator_config",
         ),
     ],

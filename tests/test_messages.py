@@ -144,7 +144,7 @@ MESSAGES = {
         "`activation_checkpointing=False`, and more `num_stages`",
     ),
     "which a gradient scaler cannot follow": (
-        lambda folder: run_end_to_end(folder, fp16=True),
+        lambda folder: run_end_to_end(folder, fp16=True, offload="layers"),
         "layers step one by one in host memory",
         "`bf16=True` in the place of `fp16`",
     ),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..planning.plans import Plan
 
 CHOICES = ("auto", "fp32", "bf16", "fp16")
+ORDERS = ("simultaneous", "sequential", "end_to_end")
 TASKS = ("images", "texts")
 PLANNED_TASKS = (*TASKS, "tokens", "masked-lm", "causal-lm")
 RUNS = {
@@ -72,6 +73,11 @@ def _parser() -> OneLineParser:
         help="autocast, if not fp32 (default); auto: bf16 where that takes less compute in the budget",
     )
     plan.add_argument("--num-stages", type=int, help="the only number of stages to try")
+    plan.add_argument(
+        "--stage-order",
+        choices=ORDERS,
+        help="the only order to choose; end_to_end by default, or with --num-stages any",
+    )
     plan.add_argument("--host-bandwidth", type=float, metavar="GB/s", help="of host memory beside the GPU")
     plan.add_argument("--layers", action="store_true", help="show what each layer takes, too")
     plan.add_argument("--plot", metavar="PLAN.png", help="draw the memory of each way by kind, and its time")
@@ -123,6 +129,7 @@ def _plan(given: argparse.Namespace) -> int:
             speeds=with_host_bandwidth(device, given.host_bandwidth),
             task=given.task,
             lora=given.lora,
+            stage_order=given.stage_order,
         )
     finally:
         gc.enable()

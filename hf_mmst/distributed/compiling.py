@@ -34,7 +34,7 @@ def refuse_compilation(args: MMSTConfig, compilation: dict[str, Any]) -> None:
     Raises:
         `ValueError`: saying what to set.
     """
-    if args.offload == "none":
+    if args.offload in (None, "none"):
         return
     if args.end_to_end_laps or args.offload == "layers" or args.stage_objective == "model":
         raise ValueError(

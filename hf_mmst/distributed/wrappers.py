@@ -245,7 +245,7 @@ def _is_inside(name: str, module: str) -> bool:
 
 
 def _refuse_for_shards(kind: str, args: MMSTConfig) -> None:
-    if args.offload != "none":
+    if args.offload not in (None, "none"):
         raise ValueError(
             f'offload="{args.offload}" moves layers in and out of device memory, but {kind} does so, too, in its own '
             f'way. Set offload="none", or leave {kind} out.'

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..config import MMSTConfig
+from .devices import measured_cpu
 from .operations import Peak
 from .planner import LOCAL_ORDERS, plan
 from .plans import Row
@@ -16,7 +17,13 @@ from .ways import Way
 logger = logging.get_logger(__name__)
 
 
-def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any] | None, has_local_losses: bool = True) -> Row:
+def plan_for(
+    args: MMSTConfig,
+    model: nn.Module,
+    batch: Mapping[str, Any] | None,
+    has_local_losses: bool = True,
+    can_offload: bool = True,
+) -> Row:
     """
     Plan for `args.memory_budget` and write the chosen settings into `args`; the budget is then unset.
 
@@ -26,6 +33,7 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any] | None
         args ([`MMSTConfig`]), model (`nn.Module`): what is trained.
         batch (`Mapping[str, Any]`, *optional*): on batches like this one; `None` if there are none.
         has_local_losses (`bool`): whether stages can learn; if not, the model is trained end to end.
+        can_offload (`bool`): whether layers can be offloaded.
 
     Raises:
         `ValueError`: if nothing fits, saying what would, or if there is no batch.
@@ -49,11 +57,13 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any] | None
             num_stages=num_stages,
             without=([*LOCAL_ORDERS] if not has_local_losses else [])
             + (["stage_clipping"] if not steps_at_once else [])
-            + (["offload"] if args.world_size > 1 else [])
+            + (["offload"] if args.world_size > 1 or not can_offload else [])
             + (["end_to_end"] if not offloads else []),
             head_layers=args.head_layers,
             head_pooling=args.head_pooling,
             stage_objective=args.stage_objective,
+            stage_order=None if args.chooses_order else args.stage_order,
+            speeds=measured_cpu(precision) if device == "cpu" else None,
         )
     except RuntimeError as error:  # which fake tensors raise where data decides
         raise ValueError(
@@ -67,7 +77,7 @@ def plan_for(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any] | None
     if args.process_index == 0:
         print(f"hf_mmst: {found.reason} {found.config()}")
     args.memory_budget = None
-    for name, value in found.settings.items():
+    for name, value in {"stage_order": "simultaneous", **found.settings}.items():
         setattr(args, name, value)
     if args.stage_order != "sequential" and args.feature_cache != "none":
         args.feature_cache = "none"
@@ -115,9 +125,10 @@ def ways_of(args: MMSTConfig, num_layers: int) -> list[Way]:
     checkpointing = bool(args.activation_checkpointing)
     local = Way(
         num_stages=args.stages_of(num_layers),
-        stage_order="sequential" if args.stage_order == "multi_lap" else args.stage_order,
+        stage_order="sequential" if args.stage_order == "multi_lap" else args.order,
         stage_objective=args.stage_objective,
         offload=args.offload or "none",
+        resident_layers=args.resident_layers,
         stage_clipping=args.stage_clipping,
         activation_checkpointing=checkpointing,
     )

@@ -138,10 +138,11 @@ def reason_for(rows: list[Row], limit: int | None, chosen: Row | None) -> str:
             f"MiB, with 5 % for what is not in tensors: {need - limit / 2**20:,.0f} MiB more. Set the budget to "
             f"{need}MiB, or use a smaller batch or lower precision."
         )
-    others = f" So do, without stages: {'; '.join(fitting)}." if fitting else " End-to-end training does not."
+    fitting = [name for name in fitting if name != chosen.name]
+    others = f" So do: {'; '.join(fitting)}." if fitting else ""
     elsewhere = f", and has {chosen.resting_bytes / 2**20:,.0f} MiB at rest" if chosen.resting_bytes else ""
     return (
         f"{chosen.name} fits in {limit / 2**20:,.0f} MiB with {chosen.peak.total / 2**20:,.0f} MiB and 5 % to spare, "
-        f"at the least compute of this package's ways that do: {chosen.compute:.2f} times that of end-to-end "
+        f"at {chosen.compute:.2f} times the compute of end-to-end "
         f"training{elsewhere}.{others}"
     )

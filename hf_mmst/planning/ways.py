@@ -16,7 +16,7 @@ class Way:
 
     Attributes:
         num_stages (`int`): K; 1 is end-to-end training.
-        stage_order (`str`): `"simultaneous"`, `"sequential"` or `"end_to_end"`.
+        stage_order (`str`): `"simultaneous"`, `"sequential"` or, with one stage, `"end_to_end"`.
         stage_objective (`str`): `"local"`, or `"model"` in the sequential order.
         offload (`str`): `"none"`, `"stages"` or `"layers"`.
         resident_layers (`int`): layers that are not offloaded, where layers are.
@@ -36,14 +36,17 @@ class Way:
     stage_objective: str = "local"
     resident_layers: int = 0
 
+    def __post_init__(self):
+        if self.num_stages == 1:
+            object.__setattr__(self, "stage_order", "end_to_end")
+
     @property
     def settings(self) -> dict[str, Any]:
         """Fields of [`MMSTConfig`] for this way of training, without those at their defaults."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name != "lora" and getattr(self, field.name) != field.default
-        }
+        different = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        if self.num_stages == 1:
+            different.add("offload")  # whose default is another one then
+        return {name: value for name, value in vars(self).items() if name in different and name != "lora"}
 
     @property
     def name(self) -> str:
@@ -51,7 +54,7 @@ class Way:
         whole = f"LoRA (r = {LORA_RANK})" if self.lora else "end to end"
         words = [whole if self.num_stages == 1 else f"K = {self.num_stages}"]
         if self.offload == "layers":
-            some = f"all but {self.resident_layers} of the " if self.resident_layers else ""
+            some = f"all but {self.resident_layers} " if self.resident_layers else ""
             words.append(f"{some}layers offloaded")
         if self.num_stages > 1:
             if self.stage_objective == "model":

@@ -18,7 +18,7 @@ from .evaluation import StageEvaluation, evaluated, objective_of_model
 from .learning import weighed
 from .refusals import refuse_other_arguments, refuse_placement, refuse_rates
 from .stage_parallel import AllStages, StageParallel, whole_batches
-from .stage_run import StageRun, first_batch_of, plan_run
+from .stage_run import StageRun, first_batch_of, settle
 from .staging import Staging
 from .task_loss import TaskLoss
 from .whole_checkpoints import WholeCheckpoints
@@ -63,7 +63,7 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
         self._host_accepts_loss_kwargs = self.model_accepts_loss_kwargs
         self._run.refuse_wrapper()
         refuse_placement(self)
-        self.peaks, self.planned_bytes = self._run.peaks, plan_run(self)
+        self.peaks, self.planned_bytes = self._run.peaks, settle(self)
         self._cut()
         self.add_callback(StageCallback(self, self._run))
         handler, planned = self.callback_handler, lambda: self.results({})["planned_bytes"]

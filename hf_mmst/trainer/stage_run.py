@@ -16,7 +16,7 @@ from ..distributed.reduction import Reduction
 from ..distributed.wrappers import Wrapper, wrapper_of
 from ..memory.layer_offload import LayerOffload
 from ..memory.peaks import TurnPeaks
-from ..method.heads import HEADS, heads_beside
+from ..method.heads import HEADS, heads_beside, is_pretrained
 from ..method.stepping import clip_by_stage
 from ..planning.budget import plan_for
 from .features import Features
@@ -66,7 +66,7 @@ class StageRun:
         """Use the accelerator that the host has made; what it would do to the model as a whole is taken out of it."""
         self.accelerator, self.stages = accelerator, stages
         self.compilation = take_compilation(accelerator)
-        if self._args.offload != "none":
+        if self._args.offload not in (None, "none"):
             accelerator.device_placement = False  # layers at rest are not moved to the device
         if not hasattr(self, "peaks"):
             self.peaks = TurnPeaks(self._args.device)
@@ -258,15 +258,22 @@ def first_batch_of(trainer: Any, num_samples: int) -> Any:
     return None if dataset is None else first_batch(dataset, num_samples, collate)
 
 
-def plan_run(trainer: Any) -> int | None:
-    """Plan for `memory_budget`, if one is set, and write it into the settings; returns the bytes that it takes."""
-    args, model = trainer.args, trainer._core()
-    if args.memory_budget is None or trainer.train_dataset is None:
-        return None
-    batch = first_batch_of(trainer, args.per_device_train_batch_size)
-    learn = bool(objective_of(model) or trainer.compute_loss_func) or args.stage_objective == "model"
-    found = plan_for(args, model, batch, learn)
+def settle(trainer: Any) -> int | None:
+    """
+    Settle what the settings leave to the model: the plan for `memory_budget`, the order, and what is offloaded.
+
+    Returns:
+        `int`, *optional*: the bytes that the plan takes, if there is one.
+    """
+    args, model, planned = trainer.args, trainer._core(), None
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    can_offload = not sharded and trainer._run.compilation is None
+    if args.memory_budget is not None and trainer.train_dataset is not None:
+        batch = first_batch_of(trainer, args.per_device_train_batch_size)
+        learn = bool(objective_of(model) or trainer.compute_loss_func) or args.stage_objective == "model"
+        planned = plan_for(args, model, batch, learn, can_offload).peak.total
+    args.settle(is_pretrained(model), can_offload)
     if args.place_model_on_device:
         trainer._move_model_to_device(trainer.model, args.device)
     trainer.accelerator.device_placement &= args.offload == "none"
-    return found.peak.total
+    return planned

@@ -148,7 +148,7 @@ class Staging:
         Raises:
             `ValueError`: if the model or its task cannot be trained in stages, or for a setting that does not fit it.
         """
-        self.args.check_stages()
+        self.args.settle(is_pretrained(model))
         if self._has_stages:
             refuse_layerdrop(model)
         if self._has_local_losses:

@@ -54,7 +54,7 @@ class Turns:
             `tuple[int, int, int]`: epochs, samples and optimizer steps over all stages and laps.
         """
         args = self._args
-        order = args.stage_order, self._num_stages, args.num_laps
+        order = args.order, self._num_stages, args.num_laps
         if args.max_steps <= 0 and args.stage_objective == "local":
             laps = args.num_laps + args.end_to_end_laps
             turns = len(Order.turns(*order, args.end_to_end_laps))

@@ -289,7 +289,7 @@ def test_frozen_layers_stay_as_they_were(tmp_path):
 
 def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r'offload="layers".* Set bf16=True in the place of fp16'):
-        arguments(tmp_path, stage_order="end_to_end", fp16=True)
+        arguments(tmp_path, stage_order="end_to_end", offload="layers", fp16=True)
     with pytest.raises(ValueError, match='offload="stages" steps layers one by one.* Set bf16=True'):
         arguments(tmp_path, stage_order="sequential", offload="stages", end_to_end_laps=1, fp16=True)
     with pytest.raises(

@@ -89,7 +89,7 @@ def test_a_budget_that_cannot_be_met_says_what_can():
     found = plan(SMALL, 8, "1MiB")
     assert found.chosen is None
     assert found.settings == {}
-    least = min(row.peak.total for row in found.rows if row.way.num_stages > 1 or row.way.stage_order == "end_to_end")
+    least = min(row.peak.total for row in found.rows if row.way.num_stages > 1 or row.way.offload == "layers")
     need = -(-int(least * 1.05) // 2**20)
     assert f"needs {need} MiB" in found.reason
     assert f"{need - 1} MiB more" in found.reason
@@ -206,7 +206,7 @@ def test_precision_is_chosen_where_it_is_left_open():
 
 def test_one_layer_resident_is_among_the_ways():
     found = plan(SMALL, 64)
-    (row,) = [row for row in found.rows if row.way.stage_order == "end_to_end"]
+    (row,) = [row for row in found.rows if row.way.offload == "layers"]
     assert row.name == "end to end, layers offloaded"
     assert 1.2 < row.compute < 4 / 3  # a layer's last product is not recomputed
     assert row.resting_bytes > 3 * found.layers[0].weights * 3
