@@ -184,7 +184,7 @@ def test_the_config_to_paste_is_the_whole_plan():
     assert {row.way.num_stages for row in plan(SMALL, 8, num_stages=1).rows} == {1}
     found = plan(SMALL, 64, "1GiB", "bf16", num_stages=3)
     assert found.config() == 'MMSTConfig("output", num_stages=3, per_device_train_batch_size=64, bf16=True)'
-    assert "times that of end-to-end training" in found.reason
+    assert "times the compute of end-to-end training" in found.reason
     resident = plan(SMALL, 64, "70MiB", num_stages=3, without=["end_to_end", "stage_clipping"])
     assert resident.chosen.way.offload == "stages"
     assert f"{resident.chosen.compute:.2f} times" in resident.reason
@@ -204,7 +204,7 @@ def test_precision_is_chosen_where_it_is_left_open():
     assert plan(SMALL, 64, "1MiB", "auto").chosen is None
 
 
-def test_one_layer_resident_is_among_the_ways():
+def test_offloaded_layers_are_among_the_ways():
     found = plan(SMALL, 64)
     (row,) = [row for row in found.rows if row.way.offload == "layers"]
     assert row.name == "end to end, layers offloaded"
@@ -244,7 +244,7 @@ def test_the_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "end to end, checkpointing" in out
     assert "LoRA" in out
-    assert """MMSTConfig("output", stage_order='end_to_end', per_device_train_batch_size=64)""" in out
+    assert """MMSTConfig("output", stage_order='end_to_end', offload='layers', per_device_train_batch_size=64)""" in out
     assert "vit.layers.2" in out
     assert main(["plan", str(tmp_path), "--budget", "1MiB"]) == 1
     assert "Nothing fits" in capsys.readouterr().out
@@ -340,10 +340,36 @@ def test_a_budget_for_what_cannot_step_at_once(tmp_path):
 
 
 def test_a_budget_and_an_order_are_refused(tmp_path):
-    for settings in ({"stage_order": "sequential"}, {"stage_boundaries": ["vit.layers.1"]}, {"end_to_end_laps": 1}):
-        with pytest.raises(
-            ValueError, match="Leave stage_order, end_to_end_laps and stage_boundaries unset, or memory_b"
-        ):
+    for settings in (
+        {"stage_order": "multi_lap"},
+        {"offload": "layers"},
+        {"resident_layers": 1, "stage_order": "end_to_end"},
+        {"stage_boundaries": ["vit.layers.1"]},
+        {"end_to_end_laps": 1},
+    ):
+        with pytest.raises(ValueError, match="Leave offload, resident_layers, end_to_end_laps and stage_boundaries"):
             arguments(tmp_path, memory_budget="1GiB", **settings)
     with pytest.raises(ValueError, match='Set memory_budget to one with a unit, as in "4GiB"'):
         arguments(tmp_path, memory_budget="lots")
+
+
+def test_all_of_a_budget_is_used():
+    """Between all layers offloaded and none, as many stay on the device as fit, and the fastest way is taken."""
+    model = build("vit").config
+    rows = {row.name: row for row in plan(model, BATCH, stage_order="end_to_end").rows}
+    least, most = rows["end to end, layers offloaded"].peak.total, rows["end to end"].peak.total
+    found = [plan(model, BATCH, int(least + share * (most - least)), stage_order="end_to_end") for share in (0.4, 0.8)]
+    residents = [one.settings.get("resident_layers", 0) for one in found]
+    assert 0 < residents[0] < residents[1]
+    for one in found:
+        assert one.settings["offload"] == "layers"
+        assert one.chosen.peak.total * 1.05 <= one.budget
+        more = replace(one.chosen.way, resident_layers=one.chosen.way.resident_layers + 1)
+        assert Simulation(build("vit"), batch_of(build("vit"), BATCH, None, None)).peak(more).total * 1.05 > one.budget
+    assert plan(model, BATCH, 2 * most, stage_order="end_to_end").settings == {
+        "stage_order": "end_to_end",
+        "offload": "none",
+    }
+    # A model that was loaded, and the name of one, have exact gradients; what is cut is asked for.
+    assert plan(model, BATCH, 2 * most).chosen.way.num_stages > 1
+    assert plan(model, BATCH, 2 * most, num_stages=2).chosen.way.num_stages == 2

@@ -89,7 +89,7 @@ def test_a_gpu_by_name_is_a_budget_and_its_speeds():
     assert found.chosen.prediction.tokens is None  # nothing moves
     slow = plan(VIT, 8, "1KiB", speeds="t4", num_stages=2)
     assert slow.budget == 1024
-    moving = next(row for row in slow.rows if row.way.stage_order == "end_to_end").prediction
+    moving = next(row for row in slow.rows if row.way.offload == "layers").prediction
     assert 0 < moving.speed < 1
     assert moving.tokens > 0
 
@@ -124,8 +124,8 @@ def test_adapters_learn_in_the_place_of_the_weights():
     assert adapted.rows[0].peak.states < 0.2 * full.rows[0].peak.states
     assert adapted.rows[0].peak.weights > full.rows[0].peak.weights
     assert not any(row.way.lora for row in adapted.rows)
-    offloaded = {row.way.stage_order: row for row in adapted.rows}["end_to_end"]
-    assert offloaded.moved_bytes < 0.8 * {row.way.stage_order: row for row in full.rows}["end_to_end"].moved_bytes
+    offloaded = {row.way.offload: row for row in adapted.rows}["layers"]
+    assert offloaded.moved_bytes < 0.8 * {row.way.offload: row for row in full.rows}["layers"].moved_bytes
     with pytest.raises(ValueError, match="lora=0 is not a whole number of at least 1"):
         plan(VIT, 2, lora=0)
 
