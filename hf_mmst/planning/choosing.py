@@ -42,6 +42,10 @@ class Rows:
             self.all[way] = self._row(way, peak or self.simulation.peak(way))
         return self.all[way]
 
+    def tried(self, way: Way) -> Row:
+        """The row of a way, which is not added to the others."""
+        return self._row(way, self.simulation.peak(way))
+
     def fits(self, way: Way) -> bool:
         """Whether a way fits."""
         if self.limit is not None and _held(self.simulation, way) > self.limit:
@@ -127,21 +131,42 @@ def _offloading(rows: Rows, family: Way, without: Collection[str], plain: bool) 
     fitting = [way for way in ways if not {*way.settings} & {*without} - {"offload"} and rows.fits(way)]
     if limit is None or not fitting:
         return None
-    room = limit / HEADROOM - rows.of(family).peak.total
-    for recomputed in (False, True) if _checkpoints_layers(simulation) else (False,):
-        each = min(
-            layer.weights + layer.gradients + layer.states + (0 if recomputed else layer.activations)
-            for layer in simulation.by_layer
-        )
-        most = len(simulation.layers) - 1
-        ways = [replace(family, resident_layers=n, activation_checkpointing=recomputed) for n in range(most + 1)]
-        number = max(0, min(most, int(room / each)))  # about
-        while number < most and rows.fits(ways[number + 1]):
-            number += 1
-        while number > 0 and not rows.fits(ways[number]):
-            number -= 1
-        fitting += ways[number : number + 1] if number > 0 else []
+    recomputes = _checkpoints_layers(simulation) and "activation_checkpointing" not in without
+    for recomputed in (False, True) if recomputes else (False,):
+        most = _most_resident(rows, replace(family, activation_checkpointing=recomputed))
+        if most is not None:
+            fitting.append(most)
     return min(fitting, key=rows.cost)
+
+
+def _most_resident(rows: Rows, family: Way) -> Way | None:
+    """The way with the most resident layers that fits, if there is one with any."""
+    layers, limit = rows.simulation.by_layer, rows.limit
+    assert limit is not None
+    ways = [replace(family, resident_layers=n) for n in range(len(layers))]
+    tried: dict[int, Row] = {}  # apart from the others, which are shown
+
+    def fits(n: int) -> bool:
+        if n not in tried:
+            tried[n] = rows.tried(ways[n])
+        return tried[n].fits(limit)
+
+    least = rows.of(replace(family, activation_checkpointing=False)).peak.total
+
+    def number_for(each: float) -> int:
+        return max(0, min(len(ways) - 1, int((limit / HEADROOM - least) / each)))
+
+    number = number_for(layers[0].weights + layers[0].gradients + layers[0].states)
+    if number > 0 and not fits(number):
+        number = number_for((tried[number].peak.total - least) / number)
+    while number < len(ways) - 1 and fits(number + 1):
+        number += 1
+    while number > 0 and not fits(number):
+        number -= 1
+    if number == 0:
+        return None
+    rows.all[ways[number]] = tried[number]
+    return ways[number]
 
 
 def _rivals(simulation: Simulation) -> Iterator[Way]:
