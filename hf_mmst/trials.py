@@ -1,5 +1,6 @@
 """`pilot`: short trials of settings on a part of the data, ranked, to choose what to train with in earnest."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset, Subset
 
 from .config import MMSTConfig
 from .field_checks import parse_bytes, whole
+from .method.heads import is_pretrained
 from .method.order import Order
 from .planning.budget import simulation_of, ways_of
 from .planning.simulation import Simulation
@@ -122,7 +124,8 @@ def pilot(
         greater_is_better (`bool`): whether more of it is better.
         space (`Mapping[str, Sequence[Any]]`, *optional*): values to try of fields of [`MMSTConfig`]; by default several
             numbers of stages, `head_layers` 0 and 1, `head_learning_rate` as in `args` and 0.01, five weights of the
-            transport term, `end_to_end_laps` 0 and 1.
+            transport term, `end_to_end_laps` 0 and 1; for a pretrained model, first its default, end to end with layers
+            offloaded, at both rates.
 
     Returns:
         [`Pilot`]
@@ -146,7 +149,10 @@ def pilot(
     found: dict[str, Trial] = {}
 
     def objective(trial: Any) -> float:
-        settings = {name: values[trial.suggest_categorical(name, range(len(values)))] for name, values in tried.items()}
+        named = {name: values[trial.suggest_categorical(name, range(len(values)))] for name, values in tried.items()}
+        return score(named)
+
+    def score(settings: dict[str, Any]) -> float:
         key = repr(settings)
         if key not in found:
             planned = _planned(simulation, args, settings)
@@ -184,7 +190,11 @@ def pilot(
             direction="maximize" if greater_is_better else "minimize",
             sampler=optuna.samplers.TPESampler(seed=args.seed, n_startup_trials=max(2, num_trials // 2)),
         )
-        study.optimize(objective, n_trials=num_trials)
+        first = _end_to_end(args) if space is None and is_pretrained(model) else []
+        for settings in first[:num_trials]:
+            with contextlib.suppress(optuna.TrialPruned):
+                score(settings)
+        study.optimize(objective, n_trials=max(0, num_trials - len(first)))
     finally:
         optuna.logging.set_verbosity(verbosity)
     return Pilot(sorted(found.values(), key=lambda one: _rank(one.metric, greater_is_better)), metric)
@@ -219,6 +229,14 @@ def _space(simulation: Simulation, args: MMSTConfig) -> dict[str, list[Any]]:
     }
 
 
+def _end_to_end(args: MMSTConfig) -> list[dict[str, Any]]:
+    """Settings of exact gradients, if the order is left open."""
+    if not (args.chooses_order and args.chooses_stages):
+        return []
+    rates = dict.fromkeys([args.head_learning_rate, FAST_HEADS])
+    return [{"stage_order": "end_to_end", "head_learning_rate": rate} for rate in rates]
+
+
 def _samples(train: Any, held_out: Any, max_samples: int, seed: int) -> tuple[Any, Any]:
     def pick(indices: list[int]) -> Any:
         return train.select(indices) if hasattr(train, "select") else Subset(train, indices)
@@ -240,7 +258,13 @@ def _check_length(name: str, dataset: Any, least: int) -> None:
 
 def _simulation(model: nn.Module, args: MMSTConfig, dataset: Any, collate: Any, processing_class: Any) -> Simulation:
     """With a batch of the full run's size."""
-    trainer = MMSTTrainer(model, _arguments(args, {}, 1), collate, dataset, processing_class=processing_class)
+    trainer = MMSTTrainer(
+        model,
+        _arguments(args, {"offload": "none", "resident_layers": 0}, 1),
+        collate,
+        dataset,
+        processing_class=processing_class,
+    )
     return simulation_of(args, model, next(iter(trainer.get_train_dataloader())))
 
 

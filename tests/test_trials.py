@@ -3,6 +3,7 @@
 import pytest
 from datasets import Dataset
 from runs import accuracy, arguments
+from transformers import ViTForImageClassification
 from zoo import Samples, make
 
 from hf_mmst import pilot
@@ -50,6 +51,19 @@ def test_the_default_space_is_of_the_model(tmp_path):
         assert trial.settings["head_learning_rate"] in (None, 0.01)
         assert trial.settings["num_stages"] in (2, 4)
     assert [t.metric for t in found.trials] == sorted(t.metric for t in found.trials)
+
+
+def test_a_pretrained_model_is_tried_end_to_end_first(tmp_path):
+    make("vit").save_pretrained(tmp_path / "checkpoint")
+    args = arguments(tmp_path / "out", num_stages=None)
+    settings = {"num_trials": 3, "max_steps": 2, "compute_metrics": accuracy}
+    found = pilot(
+        lambda: ViTForImageClassification.from_pretrained(tmp_path / "checkpoint"), args, Samples("vit", 40), **settings
+    )
+    exact = [trial for trial in found.trials if trial.settings.get("stage_order") == "end_to_end"]
+    assert [trial.settings["head_learning_rate"] for trial in exact] in ([None, 0.01], [0.01, None])
+    assert len(found.trials) == 3
+    assert {trial.planned_bytes for trial in exact} == {min(trial.planned_bytes for trial in found.trials)}
 
 
 def test_a_small_model_is_tried_with_the_stages_that_it_has(tmp_path):
