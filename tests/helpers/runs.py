@@ -103,7 +103,7 @@ def run_end_to_end(folder, name="bert", cls=MMSTTrainer, callbacks=None, model=N
 
 def run_resting(folder, name="bert", model=None, order="multi_lap", offload="stages", extra=None, **kwargs):
     set_seed(0)
-    settings = {"dropout": True, "num_train_epochs": 4, **ORDERS[order], **kwargs}
+    settings = {"dropout": True, "num_train_epochs": 2, **ORDERS[order], **kwargs}
     return trainer(folder, name, model, offload=offload, extra=extra, **settings)
 
 

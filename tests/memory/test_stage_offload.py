@@ -55,7 +55,7 @@ def test_the_numbers_are_those_of_all_stages_in_memory(name, order, settings, pl
     ],
 )
 def test_resume_is_bitwise_the_uninterrupted_run(stop, settings, tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": stop, **settings}
+    settings = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": stop, **settings}
     straight = run(tmp_path / "straight", **settings)
     straight.train()
     stopped = run(tmp_path / "stopped", extra={"callbacks": [StopAt(stop)]}, **settings)
@@ -115,7 +115,7 @@ def test_only_the_stage_that_learns_is_in_memory(tmp_path, monkeypatch):
 
 def test_after_resume_only_the_stage_that_learns_is_in_memory(tmp_path, monkeypatch):
     play("late", monkeypatch)
-    settings = {"save_strategy": "steps", "save_steps": 31}
+    settings = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 31}
     run(tmp_path, extra={"callbacks": [StopAt(31)]}, **settings).train()
     watch = Watch()
     watch.trainer = resumed = run(tmp_path, extra={"callbacks": [watch]}, **settings)

@@ -70,8 +70,10 @@ def test_the_numbers_do_not_depend_on_where_layers_are(name, place, tmp_path, mo
         assert losses(found[kind]) == losses(found["all"])
 
 
-@pytest.mark.parametrize("settings", [{}, {"offload": "stages", "feature_cache": "disk"}])
-@pytest.mark.parametrize("stop", [6, 8])  # within a turn, and where the next one begins
+AT_REST = {"offload": "stages", "feature_cache": "disk"}
+
+
+@pytest.mark.parametrize(("stop", "settings"), [(6, {}), (6, AT_REST), (8, AT_REST)])  # 8: where the next turn begins
 def test_resume_is_bitwise_the_uninterrupted_run(stop, settings, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": stop, **settings}
     straight = run(tmp_path / "straight", **settings)
