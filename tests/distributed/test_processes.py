@@ -10,26 +10,20 @@ import psutil
 import pytest
 import torch
 from killed import run
+from processes import ranks
 from runs import StopAt
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
-from worker import CASES, train
+from worker import CASES, main, train
 
-WORKERS = Path(__file__).parents[1] / "helpers"
-
-
-def command(num_processes, script, *arguments):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    return [*launcher, str(WORKERS / script), *map(str, arguments)]
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def launched(request, tmp_path_factory):
     """All cases, trained in turn by so many processes, in one launch."""
     folder = tmp_path_factory.mktemp(f"{request.param}_processes")
-    launch = command(request.param, "worker.py", folder, *CASES)
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks(request.param, main, folder, [*CASES], folder=folder)
     return folder, request.param
 
 
@@ -84,7 +78,8 @@ def test_gradients_that_are_late_or_in_one_process_only(launched):
 def test_a_killed_process_ends_the_others_and_another_number_goes_on(tmp_path):
     """Two processes, of which one is killed; then one alone from what was saved; then two from there."""
     folder = tmp_path / "killed"
-    launch = command(2, "killed.py", folder, "processes")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch += [HELPERS / "lean.py", HELPERS / "killed.py", folder, "processes"]
     with subprocess.Popen(launch, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as launcher:
         while launcher.poll() is None and not (folder / "checkpoint-3").is_dir():
             time.sleep(0.05)

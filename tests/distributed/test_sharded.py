@@ -1,17 +1,15 @@
 """Two processes with the model in shards between them, by FSDP2 and by DeepSpeed, give what one process gives."""
 
 import importlib.util
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from pages import block
+from processes import ranks
 from safetensors.torch import load_file
-from sharded import RESUMED, train, trainer
+from sharded import RESUMED, main, train, trainer
 from torch import nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoModelForSequenceClassification
@@ -25,7 +23,6 @@ from hf_mmst.distributed.wrappers import DeepSpeedWrapper, FullyShardedWrapper, 
 from hf_mmst.method.heads import HEADS, StageHeads
 from hf_mmst.trainer.refusals import refuse_placement
 
-WORKER = Path(__file__).parents[1] / "helpers/sharded.py"
 KINDS = {
     "fsdp": ["bert", "vit", "swin", "beit", "gpt2", "llama", "distilbert"],
     "zero2": ["bert", "gpt2", "distilbert"],
@@ -52,10 +49,7 @@ def shards(request, tmp_path_factory):
     if request.param != "fsdp" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed, as the extra dev does; FSDP runs without it")
     folder = tmp_path_factory.mktemp(request.param)
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
-    program += [request.param, str(folder), *KINDS[request.param]]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks(2, main, request.param, str(folder), *KINDS[request.param], folder=folder)
     return request.param, folder
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
@@ -27,28 +28,33 @@ PROCESSES = {  # one or two
 }
 
 
-class Says(TrainerCallback):
-    """Says on a line of its own that training begins."""
+class Begins(TrainerCallback):
+    """Sets an event when training begins."""
+
+    def __init__(self, begun):
+        self.begun = begun
 
     def on_train_begin(self, args, state, control, **kwargs):
-        print("begins", flush=True)
+        self.begun.set()
 
 
 def run(folder, kind, *callbacks):
     from runs import trainer
 
     settings = {"save_strategy": "steps", "save_steps": 1, **(KINDS | {"processes": PROCESSES})[kind]}
-    trained = trainer(folder, extra={"callbacks": [Says(), *callbacks]}, **settings)
+    trained = trainer(folder, extra={"callbacks": [*callbacks]}, **settings)
     last = get_last_checkpoint(folder) if folder.is_dir() else None
     trained.train(resume_from_checkpoint=last)
     return trained
 
 
-if __name__ == "__main__":
-    from pathlib import Path
-
+def main(folder, kind, begun=None):
     from hf_mmst.memory import feature_store
 
     feature_store.SHARD_BYTES = 1  # each batch of features is written at once
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), sys.argv[2])
+    run(folder, kind, *([] if begun is None else [Begins(begun)]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

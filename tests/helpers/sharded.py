@@ -1,4 +1,4 @@
-"""Processes that train tiny models in shards, and what one process gets for the same. Arguments: kind, folder, runs."""
+"""Processes that train tiny models in shards, and what one process gets for the same."""
 
 import os
 import sys
@@ -162,7 +162,3 @@ def main(kind: str, folder: str, *names: str) -> None:
             save_file(resumed, f"{folder}/{kind}.resumed.{rank}")
     sys.stdout.flush()
     os._exit(0)  # all is written; threads of the process group now and then abort an interpreter that ends
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""One process of a run on several: trains tiny models and writes their weights. Arguments: folder, names of cases."""
+"""One process of a run on several: trains tiny models and writes their weights."""
 
 import os
 import sys
@@ -124,7 +124,3 @@ def main(folder: Path, cases: list[str]) -> None:
         save_file({key: tensor.detach().clone() for key, tensor in found.items()}, folder / f"{case}.{rank}")
     sys.stdout.flush()
     os._exit(0)  # all is written; threads of the process group now and then abort an interpreter that ends
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

@@ -2,17 +2,14 @@
 
 import inspect
 import random
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
+import killed
 import numpy as np
 import pytest
 import torch
-from killed import KINDS
-from killed import run as killed_run
+from processes import event, start
 from runs import ORDERS, StopAt, accuracy, arguments, assert_same, losses, own_loss, trainer, weights
 from torch import nn
 from transformers import (
@@ -53,8 +50,10 @@ def test_the_signature_is_trainers():
     assert inspect.signature(MMSTTrainer.train) == inspect.signature(Trainer.train)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [*((name, order) for name in MODELS for order in ("simultaneous", "multi_lap")), ("vit", "sequential")],
+)
 def test_every_parameter_learns_and_the_model_is_as_it_came(name, order, tmp_path):
     model = make(name)
     before, forward = weights(model), type(model).forward
@@ -70,8 +69,13 @@ def test_every_parameter_learns_and_the_model_is_as_it_came(name, order, tmp_pat
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("schedule", ["constant", "multipliers", "adaptive"])
+@pytest.mark.parametrize(
+    ("order", "schedule"),
+    [
+        *((order, "adaptive") for order in ORDERS),
+        *(("simultaneous", "multipliers"), ("multi_lap", "multipliers"), ("sequential", "constant")),
+    ],
+)
 def test_resume_is_bitwise_the_uninterrupted_run(order, schedule, tmp_path):
     settings = {**ORDERS[order], "transport_schedule": schedule, "dropout": True, "name": "bert"}
     settings |= {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 5}
@@ -113,8 +117,10 @@ def test_load_best_model_restores_weights_and_heads(name, tmp_path):
         assert again[key] == pytest.approx(best[key], rel=1e-6)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["vit", "bert"])
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("vit", "simultaneous"), ("bert", "simultaneous"), ("bert", "sequential"), ("vit", "multi_lap")],
+)
 def test_accumulation_equals_the_large_batch(name, order, tmp_path):
     """16 samples at once, or as 5 + 5 + 5 + 1; BERT's own loss is scaled wrongly by the host."""
     runs = []
@@ -188,16 +194,20 @@ class Task(Samples):
         self.columns["labels"] = labels
 
 
+ONE, THREE, MANY = torch.rand(32), torch.rand(32, 3), (torch.rand(32, 4) > 0.5).float()
+
+
 @pytest.mark.parametrize(
-    ("problem", "num_labels", "labels"),
+    ("name", "order", "problem", "num_labels", "labels"),
     [
-        ("regression", 1, torch.rand(32)),
-        ("regression", 3, torch.rand(32, 3)),
-        ("multi_label_classification", 4, (torch.rand(32, 4) > 0.5).float()),
+        ("vit", "simultaneous", "regression", 1, ONE),
+        ("bert", "sequential", "regression", 1, ONE),
+        ("vit", "sequential", "regression", 3, THREE),
+        ("bert", "simultaneous", "regression", 3, THREE),
+        ("vit", "sequential", "multi_label_classification", 4, MANY),
+        ("bert", "simultaneous", "multi_label_classification", 4, MANY),
     ],
 )
-@pytest.mark.parametrize("order", ["simultaneous", "sequential"])
-@pytest.mark.parametrize("name", ["vit", "bert"])
 def test_other_tasks(name, order, problem, num_labels, labels, tmp_path):
     model = make(name, num_labels=num_labels, problem_type=problem)
     run = trainer(tmp_path, name, model, data=Task(name, labels), num_train_epochs=10, **ORDERS[order])
@@ -517,16 +527,16 @@ def test_schedules_move_the_weights(schedule, tmp_path):
         assert len(set(found)) == 3
 
 
-@pytest.mark.parametrize(("seed", "kind"), enumerate(KINDS))
+@pytest.mark.parametrize(("seed", "kind"), enumerate(killed.KINDS))
 def test_kills_at_any_moment_leave_a_checkpoint_that_resumes(seed, kind, tmp_path):
     """The process saves at each step and writes each batch of features, so that most kills hit a write."""
     folder, chance = tmp_path / "killed", random.Random(seed)
     for _ in range(3):
-        command = [sys.executable, str(Path(__file__).parents[1] / "helpers/killed.py"), str(folder), kind]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-            said = iter(child.stdout.readline, "")
-            assert "begins\n" in said, f"{' '.join(command)} ended before it began to train"
-            time.sleep(chance.uniform(0.02, 0.5))
-            child.kill()
-    resumed = killed_run(folder, kind)
-    assert_same(weights(resumed.model), weights(killed_run(tmp_path / "straight", kind).model))
+        begun = event()
+        child = start(killed.main, folder, kind, begun)
+        assert begun.wait(120), "the process has not begun to train"
+        time.sleep(chance.uniform(0.02, 0.5))
+        child.kill()
+        child.join()
+    resumed = killed.run(folder, kind)
+    assert_same(weights(resumed.model), weights(killed.run(tmp_path / "straight", kind).model))

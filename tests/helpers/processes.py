@@ -1,0 +1,52 @@
+"""Processes that find everything imported: a server, which imports once, forks them."""
+
+import gc
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["killed", "runs", "sharded", "worker", "transformers.trainer"])
+event = _context.Event
+
+
+def start(function, *arguments, errors: Path | None = None, **environment: str):
+    """A process that runs a function of one of the modules above; what it says on stderr is appended to a file."""
+    process = _context.Process(target=_run, args=(function, arguments, errors, environment), daemon=True)
+    process.start()
+    return process
+
+
+def ranks(number: int, function, *arguments, folder: Path, timeout: float = 600):
+    """Runs a function in so many processes of one group; fails where one of them does, with what it said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(number)}
+    group["LOCAL_WORLD_SIZE"] = group["WORLD_SIZE"]
+    said = [folder / f"stderr.{rank}" for rank in range(number)]
+    processes = [
+        start(function, *arguments, errors=said[rank], RANK=str(rank), LOCAL_RANK=str(rank), **group)
+        for rank in range(number)
+    ]
+    ends = time.monotonic() + timeout
+    try:
+        while any(one.is_alive() for one in processes) and not any(one.exitcode for one in processes):
+            assert time.monotonic() < ends, "the processes do not end"
+            multiprocessing.connection.wait([one.sentinel for one in processes if one.is_alive()], timeout=1)
+    finally:
+        for one in processes:
+            one.kill()
+            one.join()
+    assert not any(one.exitcode for one in processes), "\n".join(path.read_text()[-3000:] for path in said)
+
+
+def _run(function, arguments, errors, environment):
+    gc.freeze()  # as in conftest.py
+    os.environ.update(environment)
+    if errors is not None:
+        sys.stderr.flush()
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    function(*arguments)
