@@ -136,7 +136,8 @@ class MMSTConfig(TrainingArguments):
             - `"stages"`: weights, gradients and optimizer states of all stages but the one that learns, in the orders
               where one learns at a time. Frozen layers come one by one where they run.
             - `"layers"`: those of all layers, which come one by one, and are recomputed in the backward pass. The
-              optimizer steps in host memory.
+              optimizer steps in host memory. With `activation_checkpointing_kwargs={"offload": True}` so do the layers'
+              inputs, which are kept for that.
         resident_layers (`int`, *optional*, defaults to 0):
             Number of layers that stay in device memory for good, with their gradients and optimizer states, evenly
             spread over the model, while the others are offloaded, with `stage_order="end_to_end"` and
@@ -292,7 +293,7 @@ class MMSTConfig(TrainingArguments):
     def place_model_on_device(self):
         """As in `TrainingArguments`, but not where layers are offloaded, or before stages are planned or shared out."""
         whole = self.offload == "none" and self.memory_budget is None and not self.stage_parallel
-        return super().place_model_on_device and whole
+        return super().place_model_on_device if whole else False  # None leaves it to the host
 
     @property
     def world_size(self):
@@ -309,6 +310,11 @@ class MMSTConfig(TrainingArguments):
             state = self.distributed_state
             with state.local_main_process_first() if local else state.main_process_first():
                 yield
+
+    @property
+    def rests_inputs(self) -> bool:
+        """Whether the inputs of offloaded layers rest, too: `activation_checkpointing_kwargs={"offload": True}`."""
+        return bool((self.activation_checkpointing_kwargs or {}).get("offload"))
 
     @property
     def chooses_stages(self) -> bool:

@@ -93,6 +93,13 @@ def _refuse_with_offload(args: Any) -> None:
             f'offload="{args.offload}" steps layers one by one in host memory, which a gradient scaler cannot follow. '
             'Set bf16=True in the place of fp16, or offload="none".'
         )
+    every = (args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1)
+    if args.offload == "layers" and every != 1:
+        raise ValueError(
+            f'every_n_layers={every} has no effect with offload="layers", where each layer is recomputed once its '
+            "weights have come again. Leave it out of activation_checkpointing_kwargs; resident_layers keeps some "
+            "layers, and what they computed, on the device."
+        )
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name):
             raise ValueError(

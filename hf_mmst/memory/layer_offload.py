@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..cut.partition import Partition
 from ..cut.temporary_attributes import not_caching, replaced
 from ..method.stepping import steps_elementwise
+from .resting_inputs import RestingInputs
 from .slabs import HOST, Slab
 from .stage_offload import StageOffload
 from .states import RestingStates
@@ -33,14 +34,22 @@ class LayerOffload(StageOffload):
     and n G go out in a step, less n times what a ring holds: the backward pass finds it there. Clipping adds none, for
     the norms are taken when the gradients are there.
 
-    Args: those of [`StageOffload`].
+    Args: those of [`StageOffload`], and
+
+        rests_inputs (`bool`): whether the inputs of layers, too, rest until the layers are recomputed.
 
     Raises:
         `ValueError`: if layers share weights, which could not rest with one of them.
     """
 
     def __init__(
-        self, model: nn.Module, partition: Partition, device: torch.device, folder: str, resident: Collection[str] = ()
+        self,
+        model: nn.Module,
+        partition: Partition,
+        device: torch.device,
+        folder: str,
+        resident: Collection[str] = (),
+        rests_inputs: bool = False,
     ):
         _refuse_shared(model, partition)
         super().__init__(model, partition, device, folder, resident)
@@ -48,6 +57,9 @@ class LayerOffload(StageOffload):
         self._norms: dict[nn.Parameter, tuple[torch.Tensor, int, torch.Tensor]] = {}  # gradient, its version, its norm
         self._limit: tuple[float, torch.Tensor] | None = None  # of the norm of all gradients, and what that is
         self._in_backward: str | None = None
+        self._arriving = contextlib.ExitStack()  # holds the hooks on the gradients of that layer
+        self._inputs = RestingInputs(device, folder, self.slab, self.link, self._streams) if rests_inputs else None
+        self._in_step: list[Slab] = []  # weights and gradients of the layer at its step
         self._away: list[tuple[nn.Parameter, torch.Tensor]] = []  # parameters at their step, and where they belong
 
     def _hook(self, optimizer: torch.optim.Optimizer, states: RestingStates) -> None:
@@ -70,7 +82,14 @@ class LayerOffload(StageOffload):
     def _forward(self, name: str, forward: Callable, recomputed: bool, /, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or (name in self._active and not recomputed):
             return forward(*args, **kwargs)
-        return checkpoint(functools.partial(self._run, name, forward), *args, use_reentrant=False, **kwargs)
+        run = functools.partial(self._run, name, forward)
+        if self._inputs is None:
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        named = {key: value for key, value in kwargs.items() if torch.is_tensor(value) and value.requires_grad}
+        others = {key: value for key, value in kwargs.items() if key not in named}
+        run = functools.partial(_with_names, run, len(args), [*named])
+        with self._inputs.saving():  # of what is positional
+            return checkpoint(run, *args, *named.values(), use_reentrant=False, **others)
 
     def _run(self, name: str, forward: Callable, /, *args: Any, **kwargs: Any) -> Any:
         if torch._C._current_graph_task_id() == -1:
@@ -82,6 +101,7 @@ class LayerOffload(StageOffload):
             self._in_backward = name
             self._take(name, -1)
             self._take_gradient(name)
+            self._await_gradients(name)
         buffers = [(buffer.data, buffer.clone()) for buffer in self._model.get_submodule(name).buffers()]
         try:
             return forward(*args, **kwargs)
@@ -103,7 +123,10 @@ class LayerOffload(StageOffload):
             for parameter in parameters:
                 parameter.grad = None
         self._in_backward = self._limit = None
+        self._arriving.close()
         self._norms.clear()
+        if self._inputs is not None:
+            self._inputs.forget()
         super().rest()
 
     def _take_gradient(self, name: str) -> None:
@@ -115,21 +138,42 @@ class LayerOffload(StageOffload):
                     parameter.grad = gradient
                     self.link.bytes_in += gradient.nbytes
 
+    def _await_gradients(self, name: str) -> None:
+        """Where they rest on the device itself, put each gradient to rest once it is there, not all in the end."""
+        if not self.link.copies:
+            hook = functools.partial(self._arrived, name)
+            for parameter in self._parameters[name]:
+                if parameter.requires_grad:
+                    self._arriving.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+
+    def _arrived(self, name: str, parameter: nn.Parameter) -> None:
+        parameter.grad = self._send(name, [parameter])[parameter]
+
     def _put_gradient(self, name: str) -> None:
         """Put a layer to rest, and its gradient beside it."""
+        self._arriving.close()
+        sent = {}
+        if self.link.copies:
+            sent = self._send(name, [p for p in self._parameters[name] if p.grad is not None])
+        self._rest(name)
+        for parameter, resting in sent.items():
+            parameter.grad = resting
+
+    def _send(self, name: str, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, torch.Tensor]:
+        """Put gradients of a layer to rest; returns them there."""
         learning = [p for p in self._parameters[name] if p.requires_grad]
-        gradients = {p: p.grad for p in learning if p.grad is not None}
         slab = self._gradient_slab(name, learning)
+        places = dict(zip(learning, slab.tensors, strict=True))
+        gradients = {p: p.grad for p in parameters if p.grad is not None}
         norms = {p: torch.linalg.vector_norm(gradient) for p, gradient in gradients.items()}
         for parameter in gradients:
-            parameter.grad = None  # it is on the device, where the weights are no longer
-        self._rest(name)
-        self.link.put(slab, [gradients.get(p, resting) for p, resting in zip(learning, slab.tensors, strict=True)])
-        for parameter, resting in zip(learning, slab.tensors, strict=True):
-            if parameter in gradients:
-                parameter.grad = resting
-                self._norms[parameter] = resting, resting._version, norms[parameter]
-                self.link.bytes_out += resting.nbytes
+            parameter.grad = None  # it is on the device, where the weights will no longer be
+        self.link.put(slab, [gradients.get(p, resting) for p, resting in places.items()])
+        for parameter, norm in norms.items():
+            resting = places[parameter]
+            self._norms[parameter] = resting, resting._version, norm
+            self.link.bytes_out += resting.nbytes
+        return {p: places[p] for p in gradients}
 
     def _gradient_slab(self, name: str, learning: list[nn.Parameter]) -> Slab:
         """Where a layer's gradient rests; made anew if others of its parameters learn than before."""
@@ -186,11 +230,11 @@ class LayerOffload(StageOffload):
             if parameter in having:
                 parameter.grad = gradient
         self._clip(learning)
+        self._in_step = [self._slabs[name], slab]
         optimizer.step()
         for parameter in learning:
             parameter.grad = None
         self._put(name)
-        slab.let_go()
 
     def _clip(self, parameters: Iterable[nn.Parameter]) -> None:
         if self._limit is not None:
@@ -200,6 +244,8 @@ class LayerOffload(StageOffload):
 
     def _end_step(self, states: RestingStates) -> None:
         self._put_back()
+        for slab in self._in_step:  # before states that were made in this step come to rest
+            slab.let_go()
         states.rest()
 
     def _put_back(self) -> None:
@@ -215,6 +261,11 @@ class LayerOffload(StageOffload):
 def resident_layers(layers: Sequence[str], number: int) -> list[str]:
     """That many of the layers, evenly spread, so that between any two of them others have time to come."""
     return [layers[(2 * i + 1) * len(layers) // (2 * number)] for i in range(number)]
+
+
+def _with_names(run: Callable, number: int, names: list[str], *args: Any, **kwargs: Any) -> Any:
+    """Run with all arguments but the first `number` given by these names."""
+    return run(*args[:number], **dict(zip(names, args[number:], strict=True)), **kwargs)
 
 
 def _refuse_shared(model: nn.Module, partition: Partition) -> None:

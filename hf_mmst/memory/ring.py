@@ -22,7 +22,10 @@ class Link:
     Attributes:
         bytes_in (`int`), bytes_out (`int`): bytes to the device and from it since [`count`]; on a CPU, bytes of pages
             that were mapped in, and of gradients that were written to rest.
+        copies (`bool`): whether what is taken is a copy.
     """
+
+    copies = False
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -110,6 +113,8 @@ class Ring(Link):
         size (`int`): bytes of the largest slab.
         streams ([`Streams`]): of the device.
     """
+
+    copies = True
 
     def __init__(self, device: torch.device, size: int, streams: Streams):
         super().__init__(device)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from transformers.utils import logging
 
+from .heap import give_back_freed
+
 logger = logging.get_logger(__name__)
 
 ALIGNMENT = 64
@@ -36,7 +38,10 @@ class Slab:
 
     def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device, folder: str):
         size = self._lay_out(tensors)
-        self._map = None if has_streams(device) else _unnamed_file(size, folder)
+        self._map = None
+        if not has_streams(device):
+            self._map = _unnamed_file(size, folder)
+            give_back_freed()
         self.memory = _pinned(size) if self._map is None else torch.frombuffer(self._map, dtype=torch.uint8)
         self.tensors = [_at(self.memory, offset, like) for offset, like in self._layout]
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..cut.partition import Partition
+from .new_weights import give_memory, is_without_data, make_weights
 from .ring import Link, Ring, Streams, streams_of
 from .slabs import Slab
 from .states import RestingStates
@@ -20,7 +21,8 @@ class StageOffload:
     layers (embeddings, last norm, classifier) stays there throughout; its optimizer states rest as the others do.
 
     Args:
-        model (`nn.Module`): the model, which is moved out of device memory here.
+        model (`nn.Module`): the model, which is moved out of device memory here. Of one on the meta device, new weights
+            are made where they rest.
         partition (`Partition`): the cut.
         device (`torch.device`): where training takes place.
         folder (`str`): for the memory-mapped files, see [`Slab`].
@@ -44,8 +46,12 @@ class StageOffload:
         self._parameters = {name: list(model.get_submodule(name).parameters()) for name in self._layers}
         self._resident = {p for name in resident for p in model.get_submodule(name).parameters()}
         self._slabs = {name: self.slab(parameters, device, folder) for name, parameters in self._parameters.items()}
-        streams, sizes = self.streams_of(device), [len(slab.memory) for slab in self._slabs.values()]
-        self.link = Link(device) if streams is None else Ring(device, max(sizes, default=0), streams)
+        self._streams, sizes = self.streams_of(device), [len(slab.memory) for slab in self._slabs.values()]
+        self.link = Link(device) if self._streams is None else Ring(device, max(sizes, default=0), self._streams)
+        if is_without_data(model):
+            for name in self._layers:
+                give_memory(self._parameters[name], self._slabs[name].tensors)
+            make_weights(model, self.let_go)
         for name in self._layers:
             self._put(name)
         inside = {id(p) for parameters in self._parameters.values() for p in parameters}

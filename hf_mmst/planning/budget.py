@@ -131,6 +131,9 @@ def ways_of(args: MMSTConfig, num_layers: int) -> list[Way]:
         resident_layers=args.resident_layers,
         stage_clipping=args.stage_clipping,
         activation_checkpointing=checkpointing,
+        rests_inputs=args.rests_inputs and args.offload == "layers",
     )
-    offloaded = Way(stage_order="end_to_end", offload="layers") if args.offload != "none" else None
+    offloaded = None
+    if args.offload != "none":
+        offloaded = Way(stage_order="end_to_end", offload="layers", rests_inputs=args.rests_inputs)
     return [local, offloaded or Way(activation_checkpointing=checkpointing)] if args.end_to_end_laps else [local]

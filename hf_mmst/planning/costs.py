@@ -54,11 +54,12 @@ class Moved:
     forward_in: int = 0
     backward_in: int = 0
     backward_out: int = 0
+    forward_out: int = 0
 
     @property
     def total(self) -> int:
         """Bytes in both directions."""
-        return self.forward_in + self.backward_in + self.backward_out
+        return self.forward_in + self.forward_out + self.backward_in + self.backward_out
 
 
 def moved_bytes(simulation: Simulation, way: Way) -> Moved:
@@ -71,7 +72,8 @@ def moved_bytes(simulation: Simulation, way: Way) -> Moved:
         weights, gradients = (sum(getattr(layer, of) for layer in moving) for of in ("weights", "gradients"))
         # The backward pass finds in the ring what the forward pass left there.
         left = sum(layer.weights for layer in moving[-BUFFERS:]) if simulation.has_ring else 0
-        return Moved(weights, weights - left, gradients)
+        inputs = _inputs_at_rest(simulation, way)
+        return Moved(weights, weights - left + inputs, gradients, inputs)
     # A layer comes once in the turns of later stages, and, by the model's loss, twice in those of earlier ones.
     once = twice = 0
     for k, stage in enumerate(simulation.partition(way.num_stages).stages):
@@ -84,7 +86,8 @@ def moved_bytes(simulation: Simulation, way: Way) -> Moved:
 def resting_bytes(simulation: Simulation, way: Way) -> int:
     """Bytes at rest outside the device."""
     if way.offload == "layers":
-        return sum(layer.weights + layer.gradients + layer.states for layer in _offloaded(simulation, way))
+        held = sum(layer.weights + layer.gradients + layer.states for layer in _offloaded(simulation, way))
+        return held + _inputs_at_rest(simulation, way)
     if way.offload == "stages":
         return sum(layer.weights + layer.states for layer in simulation.by_layer)
     return 0
@@ -93,6 +96,11 @@ def resting_bytes(simulation: Simulation, way: Way) -> int:
 def _offloaded(simulation: Simulation, way: Way) -> list[LayerMemory]:
     resident = resident_layers(simulation.layers, way.resident_layers)
     return [layer for layer in simulation.by_layer if layer.name not in resident]
+
+
+def _inputs_at_rest(simulation: Simulation, way: Way) -> int:
+    """Bytes of the inputs of offloaded layers, which are taken to be as large as their outputs."""
+    return sum(layer.output for layer in _offloaded(simulation, way)) if way.rests_inputs else 0
 
 
 def cache_bytes(simulation: Simulation, way: Way) -> int:
@@ -125,7 +133,7 @@ def step_of(simulation: Simulation, way: Way, peak: Peak, whole: Peak) -> Step:
         on_device = learned
     return Step(
         (
-            Phase(flops[0], nbytes[0], times * moved.forward_in),
+            Phase(flops[0], nbytes[0], times * moved.forward_in, times * moved.forward_out),
             Phase(flops[1], nbytes[1], times * moved.backward_in, times * moved.backward_out),
             Phase(stepped=(UPDATE + CLIPPING) * on_device),
             Phase(stepped=(UPDATE + CLIPPING) * (learned - on_device), on_host=True),

@@ -237,7 +237,8 @@ class Simulation:
             parameters = list(self.model.parameters())
             optimizer = self._with_states([p for p in parameters if p.requires_grad])
             kind = FakeRingLayerOffload if self.has_ring else FakeLayerOffload
-            offload = stack.enter_context(self._offload(kind, partition, optimizer, resident))
+            made = functools.partial(kind, rests_inputs=way.rests_inputs)
+            offload = stack.enter_context(self._offload(made, partition, optimizer, resident))
             tracker = self._tracker(parameters, optimizer, *offload.link.buffers)
             with tracker:
                 with self._autocast():
@@ -270,9 +271,8 @@ class Simulation:
         """A tracker that knows what is in memory when a step begins."""
         states = [value for state in optimizer.state.values() for value in state.values()]
         inputs = [value for value in self.inputs.values() if torch.is_tensor(value)]
-        begin = [*weights, *self.model.buffers(), *states, *inputs, *self._ready, *others]
         tracker = CountingTracker()
-        tracker.track_external(*begin)
+        tracker.track_external(*weights, *self.model.buffers(), *states, *inputs, *self._ready, *others)
         return tracker
 
     def _input_of(self, engine: Stagewise, stage: int, end: bool = False) -> tuple[int, torch.Tensor]:

@@ -20,6 +20,7 @@ class Way:
         stage_objective (`str`): `"local"`, or `"model"` in the sequential order.
         offload (`str`): `"none"`, `"stages"` or `"layers"`.
         resident_layers (`int`): layers that are not offloaded, where layers are.
+        rests_inputs (`bool`): whether inputs of offloaded layers rest, too.
         feature_cache (`str`): `"none"` or `"disk"`.
         stage_clipping (`bool`): whether stages step by themselves.
         activation_checkpointing (`bool`): whether activations within a stage are recomputed.
@@ -35,6 +36,7 @@ class Way:
     lora: bool = False
     stage_objective: str = "local"
     resident_layers: int = 0
+    rests_inputs: bool = False
 
     def __post_init__(self):
         if self.num_stages == 1:
@@ -46,7 +48,9 @@ class Way:
         different = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
         if self.num_stages == 1:
             different.add("offload")  # whose default is another one then
-        return {name: value for name, value in vars(self).items() if name in different and name != "lora"}
+        different -= {"lora", "rests_inputs"}
+        found = {name: value for name, value in vars(self).items() if name in different}
+        return found | ({"activation_checkpointing_kwargs": {"offload": True}} if self.rests_inputs else {})
 
     @property
     def name(self) -> str:
@@ -55,7 +59,7 @@ class Way:
         words = [whole if self.num_stages == 1 else f"K = {self.num_stages}"]
         if self.offload == "layers":
             some = f"all but {self.resident_layers} " if self.resident_layers else ""
-            words.append(f"{some}layers offloaded")
+            words.append(f"{some}layers{' and their inputs' if self.rests_inputs else ''} offloaded")
         if self.num_stages > 1:
             if self.stage_objective == "model":
                 words.append("in turn, by the model's loss")

@@ -273,7 +273,7 @@ def settle(trainer: Any) -> int | None:
         learn = bool(objective_of(model) or trainer.compute_loss_func) or args.stage_objective == "model"
         planned = plan_for(args, model, batch, learn, can_offload).peak.total
     args.settle(is_pretrained(model), can_offload)
-    if args.place_model_on_device:
+    if args.place_model_on_device is not False and not sharded:
         trainer._move_model_to_device(trainer.model, args.device)
     trainer.accelerator.device_placement &= args.offload == "none"
     return planned

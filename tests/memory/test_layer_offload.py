@@ -309,3 +309,19 @@ def test_what_cannot_be_is_refused(tmp_path):
         arguments(tmp_path, stage_order="end_to_end", end_to_end_laps=1)
     with pytest.raises(ValueError, match='feature_cache="disk".*stage_order="end_to_end" all of them learn'):
         arguments(tmp_path, stage_order="end_to_end", feature_cache="disk")
+
+
+def test_on_a_cpu_each_gradient_rests_as_soon_as_it_is_there(tmp_path):
+    trained = run(tmp_path, max_steps=2)
+    found = []
+
+    def look(*_):
+        offload = trained._run.staged.offload
+        at_rest = {t.data_ptr() for _, slab in offload._gradients.values() for t in slab.tensors}
+        inside = [p for layer in trained.model.bert.encoder.layer for p in layer.parameters() if p.grad is not None]
+        found.append(len([p for p in inside if p.grad.data_ptr() not in at_rest]))
+
+    for parameter in trained.model.bert.parameters():  # a hook of this test may be the first to run
+        parameter.register_post_accumulate_grad_hook(look)
+    trained.train()
+    assert max(found) == 1
