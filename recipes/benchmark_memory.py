@@ -61,6 +61,7 @@ CONFIGS = {
 }
 CHECKPOINTING = {"activation_checkpointing": True}
 SEQUENTIAL = {"stage_order": "sequential"}
+OFFLOADED = {"stage_order": "end_to_end", "offload": "layers"}
 EIGHT_BIT = {"optim": "adamw_8bit"}  # needs bitsandbytes
 METHODS = {
     "end-to-end": {},
@@ -80,8 +81,9 @@ METHODS = {
     "blocks": {**SEQUENTIAL, "stage_objective": "model"},
     "blocks+checkpointing": {**SEQUENTIAL, "stage_objective": "model", **CHECKPOINTING},
     "blocks+resident": {**SEQUENTIAL, "stage_objective": "model", "offload": "stages"},
-    "offloaded": {"stage_order": "end_to_end"},
-    "offloaded+8-bit": {"stage_order": "end_to_end", **EIGHT_BIT},
+    "offloaded": OFFLOADED,
+    "offloaded+inputs": {**OFFLOADED, "activation_checkpointing_kwargs": {"offload": True}},
+    "offloaded+8-bit": {**OFFLOADED, **EIGHT_BIT},
     "resident+checkpointing": {**SEQUENTIAL, "offload": "stages", **CHECKPOINTING},
 }
 STAGEWISE = [name for name, settings in METHODS.items() if "stage_order" in settings]
@@ -232,6 +234,8 @@ def planned_bytes(args: argparse.Namespace, method: str) -> int | None:
     number = args.num_stages if method in STAGEWISE else 1
     settings = dict(METHODS[method])
     heads = settings.pop("head_layers", None), settings.pop("head_pooling", "auto")
+    if settings.pop("activation_checkpointing_kwargs", None):
+        settings["rests_inputs"] = True
     way = Way(num_stages=number, lora=method == "lora", **settings)
     return Simulation(model, batch, args.precision, args.device, *heads).peak(way).total
 

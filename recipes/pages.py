@@ -180,6 +180,19 @@ def exits_table() -> str:
     return table(("model", "way to leave", "accuracy", "layers", "fewer layers"), rows)
 
 
+def billions_table() -> str:
+    rows = []
+    for _, found in read("billions"):
+        above = found["peak_resident_bytes"] - found["imported_bytes"]
+        model = f"{found['model']}, {found['parameters'] / 1e9:.2f} B parameters, batch {found['batch_size']}"
+        peaks = "limit_bytes", "peak_private_bytes", "peak_resident_bytes"
+        numbers = [*(mib(found[name]) for name in peaks), mib(above), mib(found["planned_bytes"])]
+        moved = (found["moved_in_bytes"] + found["moved_out_bytes"]) / 1e9
+        rows.append((model, *numbers, f"{moved:.1f}", f"{found['step_seconds']:.0f}"))
+    peaks = "limit MiB", "private MiB", "resident MiB", "above import MiB", "planned MiB of tensors"
+    return table(("model", *peaks, "GB moved in a step", "seconds a step"), rows)
+
+
 def new_user_table() -> str:
     rows = []
     for step in json.loads((CARDS / "new_user.json").read_text())["steps"]:
@@ -196,6 +209,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "accuracy": ("model_cards/accuracy.md", accuracy_table),
     "scratch": ("model_cards/accuracy.md", scratch_table),
     "memory": ("model_cards/memory.md", memory_table),
+    "billions": ("model_cards/memory.md", billions_table),
     "planner": ("model_cards/planner.md", planner_table),
     "scaling": ("model_cards/scaling.md", scaling_table),
     "on_paper": ("model_cards/scaling.md", lambda: on_paper(vit_large())),

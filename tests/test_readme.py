@@ -161,7 +161,7 @@ def test_one_resident_stage_takes_what_is_promised():
 
 def test_every_result_names_its_command_versions_and_device():
     assert len([*(CARDS / "results").glob("*.json")]) == 6
-    folders = "results", "memory", "accuracy", "scaling", "convolutional"
+    folders = "results", "memory", "billions", "accuracy", "scaling", "convolutional"
     paths = [path for folder in folders for path in (CARDS / folder).glob("*.json")]
     for path in [*paths, CARDS / "planner.json"]:
         found = json.loads(path.read_text())

@@ -262,3 +262,19 @@ def test_the_memory_benchmark_measures_each_method_and_draws(tmp_path):
     assert all(row["peak_bytes"] > 0 and row["epoch_seconds"] > row["step_seconds"] > 0 for row in found["rows"])
     assert found["rows"][1]["planned_bytes"] < found["rows"][0]["planned_bytes"]
     assert Image.open(tmp_path / "out" / "peak_memory.png").size[0] == 960
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the recipe says that only Linux holds a process to a budget")
+def test_a_model_is_trained_within_a_budget_that_the_system_keeps(tmp_path):
+    flags = "--model", "tiny", "--steps", "2"
+    done = run("billions.py", tmp_path, *flags, "--budget", "1GiB", launcher=())
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["peak_private_bytes"] <= found["limit_bytes"] == 2**30
+    assert found["peak_anonymous_resident_bytes"] < found["peak_resident_bytes"]
+    assert len(found["losses"]) == 2
+    assert all(map(math.isfinite, found["losses"]))
+    assert found["command"].startswith("recipes/billions.py")
+    done = run("billions.py", tmp_path, *flags, "--budget", "50MiB", launcher=())
+    assert done.returncode != 0
+    assert "the run ended with exit code" in done.stderr
