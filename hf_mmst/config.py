@@ -15,6 +15,7 @@ HeadPooling = Literal["auto", "mean", "cls"]
 TransportNorm = Literal["relative", "mean", "sum"]
 TransportSchedule = Literal["auto", "constant", "paper", "multipliers", "adaptive"]
 Offload = Literal["none", "stages", "layers"]
+StepPlace = Literal["host", "device"]
 FeatureCache = Literal["none", "disk", "memory"]
 DEFAULT_STAGES = 4  # or as many as the model has layers
 
@@ -143,6 +144,14 @@ class MMSTConfig(TrainingArguments):
             spread over the model, while the others are offloaded, with `stage_order="end_to_end"` and
             `offload="layers"`. They are recomputed in the backward pass with `activation_checkpointing` only, and step
             on the device.
+        layer_batch_size (`int`, *optional*):
+            Number of samples that are in an offloaded layer at once. The batch passes each layer in parts of that size
+            while its weights are there, so that activations are those of a part, and weights move once for all parts:
+            in the place of `gradient_accumulation_steps`, set `per_device_train_batch_size` to the whole. Unset: all
+            of the batch.
+        offloaded_step (`str`, *optional*, defaults to `"host"`):
+            Where the optimizer steps offloaded layers: on the `"host"`, where they rest, or on the `"device"`, to which
+            weights, gradients and states come for that, layer by layer, for a host with a slow CPU.
         feature_cache (`str`, *optional*, defaults to `"none"`):
             Where the inputs of the stage that learns are cached, so that the frozen stages before it run once per
             sample and turn, not in each epoch: `"none"`, `"disk"` (in `output_dir`, deleted after training) or
@@ -256,6 +265,12 @@ class MMSTConfig(TrainingArguments):
     )
     resident_layers: Annotated[int, whole(0, "0 offloads all layers")] = field(
         default=0, metadata={"help": "Layers that stay in device memory while the others are offloaded."}
+    )
+    layer_batch_size: Annotated[int, whole(1, "1 has one sample in a layer at once")] | None = field(
+        default=None, metadata={"help": "Samples that are in an offloaded layer at once; if unset, all of the batch."}
+    )
+    offloaded_step: StepPlace = field(
+        default="host", metadata={"help": "Where the optimizer steps offloaded layers: host or device."}
     )
     feature_cache: FeatureCache = field(
         default="none",
@@ -397,6 +412,8 @@ OF_ALL = {
     "stage_order",
     "offload",
     "resident_layers",
+    "layer_batch_size",
+    "offloaded_step",
     "memory_budget",
     "head_learning_rate",
     "stage_learning_rate_decay",

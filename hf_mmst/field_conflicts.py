@@ -81,6 +81,12 @@ def _refuse_with_offload(args: Any) -> None:
             f'but stage_order="{args.stage_order}" and offload="{args.offload}". Set stage_order="end_to_end" and '
             'offload="layers", or resident_layers=0.'
         )
+    for name, default in (("layer_batch_size", None), ("offloaded_step", "host")):
+        if getattr(args, name) != default and args.offload not in (None, "layers"):
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} is for layers that are offloaded, but "
+                f'offload="{args.offload}". Set offload="layers", or leave {name} unset.'
+            )
     if args.offload in (None, "none"):
         return
     if args.offload == "stages" and args.stage_order in (None, "simultaneous", "end_to_end"):

@@ -29,6 +29,8 @@ OWN_FIELDS = {
     "memory_budget": None,
     "offload": None,
     "resident_layers": 0,
+    "layer_batch_size": None,
+    "offloaded_step": "host",
     "feature_cache": "none",
     "cache_views": None,
     "stage_parallel": False,

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..cut.partition import Partition
 from ..cut.temporary_attributes import not_caching, replaced
 from ..method.stepping import steps_elementwise
+from .micro_batches import MicroBatches
 from .resting_inputs import RestingInputs
 from .slabs import HOST, Slab
 from .stage_offload import StageOffload
@@ -37,6 +38,9 @@ class LayerOffload(StageOffload):
     Args: those of [`StageOffload`], and
 
         rests_inputs (`bool`): whether the inputs of layers, too, rest until the layers are recomputed.
+        samples (`int`, *optional*): that are in a layer at once, see [`MicroBatches`]; all of the batch by default.
+        steps_on_device (`bool`): whether the optimizer steps each layer on the device, to which its weights, gradient
+            and states come for that. It saves a slow host the step and costs the link 28 bytes a parameter (AdamW).
 
     Raises:
         `ValueError`: if layers share weights, which could not rest with one of them.
@@ -50,6 +54,8 @@ class LayerOffload(StageOffload):
         folder: str,
         resident: Collection[str] = (),
         rests_inputs: bool = False,
+        samples: int | None = None,
+        steps_on_device: bool = False,
     ):
         _refuse_shared(model, partition)
         super().__init__(model, partition, device, folder, resident)
@@ -60,6 +66,7 @@ class LayerOffload(StageOffload):
         self._arriving = contextlib.ExitStack()  # holds the hooks on the gradients of that layer
         self._inputs = RestingInputs(device, folder, self.slab, self.link, self._streams) if rests_inputs else None
         self._in_step: list[Slab] = []  # weights and gradients of the layer at its step
+        self._samples, self._steps_on_device = samples, steps_on_device
         self._away: list[tuple[nn.Parameter, torch.Tensor]] = []  # parameters at their step, and where they belong
 
     def _hook(self, optimizer: torch.optim.Optimizer, states: RestingStates) -> None:
@@ -75,6 +82,8 @@ class LayerOffload(StageOffload):
                 # The host would recompute it once more; where a stage learns from its own loss, that is done here, too.
                 recomputed = getattr(layer, "gradient_checkpointing", False)
                 forward = functools.partial(self._forward, name, layer.forward, recomputed)
+                if self._samples is not None:
+                    forward = functools.partial(MicroBatches(layer, self._samples, name).run, forward)
                 stack.enter_context(replaced(layer, "gradient_checkpointing", False))
                 stack.enter_context(replaced(layer, "forward", forward))
             yield
@@ -206,7 +215,8 @@ class LayerOffload(StageOffload):
         An optimizer of which is not known that it steps each parameter by itself has all of them in the caller's step.
         """
         gradients = {p: p.grad for p in self._model.parameters() if p.grad is not None}
-        if steps_elementwise(optimizer):
+        by_layer = steps_elementwise(optimizer)
+        if by_layer:
             for parameter in gradients:
                 parameter.grad = None
             for name in self._layers:
@@ -214,7 +224,7 @@ class LayerOffload(StageOffload):
                     self._step(name, optimizer, gradients)
         inside = {p for parameters in self._parameters.values() for p in parameters}
         for parameter, gradient in gradients.items():
-            if parameter in self._resident:
+            if parameter in self._resident or (by_layer and self._steps_on_device and parameter not in inside):
                 parameter.grad = gradient
             elif parameter not in inside:
                 self._away.append((parameter, parameter.data))
@@ -224,9 +234,10 @@ class LayerOffload(StageOffload):
         self._clip(gradients)
 
     def _step(self, name: str, optimizer: Any, having: Iterable[nn.Parameter]) -> None:
-        self._set(name, self._slabs[name].take(HOST))
+        place = self._device if self._steps_on_device else HOST
+        self._set(name, self._slabs[name].take(place))
         learning, slab = self._gradients[name]
-        for parameter, gradient in zip(learning, slab.take(HOST), strict=True):
+        for parameter, gradient in zip(learning, slab.take(place), strict=True):
             if parameter in having:
                 parameter.grad = gradient
         self._clip(learning)
@@ -235,6 +246,10 @@ class LayerOffload(StageOffload):
         for parameter in learning:
             parameter.grad = None
         self._put(name)
+        if self._steps_on_device and self.states is not None:
+            states = self.states.nbytes_of(learning)
+            self.link.bytes_in += self._slabs[name].nbytes + slab.nbytes + states
+            self.link.bytes_out += self._slabs[name].nbytes + states
 
     def _clip(self, parameters: Iterable[nn.Parameter]) -> None:
         if self._limit is not None:

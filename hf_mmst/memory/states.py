@@ -48,6 +48,11 @@ class RestingStates:
                 for (parameter, name), tensor in zip(keys, slab.take(keys[0][0].device), strict=True):
                     self.optimizer.state[parameter][name] = tensor
 
+    def nbytes_of(self, parameters: Collection[nn.Parameter]) -> int:
+        """Bytes of the states at rest of some parameters."""
+        wanted = {*parameters}
+        return sum(slab.nbytes for keys, slab in self._slabs.items() if keys[0][0] in wanted)
+
     def _take_numbers(self) -> None:
         """Bring numbers of steps, which do not rest, where PyTorch keeps them with their parameters."""
         for group in self.optimizer.param_groups:

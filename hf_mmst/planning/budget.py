@@ -132,6 +132,8 @@ def ways_of(args: MMSTConfig, num_layers: int) -> list[Way]:
         stage_clipping=args.stage_clipping,
         activation_checkpointing=checkpointing,
         rests_inputs=args.rests_inputs and args.offload == "layers",
+        layer_batch_size=args.layer_batch_size,
+        offloaded_step=args.offloaded_step,
     )
     offloaded = None
     if args.offload != "none":

@@ -55,11 +55,13 @@ class Moved:
     backward_in: int = 0
     backward_out: int = 0
     forward_out: int = 0
+    step_in: int = 0
+    step_out: int = 0
 
     @property
     def total(self) -> int:
         """Bytes in both directions."""
-        return self.forward_in + self.forward_out + self.backward_in + self.backward_out
+        return sum(vars(self).values())
 
 
 def moved_bytes(simulation: Simulation, way: Way) -> Moved:
@@ -73,7 +75,9 @@ def moved_bytes(simulation: Simulation, way: Way) -> Moved:
         # The backward pass finds in the ring what the forward pass left there.
         left = sum(layer.weights for layer in moving[-BUFFERS:]) if simulation.has_ring else 0
         inputs = _inputs_at_rest(simulation, way)
-        return Moved(weights, weights - left + inputs, gradients, inputs)
+        states = sum(layer.states for layer in moving)
+        step = (weights + gradients + states, weights + states) if way.offloaded_step == "device" else (0, 0)
+        return Moved(weights, weights - left + inputs, gradients, inputs, *step)
     # A layer comes once in the turns of later stages, and, by the model's loss, twice in those of earlier ones.
     once = twice = 0
     for k, stage in enumerate(simulation.partition(way.num_stages).stages):
@@ -129,13 +133,13 @@ def step_of(simulation: Simulation, way: Way, peak: Peak, whole: Peak) -> Step:
     learned = (peak if way.lora else whole).states // 2  # AdamW's states are two for each weight
     resident = resident_layers(simulation.layers, way.resident_layers)
     on_device = sum(layer.states for layer in simulation.by_layer if layer.name in resident) // 2
-    if way.offload != "layers":
+    if way.offload != "layers" or way.offloaded_step == "device":
         on_device = learned
     return Step(
         (
             Phase(flops[0], nbytes[0], times * moved.forward_in, times * moved.forward_out),
             Phase(flops[1], nbytes[1], times * moved.backward_in, times * moved.backward_out),
-            Phase(stepped=(UPDATE + CLIPPING) * on_device),
+            Phase(0, 0, moved.step_in, moved.step_out, (UPDATE + CLIPPING) * on_device),
             Phase(stepped=(UPDATE + CLIPPING) * (learned - on_device), on_host=True),
         )
     )

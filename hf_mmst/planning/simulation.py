@@ -237,7 +237,12 @@ class Simulation:
             parameters = list(self.model.parameters())
             optimizer = self._with_states([p for p in parameters if p.requires_grad])
             kind = FakeRingLayerOffload if self.has_ring else FakeLayerOffload
-            made = functools.partial(kind, rests_inputs=way.rests_inputs)
+            made = functools.partial(
+                kind,
+                rests_inputs=way.rests_inputs,
+                samples=way.layer_batch_size,
+                steps_on_device=way.offloaded_step == "device",
+            )
             offload = stack.enter_context(self._offload(made, partition, optimizer, resident))
             tracker = self._tracker(parameters, optimizer, *offload.link.buffers)
             with tracker:
@@ -246,7 +251,7 @@ class Simulation:
                 loss.backward()
                 del loss
                 offload.settle()
-                if not self.has_ring:  # otherwise the step is in other memory
+                if not self.has_ring or way.offloaded_step == "device":  # otherwise the step is in other memory
                     offload.step(optimizer)
                     optimizer.step()
             return self._read(tracker, parameters, optimizer)

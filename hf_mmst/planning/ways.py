@@ -21,6 +21,8 @@ class Way:
         offload (`str`): `"none"`, `"stages"` or `"layers"`.
         resident_layers (`int`): layers that are not offloaded, where layers are.
         rests_inputs (`bool`): whether inputs of offloaded layers rest, too.
+        layer_batch_size (`int`, *optional*): samples that are in an offloaded layer at once.
+        offloaded_step (`str`): `"host"` or `"device"`, where the optimizer steps offloaded layers.
         feature_cache (`str`): `"none"` or `"disk"`.
         stage_clipping (`bool`): whether stages step by themselves.
         activation_checkpointing (`bool`): whether activations within a stage are recomputed.
@@ -37,6 +39,8 @@ class Way:
     stage_objective: str = "local"
     resident_layers: int = 0
     rests_inputs: bool = False
+    layer_batch_size: int | None = None
+    offloaded_step: str = "host"
 
     def __post_init__(self):
         if self.num_stages == 1:

@@ -33,6 +33,8 @@ SETTINGS = (
     "stage_clipping",
     "offload",
     "resident_layers",
+    "layer_batch_size",
+    "offloaded_step",
     "feature_cache",
     "activation_checkpointing",
     "learning_rate",

@@ -38,25 +38,25 @@ LIMITS = {"vit": (2, 1), "bert": (0.5, 0.3), "llama": (0.85, 0.5)}  # with one m
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "accumulation", "extra", "resident"),
+    ("name", "place", "accumulation", "extra", "kept"),
     [
-        ("vit", "in place", 1, {}, 0),
-        ("vit", "late", 3, {}, 0),
-        ("vit", "in place", 3, SGD, 2),
-        ("bert", "late", 3, {}, 0),
-        ("bert", "early", 1, SGD, 1),
-        ("llama", "late", 3, {}, 0),
-        ("llama", "early", 1, SGD, 1),
-        ("llama", "in place", 3, SGD, 2),
+        ("vit", "in place", 1, {}, {}),
+        ("vit", "late", 3, {}, {"offloaded_step": "device"}),
+        ("vit", "in place", 3, SGD, {"resident_layers": 2}),
+        ("bert", "late", 3, {}, {}),
+        ("bert", "early", 1, SGD, {"resident_layers": 1, "offloaded_step": "device"}),
+        ("llama", "late", 3, {}, {"offloaded_step": "device"}),
+        ("llama", "early", 1, SGD, {"resident_layers": 1}),
+        ("llama", "in place", 3, SGD, {"resident_layers": 2}),
     ],
 )
-def test_twenty_steps_are_those_of_plain_trainer(name, place, accumulation, extra, resident, tmp_path, monkeypatch):
+def test_twenty_steps_are_those_of_plain_trainer(name, place, accumulation, extra, kept, tmp_path, monkeypatch):
     play(place, monkeypatch)
     limit = LIMITS[name][accumulation > 1]
     settings = {"max_steps": 20, "max_grad_norm": limit, "gradient_accumulation_steps": accumulation}
     if name == "llama":
         extra = {**extra, "train_dataset": Sentences(48)}
-    offloaded = run(tmp_path / "offloaded", name, extra=extra, resident_layers=resident, **settings)
+    offloaded = run(tmp_path / "offloaded", name, extra=extra, **kept, **settings)
     offloaded.train()
     plain = run(tmp_path / "plain", name, Trainer, extra=extra, **settings)
     if name == "bert":  # which is not told how many labels there are, although Trainer believes so
