@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..cut.partition import Partition
 from ..cut.temporary_attributes import not_caching, replaced
 from ..method.stepping import steps_elementwise
+from .half_sent import HalfSent
 from .micro_batches import MicroBatches
 from .resting_inputs import RestingInputs
 from .slabs import HOST, Slab
@@ -33,7 +34,8 @@ class LayerOffload(StageOffload):
 
     With W bytes of weights in the layers, G of gradients, and n micro-batches a step, 2 n W + (n - 1) G bytes come in
     and n G go out in a step, less n times what a ring holds: the backward pass finds it there. Clipping adds none, for
-    the norms are taken when the gradients are there.
+    the norms are taken when the gradients are there. Under autocast, W and G are those in low precision, see
+    [`HalfSent`], and earlier gradients do not come in.
 
     Args: those of [`StageOffload`], and
 
@@ -41,6 +43,7 @@ class LayerOffload(StageOffload):
         samples (`int`, *optional*): that are in a layer at once, see [`MicroBatches`]; all of the batch by default.
         steps_on_device (`bool`): whether the optimizer steps each layer on the device, to which its weights, gradient
             and states come for that. It saves a slow host the step and costs the link 28 bytes a parameter (AdamW).
+        half (`torch.dtype`, *optional*): of autocast, for a device with memory of its own.
 
     Raises:
         `ValueError`: if layers share weights, which could not rest with one of them.
@@ -56,9 +59,14 @@ class LayerOffload(StageOffload):
         rests_inputs: bool = False,
         samples: int | None = None,
         steps_on_device: bool = False,
+        half: torch.dtype | None = None,
     ):
         _refuse_shared(model, partition)
+        self._half: HalfSent | None = None
         super().__init__(model, partition, device, folder, resident)
+        if half is not None and self.link.copies:
+            self._half = HalfSent(model, self._parameters, half, lambda tensors: self.slab(tensors, device, folder))
+            self.link = self._make_link()  # for smaller slabs
         self._gradients: dict[str, tuple[list[nn.Parameter], Slab]] = {}  # of the layers' parameters that learn
         self._norms: dict[nn.Parameter, tuple[torch.Tensor, int, torch.Tensor]] = {}  # gradient, its version, its norm
         self._limit: tuple[float, torch.Tensor] | None = None  # of the norm of all gradients, and what that is
@@ -124,6 +132,9 @@ class LayerOffload(StageOffload):
             self._put_gradient(self._in_backward)
             self._in_backward = None
             self.link.wait()
+            if self._half is not None:
+                for parameter in self._half.arrive(self._gradients):
+                    self._note(parameter)
 
     def rest(self) -> None:
         """As [`StageOffload.rest`]; gradients of a step that was not taken are forgotten."""
@@ -134,13 +145,17 @@ class LayerOffload(StageOffload):
         self._in_backward = self._limit = None
         self._arriving.close()
         self._norms.clear()
+        if self._half is not None:
+            self._half.forget()
         if self._inputs is not None:
             self._inputs.forget()
         super().rest()
 
     def _take_gradient(self, name: str) -> None:
         """Bring what earlier backward passes of the step have left, to which this one adds."""
-        if any(p.grad is not None for p in self._parameters[name]):
+        if self._half is not None:
+            self._half.begin(self._parameters[name])
+        elif any(p.grad is not None for p in self._parameters[name]):
             learning, slab = self._gradients[name]
             for parameter, gradient in zip(learning, slab.take(self._device), strict=True):
                 if parameter.grad is not None:
@@ -174,21 +189,38 @@ class LayerOffload(StageOffload):
         slab = self._gradient_slab(name, learning)
         places = dict(zip(learning, slab.tensors, strict=True))
         gradients = {p: p.grad for p in parameters if p.grad is not None}
-        norms = {p: torch.linalg.vector_norm(gradient) for p, gradient in gradients.items()}
+        norms = {p: torch.linalg.vector_norm(gradient.float()) for p, gradient in gradients.items()}
         for parameter in gradients:
             parameter.grad = None  # it is on the device, where the weights will no longer be
-        self.link.put(slab, [gradients.get(p, resting) for p, resting in places.items()])
+        to = slab if self._half is None else self._half.gradients(name, learning)
+        self.link.put(to, [gradients.get(p, resting) for p, resting in zip(learning, to.tensors, strict=True)])
+        self.link.bytes_out += sum(gradient.nbytes for gradient in gradients.values())
         for parameter, norm in norms.items():
-            resting = places[parameter]
-            self._norms[parameter] = resting, resting._version, norm
-            self.link.bytes_out += resting.nbytes
+            self._norms[parameter] = places[parameter], places[parameter]._version, norm
+        if self._half is not None:
+            self._half.send(name, gradients)
+            return {}
         return {p: places[p] for p in gradients}
+
+    def _note(self, parameter: nn.Parameter) -> None:
+        """Its gradient has come to rest: the norm that was taken on the device is that of it."""
+        if parameter in self._norms:
+            resting, _, norm = self._norms[parameter]
+            self._norms[parameter] = resting, resting._version, norm
+
+    def _sent(self, name: str) -> Slab:
+        return super()._sent(name) if self._half is None else self._half.weights[name]
+
+    def _refresh(self, name: str, step: int) -> None:
+        if self._half is not None and step > 0:
+            self._half.refresh(name, self._slabs[name].tensors)
 
     def _gradient_slab(self, name: str, learning: list[nn.Parameter]) -> Slab:
         """Where a layer's gradient rests; made anew if others of its parameters learn than before."""
         before, slab = self._gradients.get(name, ([], None))
         if slab is None or [*map(id, before)] != [*map(id, learning)]:
-            slab = self.slab(learning, self._device, self._folder)
+            at_rest = dict(zip(self._parameters[name], self._slabs[name].tensors, strict=True))
+            slab = self.slab([at_rest[p] for p in learning], self._device, self._folder)
             self._gradients[name] = learning, slab
         return slab
 

@@ -46,8 +46,8 @@ class StageOffload:
         self._parameters = {name: list(model.get_submodule(name).parameters()) for name in self._layers}
         self._resident = {p for name in resident for p in model.get_submodule(name).parameters()}
         self._slabs = {name: self.slab(parameters, device, folder) for name, parameters in self._parameters.items()}
-        self._streams, sizes = self.streams_of(device), [len(slab.memory) for slab in self._slabs.values()]
-        self.link = Link(device) if self._streams is None else Ring(device, max(sizes, default=0), self._streams)
+        self._streams = self.streams_of(device)
+        self.link = self._make_link()
         if is_without_data(model):
             for name in self._layers:
                 give_memory(self._parameters[name], self._slabs[name].tensors)
@@ -58,6 +58,10 @@ class StageOffload:
         for tensor in [*(p for p in model.parameters() if id(p) not in inside), *model.buffers()]:
             # A copy on a CPU, too: one tensor that maps the checkpoint's file keeps all that was read of it in memory.
             tensor.data = tensor.data.to(device, copy=True)
+
+    def _make_link(self) -> Link:
+        sizes = [len(self._sent(name).memory) for name in self._layers]
+        return Link(self._device) if self._streams is None else Ring(self._device, max(sizes, default=0), self._streams)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on keep the states of `optimizer` at rest, too; they are taken when it is about to use them."""
@@ -118,6 +122,7 @@ class StageOffload:
         def hook(_module, _args):
             if name == self._layers[0]:
                 self.link.begin()
+                self._refresh(name, 1)
             if name not in self._active:
                 self._take(name, 1)
 
@@ -133,17 +138,25 @@ class StageOffload:
 
     def _take(self, name: str, step: int) -> None:
         """Bring a layer's weights to the device; the next one to come is `step` layers further."""
-        self._set(name, self.link.take(self._slabs[name]))
+        self._set(name, self.link.take(self._sent(name)))
         number = self._layers.index(name) + step
         if 0 <= number < len(self._layers):
             following = self._layers[number]
             if following not in self._active:
-                self.link.expect(self._slabs[following])
+                self._refresh(following, step)
+                self.link.expect(self._sent(following))
+
+    def _sent(self, name: str) -> Slab:
+        """What goes to the device of a layer."""
+        return self._slabs[name]
+
+    def _refresh(self, name: str, step: int) -> None:
+        """Make it ready for a forward pass; it stays as it is for the backward pass."""
 
     def _rest(self, name: str) -> None:
         """Leave a layer's weights where they rest, as they were before they were taken."""
         self._set(name, self._slabs[name].tensors)
-        self.link.release(self._slabs[name])
+        self.link.release(self._sent(name))
 
     def _put(self, name: str) -> None:
         """Put a layer's weights to rest, as they are now."""

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+from ..memory.half_sent import cast_by_autocast
 from ..memory.layer_offload import resident_layers
 from ..memory.ring import BUFFERS
 from .layer_memory import LayerMemory
@@ -71,12 +74,15 @@ def moved_bytes(simulation: Simulation, way: Way) -> Moved:
     layers = {layer.name: layer for layer in simulation.by_layer}
     if way.offload == "layers":
         moving = _offloaded(simulation, way)
-        weights, gradients = (sum(getattr(layer, of) for layer in moving) for of in ("weights", "gradients"))
+        sent = [_sent(simulation, layer.name) for layer in moving]
+        weights, gradients = (sum(of) for of in zip(*sent, strict=True))
         # The backward pass finds in the ring what the forward pass left there.
-        left = sum(layer.weights for layer in moving[-BUFFERS:]) if simulation.has_ring else 0
+        left = sum(of for of, _ in sent[-BUFFERS:]) if simulation.has_ring else 0
         inputs = _inputs_at_rest(simulation, way)
-        states = sum(layer.states for layer in moving)
-        step = (weights + gradients + states, weights + states) if way.offloaded_step == "device" else (0, 0)
+        step = (0, 0)
+        if way.offloaded_step == "device":
+            leaving = sum(layer.weights + layer.states for layer in moving)
+            step = leaving + sum(layer.gradients for layer in moving), leaving
         return Moved(weights, weights - left + inputs, gradients, inputs, *step)
     # A layer comes once in the turns of later stages, and, by the model's loss, twice in those of earlier ones.
     once = twice = 0
@@ -100,6 +106,15 @@ def resting_bytes(simulation: Simulation, way: Way) -> int:
 def _offloaded(simulation: Simulation, way: Way) -> list[LayerMemory]:
     resident = resident_layers(simulation.layers, way.resident_layers)
     return [layer for layer in simulation.by_layer if layer.name not in resident]
+
+
+def _sent(simulation: Simulation, name: str) -> tuple[int, int]:
+    """Bytes of a layer's weights, and of those that learn, as they go over the link."""
+    layer = simulation.model.get_submodule(name)
+    halves = simulation.has_ring and simulation.dtype == torch.bfloat16
+    half = cast_by_autocast(layer) if halves else set()
+    sizes = {p: p.nbytes // (2 if p in half else 1) for p in layer.parameters()}
+    return sum(sizes.values()), sum(size for p, size in sizes.items() if p.requires_grad)
 
 
 def _inputs_at_rest(simulation: Simulation, way: Way) -> int:

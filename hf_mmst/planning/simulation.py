@@ -242,6 +242,7 @@ class Simulation:
                 rests_inputs=way.rests_inputs,
                 samples=way.layer_batch_size,
                 steps_on_device=way.offloaded_step == "device",
+                half=self.dtype if self.dtype == torch.bfloat16 else None,
             )
             offload = stack.enter_context(self._offload(made, partition, optimizer, resident))
             tracker = self._tracker(parameters, optimizer, *offload.link.buffers)

@@ -186,8 +186,9 @@ class Staging:
         offload = None
         if args.offload != "none":
             layerwise = args.rests_inputs, args.layer_batch_size, args.offloaded_step == "device"
+            half = torch.bfloat16 if args.bf16 else None
             given = model, partition, args.device, args.output_dir, self._resident(model, partition.layers)
-            offload = LayerOffload(*given, *layerwise) if _recomputes(args) else StageOffload(*given)
+            offload = LayerOffload(*given, *layerwise, half) if _recomputes(args) else StageOffload(*given)
         found["uses_model_loss"] = args.stage_objective == "model" and num_stages > 1
         if found["uses_model_loss"] and _are_of_decoder(model, partition.layers):
             found["mask_name"] = "decoder_attention_mask"

@@ -1,10 +1,13 @@
 """End-to-end training with one layer in memory: the numbers of plain Trainer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from elsewhere import PLACES, play
 from runs import StopAt, arguments, assert_same, losses, trainer, weights
 from runs import run_end_to_end as run
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from zoo import Samples, batch, make
 
@@ -14,6 +17,7 @@ from hf_mmst.planning.simulation import Simulation
 from hf_mmst.planning.ways import Way
 
 SETTINGS = [{"max_grad_norm": 0.1, "weight_decay": 0.01}, {"gradient_accumulation_steps": 2, "bf16": True}]
+OFFLOADED = Way(offload="layers")
 SGD = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9})}
 
 
@@ -68,6 +72,48 @@ def test_twenty_steps_are_those_of_plain_trainer(name, place, accumulation, extr
     assert norms[0] == norms[1]
     assert min(norms[0]) < limit < max(norms[0])
     assert losses(offloaded) == pytest.approx(losses(plain), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "accumulation", "place"), [("vit", 1, "late"), ("bert", 3, "early")])
+def test_in_mixed_precision_half_of_the_bytes_move_for_the_same_numbers(
+    name, accumulation, place, tmp_path, monkeypatch
+):
+    play(place, monkeypatch)
+    settings = {"max_steps": 6, "max_grad_norm": 0.5, "gradient_accumulation_steps": accumulation, "bf16": True}
+    offloaded = run(tmp_path / "offloaded", name, **settings)
+    offloaded.train()
+    plain = run(tmp_path / "plain", name, Trainer, **settings)
+    if name == "bert":
+        plain.model_accepts_loss_kwargs = False
+    plain.train()
+    assert_same(weights(offloaded.model), weights(plain.model))
+    assert_same(moments(offloaded), moments(plain))
+    norms = [[entry["grad_norm"] for entry in one.state.log_history if "loss" in entry] for one in (offloaded, plain)]
+    assert norms[0] == norms[1]
+    assert {p.dtype for p in offloaded.model.parameters()} == {torch.float32}
+    layers = [offloaded.model.get_submodule(layer) for layer in offloaded.partition.layers]
+    sent = [
+        sum(
+            p.nbytes // (2 if type(m) is nn.Linear else 1) for m in layer.modules() for p in m.parameters(recurse=False)
+        )
+        for layer in layers
+    ]
+    moved = offloaded._run.moved
+    assert moved["moved_out_bytes"] == accumulation * sum(sent)
+    assert moved["moved_in_bytes"] == accumulation * (2 * sum(sent) - sum(sent[-2:]))
+    planned = Simulation(make(name), batch(name, 8), "bf16", for_gpu=True)
+    assert costs.moved_bytes(planned, OFFLOADED).total == 3 * sum(sent) - sum(sent[-2:])
+    assert planned.peak(OFFLOADED).total < Simulation(make(name), batch(name, 8), for_gpu=True).peak(OFFLOADED).total
+
+
+def test_a_step_on_the_device_moves_what_is_planned(tmp_path, monkeypatch):
+    play("late", monkeypatch)
+    trained = run(tmp_path, "vit", max_steps=2, offloaded_step="device")
+    trained.train()
+    way = replace(OFFLOADED, offloaded_step="device")
+    planned = costs.moved_bytes(Simulation(make("vit"), batch("vit", 8), for_gpu=True), way)
+    assert planned.step_in == 4 * planned.backward_out  # weights, gradients and two states
+    assert sum(trained._run.moved.values()) == planned.total
 
 
 @pytest.mark.parametrize(("name", "settings"), zip(["distilbert", "dinov2"], SETTINGS, strict=True))
@@ -153,8 +199,7 @@ def test_bytes_moved_are_those_of_the_formula_and_of_the_plan(place, accumulatio
         layers.requires_grad_(False)
         for layer in layers:
             layer.attention.requires_grad_(True)
-    way = Way(stage_order="end_to_end", offload="layers")
-    planned = costs.moved_bytes(Simulation(model, batch("bert", 8), for_gpu=place == "late"), way).total
+    planned = costs.moved_bytes(Simulation(model, batch("bert", 8), for_gpu=place == "late"), OFFLOADED).total
     trained = run(tmp_path, model=model, max_steps=2, gradient_accumulation_steps=accumulation)
     trained.train()
     passes_bytes = sum(p.nbytes for p in [*layers.parameters(), *layers[: 2 if place == "late" else 4].parameters()])
