@@ -34,6 +34,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
+    LlamaConfig,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -44,7 +45,10 @@ from transformers.initialization import no_init_weights
 
 from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
 from hf_mmst.cut.example_inputs import dummy_inputs
+from hf_mmst.memory.layer_offload import LayerOffload
 from hf_mmst.memory.peaks import PeakMemory
+from hf_mmst.planning.costs import step_of
+from hf_mmst.planning.devices import Device, measured_cpu
 from hf_mmst.planning.simulation import Simulation
 from hf_mmst.planning.ways import Way
 from hf_mmst.records.results import provenance
@@ -52,13 +56,16 @@ from hf_mmst.tasks.report import write_json
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 QUICK = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024}
+BILLION = {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 5632}
 CONFIGS = {
     "vit-base": lambda: ViTConfig(),
     "vit-large": lambda: ViTConfig(**LARGE),
     "bert-base": lambda: BertConfig(),
     "bert-large": lambda: BertConfig(**LARGE),
+    "decoder-1b": lambda: LlamaConfig(**BILLION, vocab_size=32000, pad_token_id=0),
     "quick": lambda: ViTConfig(**QUICK, image_size=64, patch_size=8),
 }
+HALF = "half"  # of the layers
 CHECKPOINTING = {"activation_checkpointing": True}
 SEQUENTIAL = {"stage_order": "sequential"}
 OFFLOADED = {"stage_order": "end_to_end", "offload": "layers"}
@@ -83,6 +90,10 @@ METHODS = {
     "blocks+resident": {**SEQUENTIAL, "stage_objective": "model", "offload": "stages"},
     "offloaded": OFFLOADED,
     "offloaded+inputs": {**OFFLOADED, "activation_checkpointing_kwargs": {"offload": True}},
+    "offloaded+half resident": {**OFFLOADED, "resident_layers": HALF},
+    "offloaded+half resident+checkpointing": {**OFFLOADED, "resident_layers": HALF, **CHECKPOINTING},
+    "offloaded+step on device": {**OFFLOADED, "offloaded_step": "device"},
+    "offloaded+no overlap": OFFLOADED,
     "offloaded+8-bit": {**OFFLOADED, **EIGHT_BIT},
     "resident+checkpointing": {**SEQUENTIAL, "offload": "stages", **CHECKPOINTING},
 }
@@ -153,7 +164,8 @@ def parse() -> argparse.Namespace:
     if args.quick:
         args.model, args.num_stages = "quick", 3
     if args.methods is None:  # activations that are offloaded from the CPU to the CPU save nothing
-        without = ["+offload"] * (args.device == "cpu") + ["8-bit"] * (find_spec("bitsandbytes") is None)
+        on_gpus = ["+offload", "step on device", "no overlap"]
+        without = on_gpus * (args.device == "cpu") + ["8-bit"] * (find_spec("bitsandbytes") is None)
         args.methods = [name for name in METHODS if not any(word in name for word in without)]
     return args
 
@@ -187,6 +199,8 @@ def measure(args: argparse.Namespace) -> dict:
     stagewise = args.one in STAGEWISE
     turns = args.num_stages if "sequential" in METHODS[args.one].values() else 1
     times = StepTimes()
+    if "no overlap" in args.one:
+        LayerOffload.streams_of = staticmethod(lambda _: None)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments if not stagewise else MMSTConfig
         config = settings(
@@ -200,7 +214,7 @@ def measure(args: argparse.Namespace) -> dict:
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=args.device == "cuda",
-            **METHODS[args.one],
+            **settings_of(args),
             **({"num_stages": args.num_stages} if stagewise else {}),
         )
         with PeakMemory(args.device) as peak:
@@ -223,21 +237,42 @@ def measure(args: argparse.Namespace) -> dict:
     }
 
 
-def planned_bytes(args: argparse.Namespace, method: str) -> int | None:
-    """The planner's word on the method's peak, in tensors; `None` for offloading, and for states of 8 bits."""
-    if "+offload" in method or "8-bit" in method:
-        return None
+def settings_of(args: argparse.Namespace) -> dict:
+    """The settings of the chosen method."""
+    settings = dict(METHODS[args.one])
+    if settings.get("resident_layers") == HALF:
+        config = CONFIGS[args.model]() if args.model in CONFIGS else AutoConfig.from_pretrained(args.model)
+        settings["resident_layers"] = config.num_hidden_layers // 2
+    return settings
+
+
+def planned(args: argparse.Namespace, method: str, speeds: Device | None) -> dict:
+    """
+    The planner's word on the method: its peak, in tensors, and the seconds of a step at these speeds.
+
+    There is none for activations offloaded by the host, and states of 8 bits.
+    """
+    if "+offload" in method or "8-bit" in method or "no overlap" in method:
+        return {"planned_bytes": None}
     with torch.device("meta"), no_init_weights():
         model, _ = make_model(argparse.Namespace(**vars(args) | {"one": method if method == "freeze" else None}))
     batch = dummy_inputs(model, args.batch_size, "meta", seq_len=args.seq_len)
     batch["labels"] = torch.zeros(args.batch_size, dtype=torch.long, device="meta")
     number = args.num_stages if method in STAGEWISE else 1
-    settings = dict(METHODS[method])
+    settings = settings_of(argparse.Namespace(**vars(args) | {"one": method}))
     heads = settings.pop("head_layers", None), settings.pop("head_pooling", "auto")
     if settings.pop("activation_checkpointing_kwargs", None):
         settings["rests_inputs"] = True
     way = Way(num_stages=number, lora=method == "lora", **settings)
-    return Simulation(model, batch, args.precision, args.device, *heads).peak(way).total
+    simulation = Simulation(model, batch, args.precision, args.device, *heads)
+    peak = simulation.peak(way)
+    found: dict = {"planned_bytes": peak.total}
+    if speeds is not None:
+        step = step_of(simulation, way, peak, simulation.peak(Way()))
+        # What takes a step in each stage is measured by the step.
+        times = way.num_stages if (way.stage_order, way.stage_objective) == ("sequential", "local") else 1
+        found["predicted_seconds"] = step.seconds(speeds, args.precision) / times
+    return found
 
 
 def in_a_process(args: argparse.Namespace, method: str) -> dict:
@@ -256,7 +291,8 @@ def show(rows: list[dict], path: Path) -> None:
 
     first = rows[0]
     table = Table(
-        "method", "peak MiB", "planned", "peak", "step s", "step", "epoch", title=f"Ratios to {first['method']}"
+        *("method", "peak MiB", "planned", "peak", "step s", "predicted", "step", "epoch"),
+        title=f"Ratios to {first['method']}",
     )
     for row in rows:
         ratios = {key: row[key] / first[key] for key in ("peak_bytes", "step_seconds", "epoch_seconds")}
@@ -266,6 +302,7 @@ def show(rows: list[dict], path: Path) -> None:
             f"{row['planned_bytes'] / 2**20:.0f}" if row["planned_bytes"] else "-",
             f"{ratios['peak_bytes']:.2f}",
             f"{row['step_seconds']:.2f}",
+            f"{row['predicted_seconds']:.2f}" if "predicted_seconds" in row else "-",
             f"{ratios['step_seconds']:.2f}",
             f"{ratios['epoch_seconds']:.2f}",
         )
@@ -288,8 +325,9 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     rows = []
+    speeds = measured_cpu(args.precision) if args.device == "cpu" else None
     for method in args.methods:
-        rows.append({**in_a_process(args, method), "planned_bytes": planned_bytes(args, method)})
+        rows.append({**in_a_process(args, method), **planned(args, method, speeds)})
         print(
             f"{method}: {rows[-1]['peak_bytes'] / 2**20:.0f} MiB, {rows[-1]['step_seconds']:.2f} s a step", flush=True
         )
