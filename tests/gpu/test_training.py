@@ -42,12 +42,25 @@ def test_losses_in_low_precision_are_close_to_those_of_fp32(name, way, precision
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
-@pytest.mark.parametrize(("settings", "tolerance"), [({}, 1e-5), ({"bf16": True}, 1e-3)])
-def test_one_layer_at_a_time_has_the_numbers_of_plain_trainer(name, settings, tolerance, tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"resident_layers": 1},
+        {"offloaded_step": "device"},
+        {"layer_batch_size": 3},
+        {"activation_checkpointing_kwargs": {"offload": True}},
+    ],
+)
+def test_one_layer_at_a_time_has_the_numbers_of_plain_trainer(name, own, settings, tmp_path):
+    tolerance = 1e-3 if settings else 1e-5
     settings = {"use_cpu": False, "max_grad_norm": 0.1, "adam_epsilon": 1e-3, **settings}
     trained = []
     for cls in (MMSTTrainer, Trainer):
-        trained.append(run_end_to_end(tmp_path / cls.__name__, name, cls, **settings))
+        trained.append(
+            run_end_to_end(tmp_path / cls.__name__, name, cls, **settings, **(own if cls is MMSTTrainer else {}))
+        )
         trained[-1].train()
     offloaded, plain = trained
     assert losses(offloaded) == pytest.approx(losses(plain), abs=100 * tolerance)
