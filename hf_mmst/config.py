@@ -4,10 +4,11 @@ import contextlib
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, cast
 
+from accelerate.utils import patch_environment
 from transformers import TrainingArguments
 
 from .field_checks import check_fields, number, parse_bytes, positive, whole
-from .field_conflicts import refuse_conflicts
+from .field_conflicts import launched_with, refuse_conflicts
 
 StageOrder = Literal["simultaneous", "sequential", "multi_lap", "end_to_end"]
 StageObjective = Literal["local", "model"]
@@ -129,9 +130,10 @@ class MMSTConfig(TrainingArguments):
             fits. Unset: nothing is planned.
         offload (`str`, *optional*):
             What is not in device memory, but rests in pinned host memory (CUDA, XPU) or in memory-mapped files in
-            `output_dir` (CPU), until it is used. For a single process. Unset: `"layers"` in the `"end_to_end"` order,
-            unless there are several processes, DeepSpeed, FSDP, fp16, compilation or evaluation in half precision, with
-            which it cannot be; else `"none"`. What was chosen is written here.
+            `output_dir` (CPU), until it is used. In several processes only `"layers"`, where `stage_order="end_to_end"`
+            is set: by FSDP2, each with a shard of every layer. Unset: `"layers"` in the `"end_to_end"` order, unless
+            there are DeepSpeed, an FSDP configuration, fp16, compilation or evaluation in half precision, with which it
+            cannot be, or several processes and that order was unset; else `"none"`. What was chosen is written here.
 
             - `"none"`: everything is in device memory.
             - `"stages"`: weights, gradients and optimizer states of all stages but the one that learns, in the orders
@@ -297,7 +299,11 @@ class MMSTConfig(TrainingArguments):
     _found_offload = cast(Offload | None, None)  # what it has put into offload
 
     def __post_init__(self):
-        super().__post_init__()
+        # By these, processes that offload layers can exchange tensors in host memory, too.
+        offloads = self.stage_order == "end_to_end" and self.offload in (None, "layers")
+        known = {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"} if offloads else {}
+        with patch_environment(**known):
+            super().__post_init__()
         self.check_stages()
 
     def __getstate__(self):
@@ -314,6 +320,11 @@ class MMSTConfig(TrainingArguments):
     def world_size(self):
         """Number of processes that share out the samples; 1 where they share out the stages."""
         return 1 if self.stage_parallel else super().world_size
+
+    @property
+    def shards_layers(self) -> bool:
+        """Whether offloaded layers are in shards, by FSDP2, as they are where several processes share the samples."""
+        return self.offload == "layers" and self.world_size > 1
 
     @contextlib.contextmanager
     def main_process_first(self, local=True, desc="work"):
@@ -400,7 +411,8 @@ class MMSTConfig(TrainingArguments):
     def _offloads(self) -> bool:
         """Whether layers are offloaded where nothing is said about it."""
         half = self.fp16 or self.fp16_full_eval or self.bf16_full_eval
-        elsewhere = self.fsdp or self.deepspeed or self.world_size > 1 or not self._is_movable
+        elsewhere = self.fsdp or self.deepspeed or launched_with("FSDP", "DEEPSPEED") or not self._is_movable
+        elsewhere = elsewhere or (self.world_size > 1 and self.chooses_order)  # there is an accelerator without shards
         other = half or elsewhere or self.torch_compile or self.accelerator_config.dispatch_batches
         return self.stage_order == "end_to_end" and not other
 

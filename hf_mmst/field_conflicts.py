@@ -42,6 +42,11 @@ def refuse_conflicts(args: Any) -> None:
         _refuse_with_stage_parallel(args)
 
 
+def launched_with(*kinds: str) -> bool:
+    """Whether accelerate's launcher has set up one of these kinds of sharding, `"FSDP"` or `"DEEPSPEED"`."""
+    return any(os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true" for kind in kinds)
+
+
 def _refuse_laps(args: Any) -> None:
     if args.num_laps > 1 and args.stage_order != "multi_lap":
         raise ValueError(
@@ -113,14 +118,41 @@ def _refuse_with_offload(args: Any) -> None:
                 f"as they are. Set {name}=False: bf16=True evaluates in mixed precision, too."
             )
     if args.world_size > 1:
-        raise ValueError(
-            f'offload="{args.offload}" is for a single process, but there are {args.world_size}: the wrapper that '
-            'averages their gradients needs all weights on the device. Set offload="none", or start one.'
-        )
-    if args.accelerator_config.dispatch_batches:
+        _refuse_with_shards(args)
+    elif args.accelerator_config.dispatch_batches:
         raise ValueError(
             "dispatch_batches=True hands out batches on the device, but where anything is offloaded nothing is "
             "moved there beforehand. Leave dispatch_batches unset in accelerator_config."
+        )
+
+
+def _refuse_with_shards(args: Any) -> None:
+    what = f'offload="{args.offload}" in {args.world_size} processes'
+    if args.stage_order != "end_to_end":
+        raise ValueError(
+            f'{what} is for stage_order="end_to_end", in which each holds a shard of every layer, but it is '
+            f'"{args.stage_order}". Set offload="none", stage_order="end_to_end", or start one process.'
+        )
+    if args.deepspeed or launched_with("DEEPSPEED"):
+        raise ValueError(
+            f"{what} is done by FSDP2, which cannot be combined with DeepSpeed. Leave deepspeed unset (and "
+            "use_deepspeed in the accelerate configuration), or train with it as Trainer does: set num_stages=1, and "
+            "leave stage_order unset."
+        )
+    if args.fsdp or launched_with("FSDP"):
+        raise ValueError(
+            f"{what} sets FSDP2 by itself, but there is an FSDP configuration of your own. Leave fsdp unset (and "
+            'use_fsdp in the accelerate configuration), or set offload="none", by which yours is used.'
+        )
+    if args.resident_layers:
+        raise ValueError(
+            f"{what} has every layer in shards, but resident_layers={args.resident_layers} would keep some whole. Set "
+            "resident_layers=0, or start one process."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            f"{what} gathers each layer from all of them, so that the others wait for ever for one whose memory is at "
+            'an end. Set auto_find_batch_size=False and per_device_train_batch_size, or offload="none".'
         )
 
 

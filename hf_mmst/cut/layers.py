@@ -114,6 +114,21 @@ def checkpoints_across(model: nn.Module, partition: Partition) -> str | None:
     return None
 
 
+def refuse_shared(model: nn.Module, layers: Sequence[str]) -> None:
+    """
+    Raises:
+        `ValueError`: if layers share weights, which could not be offloaded with one of them.
+    """
+    layer_of: dict[nn.Parameter, str] = {}
+    for name in layers:
+        for parameter in model.get_submodule(name).parameters():
+            if layer_of.setdefault(parameter, name) != name:
+                raise ValueError(
+                    f"{name} of {type(model).__name__} shares weights with {layer_of[parameter]}, so that the two "
+                    'cannot rest one by one. Set offload="none".'
+                )
+
+
 def _open(name: str, group: nn.Module) -> Iterable[str]:
     """The names of the layers inside a group, or the name itself if it is a layer."""
     if isinstance(group, nn.ModuleList) or _is_row_of_blocks(group):

@@ -1,11 +1,13 @@
 """What differs for stages inside DistributedDataParallel, FSDP2 and DeepSpeed."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -53,6 +55,21 @@ class Wrapper:
         Raises:
             `ValueError`: saying what to set.
         """
+
+    def refuse_checkpoint(self, folder: str) -> None:
+        """
+        Raises:
+            `ValueError`: if `folder` is a checkpoint from which the optimizer could not go on in this wrapper.
+        """
+        if self._is_of_shards(folder):
+            raise ValueError(
+                f"{folder} was written by processes that held shards (FSDP), and this run has none. Go on from it with "
+                "the same settings and two processes or more, or begin anew with the model that from_pretrained loads."
+            )
+
+    @staticmethod
+    def _is_of_shards(folder: str) -> bool:
+        return os.path.exists(os.path.join(folder, f"{FSDP_MODEL_NAME}.bin"))
 
     def prepare(self, model: nn.Module, partition: Partition, heads: StageHeads) -> None:
         """Set up the wrapper for the stages, before it is put around the model."""
@@ -109,6 +126,13 @@ class FullyShardedWrapper(Wrapper):
             )
         _refuse_for_shards("FSDP", args)
         _refuse_cache("FSDP", args)
+
+    def refuse_checkpoint(self, folder: str) -> None:
+        if not self._is_of_shards(folder):
+            raise ValueError(
+                f"{folder} was not written by processes that held shards (FSDP), and this run has them. Go on from it "
+                "with the same settings and one process, or begin anew with the model that from_pretrained loads."
+            )
 
     def prepare(self, model: nn.Module, partition: Partition, heads: StageHeads) -> None:
         """Gather parameters layer by layer, if nothing else is set: what models say themselves is not made for it."""
@@ -245,7 +269,7 @@ def _is_inside(name: str, module: str) -> bool:
 
 
 def _refuse_for_shards(kind: str, args: MMSTConfig) -> None:
-    if args.offload not in (None, "none"):
+    if args.offload not in (None, "none") and not args.shards_layers:
         raise ValueError(
             f'offload="{args.offload}" moves layers in and out of device memory, but {kind} does so, too, in its own '
             f'way. Set offload="none", or leave {kind} out.'

@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
+from ..cut.layers import refuse_shared
 from ..cut.partition import Partition
 from ..cut.temporary_attributes import not_caching, replaced
 from ..method.stepping import steps_elementwise
 from .half_sent import HalfSent
 from .micro_batches import MicroBatches
+from .recomputing import is_in_backward, keeping_buffers
 from .resting_inputs import RestingInputs
 from .slabs import HOST, Slab
 from .stage_offload import StageOffload
@@ -61,7 +63,7 @@ class LayerOffload(StageOffload):
         steps_on_device: bool = False,
         half: torch.dtype | None = None,
     ):
-        _refuse_shared(model, partition)
+        refuse_shared(model, partition.layers)
         self._half: HalfSent | None = None
         super().__init__(model, partition, device, folder, resident)
         if half is not None and self.link.copies:
@@ -109,7 +111,7 @@ class LayerOffload(StageOffload):
             return checkpoint(run, *args, *named.values(), use_reentrant=False, **others)
 
     def _run(self, name: str, forward: Callable, /, *args: Any, **kwargs: Any) -> Any:
-        if torch._C._current_graph_task_id() == -1:
+        if not is_in_backward():
             return forward(*args, **kwargs)
         # The backward pass recomputes it.
         if name not in self._active and name != self._in_backward:
@@ -119,12 +121,8 @@ class LayerOffload(StageOffload):
             self._take(name, -1)
             self._take_gradient(name)
             self._await_gradients(name)
-        buffers = [(buffer.data, buffer.clone()) for buffer in self._model.get_submodule(name).buffers()]
-        try:
+        with keeping_buffers(self._model.get_submodule(name)):
             return forward(*args, **kwargs)
-        finally:  # it ends with an exception, once all that was needed is there
-            for buffer, before in buffers:  # else a batch would count twice in running statistics
-                buffer.copy_(before)
 
     def settle(self) -> None:
         """Put to rest what the backward pass has left on the device: the layer that it came to last."""
@@ -313,14 +311,3 @@ def resident_layers(layers: Sequence[str], number: int) -> list[str]:
 def _with_names(run: Callable, number: int, names: list[str], *args: Any, **kwargs: Any) -> Any:
     """Run with all arguments but the first `number` given by these names."""
     return run(*args[:number], **dict(zip(names, args[number:], strict=True)), **kwargs)
-
-
-def _refuse_shared(model: nn.Module, partition: Partition) -> None:
-    layer_of: dict[nn.Parameter, str] = {}
-    for name in partition.layers:
-        for parameter in model.get_submodule(name).parameters():
-            if layer_of.setdefault(parameter, name) != name:
-                raise ValueError(
-                    f"{name} of {type(model).__name__} shares weights with {layer_of[parameter]}, so that the two "
-                    'cannot rest one by one. Set offload="none".'
-                )

@@ -123,11 +123,12 @@ def load(folder: str, staged: StagedModel, args: MMSTConfig, wrapper: Wrapper) -
         `bool`: whether the model's weights were loaded; if not, that is left to the host.
 
     Raises:
-        `ValueError`: if the checkpoint is of other stages.
+        `ValueError`: if the checkpoint is of other stages, or of a wrapper from which the optimizer cannot go on.
     """
     of_host = is_of_host(folder, staged)
     if not of_host:
         check_stages(folder, staged, args)
+    wrapper.refuse_checkpoint(folder)
     if wrapper.own_files:
         return False
     heads, model = staged.heads, staged.model

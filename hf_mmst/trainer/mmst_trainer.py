@@ -9,6 +9,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from ..config import MMSTConfig
+from ..distributed.layer_shards import sharding_layers
 from ..method.heads import HEADS
 from ..records.pictures import PictureCallback
 from ..records.reading import refuse_others
@@ -89,7 +90,8 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
 
     def create_accelerator_and_postprocess(self):
         """Processes that share out stages read whole batches; layers are compiled and moved one by one."""
-        super().create_accelerator_and_postprocess()
+        with sharding_layers(self):
+            super().create_accelerator_and_postprocess()
         stages = AllStages()
         if self.args.stage_parallel:
             self.accelerator = whole_batches(self.accelerator, self._build_accelerator_args)

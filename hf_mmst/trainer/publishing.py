@@ -79,7 +79,8 @@ def results_of(trainer: Any, run: StageRun, metrics: Mapping[str, Any], **found:
 def _planned_bytes(run: StageRun, args: MMSTConfig, batch: Mapping[str, Any]) -> int | None:
     """The most bytes of tensors that the run holds by its plan; `None` where there is no plan."""
     staged = run.staged
-    if "labels" not in batch or not staged.partition.layers or args.stage_parallel:  # one process's part has none yet
+    in_parts = args.stage_parallel or args.shards_layers  # one process's part has no plan yet
+    if "labels" not in batch or not staged.partition.layers or in_parts:
         return None
     with run.not_streaming():
         planned = planned_peak(args, staged.model, batch)

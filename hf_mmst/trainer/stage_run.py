@@ -12,10 +12,12 @@ from ..config import MMSTConfig
 from ..cut.example_inputs import first_batch
 from ..cut.objectives import objective_of
 from ..distributed.compiling import compiled, refuse_compilation, take_compilation
+from ..distributed.layer_shards import shard_untrained
 from ..distributed.reduction import Reduction
 from ..distributed.wrappers import Wrapper, wrapper_of
 from ..memory.layer_offload import LayerOffload
 from ..memory.peaks import TurnPeaks
+from ..memory.recomputing import recomputing
 from ..method.heads import HEADS, heads_beside, is_pretrained
 from ..method.stepping import clip_by_stage
 from ..planning.budget import plan_for
@@ -66,7 +68,7 @@ class StageRun:
         """Use the accelerator that the host has made; what it would do to the model as a whole is taken out of it."""
         self.accelerator, self.stages = accelerator, stages
         self.compilation = take_compilation(accelerator)
-        if self._args.offload not in (None, "none"):
+        if self._args.offload not in (None, "none") and not self._args.shards_layers:
             accelerator.device_placement = False  # layers at rest are not moved to the device
         if not hasattr(self, "peaks"):
             self.peaks = TurnPeaks(self._args.device)
@@ -182,6 +184,8 @@ class StageRun:
         """From now on layers at rest stream through the device, and layers are compiled, if they are to be."""
         if self.staged.offload is not None:
             self._streams.enter_context(self.staged.offload.streaming())
+        if self._args.shards_layers:
+            self._streams.enter_context(recomputing(self.staged.model, self.staged.partition.layers))
         if self.compilation is not None:
             self._streams.enter_context(compiled([*self.staged.layers, *self.staged.heads.layers], **self.compilation))
 
@@ -201,6 +205,9 @@ class StageRun:
     @contextlib.contextmanager
     def evaluating(self, is_in_train: bool) -> Iterator[None]:
         """Within this context layers at rest stream through the device, in training or not; no tensors are tracked."""
+        if self._args.shards_layers:
+            self.wrapper.prepare(self.staged.model, self.staged.partition, self.staged.heads)
+            shard_untrained(self.accelerator, self.staged.model)
         offload = self.staged.offload
         streaming = offload.streaming() if offload is not None and not is_in_train else contextlib.nullcontext()
         with self.peaks.paused(), streaming:
@@ -266,7 +273,7 @@ def settle(trainer: Any) -> int | None:
         `int`, *optional*: the bytes that the plan takes, if there is one.
     """
     args, model, planned = trainer.args, trainer._core(), None
-    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    sharded = trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not args.shards_layers)
     can_offload = not sharded and trainer._run.compilation is None
     if args.memory_budget is not None and trainer.train_dataset is not None:
         batch = first_batch_of(trainer, args.per_device_train_batch_size)
@@ -275,5 +282,5 @@ def settle(trainer: Any) -> int | None:
     args.settle(is_pretrained(model), can_offload)
     if args.place_model_on_device is not False and not sharded:
         trainer._move_model_to_device(trainer.model, args.device)
-    trainer.accelerator.device_placement &= args.offload == "none"
+    trainer.accelerator.device_placement &= args.offload == "none" or args.shards_layers
     return planned

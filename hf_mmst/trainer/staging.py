@@ -21,7 +21,7 @@ from ..method.engine import Stagewise
 from ..method.heads import StageHeads, head_pooling, is_pretrained, num_head_layers
 from ..method.stepping import parameters_by_stage
 from ..method.transport import TransportWeights
-from .refusals import refuse_layerdrop, refuse_task
+from .refusals import refuse_in_shards, refuse_layerdrop, refuse_task
 
 
 @dataclass
@@ -99,6 +99,7 @@ class StagedModel:
         core = self.model
         if self.num_stages == 1:
             order = "with one layer in device memory" if args.offload == "layers" else "as Trainer does"
+            order += f", in shards over {args.world_size} processes" if args.shards_layers else ""
             learning = sum(numel(p) for p in core.parameters() if p.requires_grad)
             return f"hf_mmst: end to end, {order}; trainable parameters {learning:,}"
         layers = [len(self.engine.run_ends.intersection(stage)) for stage in self.partition.stages]
@@ -150,7 +151,7 @@ class Staging:
         """
         self.args.settle(is_pretrained(model))
         if self._has_stages:
-            refuse_layerdrop(model)
+            refuse_layerdrop(model, "and with them the ends of stages")
         if self._has_local_losses:
             refuse_task(model, self.args, self.label_names, self.loss_func is not None)
         with self.wrapper.whole(model):
@@ -184,7 +185,9 @@ class Staging:
         weights = TransportWeights(schedule, args.transport_weight, num_stages)
         engine = Stagewise(model, partition, heads, args.transport_norm, self.wrapper.hooks_first)
         offload = None
-        if args.offload != "none":
+        if args.shards_layers:
+            refuse_in_shards(model, partition)
+        elif args.offload != "none":
             layerwise = args.rests_inputs, args.layer_batch_size, args.offloaded_step == "device"
             half = torch.bfloat16 if args.bf16 else None
             given = model, partition, args.device, args.output_dir, self._resident(model, partition.layers)

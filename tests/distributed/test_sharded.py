@@ -115,7 +115,7 @@ def deepspeed(zero_stage=2, **config):
     [
         (fsdp(fsdp_version=1), {}, "FSDP 1 flattens parameters.*Set version to 2 in fsdp_config"),
         (fsdp(state_dict_type="SHARDED_STATE_DICT"), {}, "SHARDED_STATE_DICT saves no model.*FULL_STATE_DICT"),
-        (fsdp(), {"stage_order": "end_to_end"}, 'stage_order="end_to_end" moves layers.*Set another stage_order'),
+        (fsdp(), {"stage_order": "end_to_end"}, 'offload="layers" moves layers.*Set offload="none"'),
         (fsdp(), {"stage_order": "sequential", "offload": "stages"}, 'Set offload="none"'),
         (fsdp(), {"stage_order": "sequential", "feature_cache": "disk"}, 'with FSDP all.*Set feature_cache="none"'),
         (
@@ -156,7 +156,7 @@ SETTINGS = {
     '`stage_order="sequential"`, `"multi_lap"`': {"stage_order": "sequential"},
     '`stage_objective="model"`': {"stage_order": "sequential", "stage_objective": "model"},
     "`end_to_end_laps`": {"end_to_end_laps": 1},
-    '`stage_order="end_to_end"`': {"stage_order": "end_to_end"},
+    '`stage_order="end_to_end"`, `offload="none"`': {"stage_order": "end_to_end", "offload": "none"},
     "`head_layers`": {"head_layers": 1},
     "accumulation, `max_grad_norm`": {"gradient_accumulation_steps": 2},
     "`stage_clipping`": {"stage_clipping": True},

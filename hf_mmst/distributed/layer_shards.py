@@ -1,0 +1,64 @@
+"""`offload="layers"` in several processes: accelerate's FSDP2 with offloading to host memory, as our field sets it."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, patch_environment
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.optim import SGD
+
+from ..cut.temporary_attributes import replaced
+
+PLUGIN = {  # which layers these are is filled in when the model is cut; accelerate's checkpointing would draw new masks
+    "fsdp_version": 2,
+    "cpu_offload": True,
+    "reshard_after_forward": True,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "state_dict_type": "FULL_STATE_DICT",
+}
+
+
+@contextlib.contextmanager
+def sharding_layers(trainer: Any) -> Iterator[None]:
+    """
+    Within this context the host's Trainer makes its accelerator, with FSDP2 if the settings ask for it.
+
+    Args:
+        trainer ([`MMSTTrainer`]): `accelerator` and `is_fsdp_enabled` are set when the context ends.
+
+    Raises:
+        `ValueError`: if the processes cannot exchange tensors in host memory.
+    """
+    args = trainer.args
+    if not args.shards_layers:
+        yield
+        return
+    backends = dist.get_backend_config()
+    if "cpu" not in backends:
+        raise ValueError(
+            f'offload="layers" in {args.world_size} processes exchanges tensors in host memory, too, but their group, '
+            f'which was made before MMSTConfig, has {backends} alone. Make MMSTConfig first, or set offload="none".'
+        )
+    # Accelerate would leave it in the environment, for all later runs of this process.
+    with patch_environment(ACCELERATE_USE_FSDP="true"), replaced(args, "fsdp_plugin_args", PLUGIN):
+        yield
+    state = trainer.accelerator.state
+    if state.distributed_type != DistributedType.FSDP:  # accelerate knows it on devices only, PyTorch on CPUs, too
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**PLUGIN)
+        state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
+        if state.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        trainer.is_fsdp_enabled = True
+    # Gradients go to host memory with each micro-batch; else those of all layers would add up on the device.
+    trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+
+def shard_untrained(accelerator: Any, model: nn.Module) -> None:
+    """Shard a model that is evaluated before it is trained; accelerate does so only together with an optimizer."""
+    if not accelerator._models:
+        accelerator.prepare(model, SGD(model.parameters()))
