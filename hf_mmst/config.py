@@ -1,36 +1,27 @@
 """`MMSTConfig`: transformers' `TrainingArguments` with the fields of stage-wise training, checked when it is made."""
 
-import contextlib
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal, cast
 
 from accelerate.utils import patch_environment
 from transformers import TrainingArguments
 
-from .field_checks import check_fields, number, parse_bytes, positive, whole
-from .field_conflicts import launched_with, refuse_conflicts
+from .field_checks import check_fields, layer_names, number, parse_bytes, positive, whole
+from .field_choices import Offload, StageOrder, order_for, place_for
+from .field_conflicts import refuse_conflicts
+from .host_arguments import HostArguments
 
-StageOrder = Literal["simultaneous", "sequential", "multi_lap", "end_to_end"]
 StageObjective = Literal["local", "model"]
 HeadPooling = Literal["auto", "mean", "cls"]
 TransportNorm = Literal["relative", "mean", "sum"]
 TransportSchedule = Literal["auto", "constant", "paper", "multipliers", "adaptive"]
-Offload = Literal["none", "stages", "layers"]
 StepPlace = Literal["host", "device"]
 FeatureCache = Literal["none", "disk", "memory"]
 DEFAULT_STAGES = 4  # or as many as the model has layers
 
 
-def _layer_names(name: str, value: Any) -> None:
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(one, str) for one in value):
-        raise ValueError(
-            f"{name}={value!r} is not a list of layer names. Set it to the qualified name of each "
-            'stage\'s last layer, e.g. ["vit.layers.5", "vit.layers.11"], or to None to cut by num_stages.'
-        )
-
-
 @dataclass
-class MMSTConfig(TrainingArguments):
+class MMSTConfig(HostArguments):
     r"""
     [`~transformers.TrainingArguments`] with the settings of stage-wise training by the minimizing movement scheme.
 
@@ -184,9 +175,8 @@ class MMSTConfig(TrainingArguments):
             "there are layers if those are fewer."
         },
     )
-    stage_boundaries: Annotated[list[str], _layer_names] | None = field(
-        default=None,
-        metadata={"help": "Qualified names of each stage's last layer, in order; overrides num_stages."},
+    stage_boundaries: Annotated[list[str], layer_names] | None = field(
+        default=None, metadata={"help": "Qualified names of each stage's last layer, in order; overrides num_stages."}
     )
     stage_order: StageOrder | None = field(
         default=None,
@@ -279,14 +269,10 @@ class MMSTConfig(TrainingArguments):
         metadata={"help": "Where the features that a stage gets of each sample are kept: none, disk or memory."},
     )
     cache_views: Annotated[int, whole(1, "1 keeps one view of each sample")] | None = field(
-        default=None,
-        metadata={
-            "help": "Number of different views that random augmentation makes of a sample; not limited if unset."
-        },
+        default=None, metadata={"help": "Number of views that random augmentation makes of a sample, if it is limited."}
     )
     stage_parallel: bool = field(
-        default=False,
-        metadata={"help": "Share out the stages over the processes, in the place of the samples."},
+        default=False, metadata={"help": "Share out the stages over the processes, in the place of the samples."}
     )
     model_card: bool = field(
         default=True, metadata={"help": "Write a model card, README.md and stages.png, when pushing to the Hub."}
@@ -305,42 +291,6 @@ class MMSTConfig(TrainingArguments):
         with patch_environment(**known):
             super().__post_init__()
         self.check_stages()
-
-    def __getstate__(self):
-        """What is pickled, as in `training_args.bin`: everything but the token."""
-        return {**vars(self), "hub_token": None}
-
-    @property
-    def place_model_on_device(self):
-        """As in `TrainingArguments`, but not where layers are offloaded, or before stages are planned or shared out."""
-        whole = self.offload == "none" and self.memory_budget is None and not self.stage_parallel
-        return super().place_model_on_device if whole else False  # None leaves it to the host
-
-    @property
-    def world_size(self):
-        """Number of processes that share out the samples; 1 where they share out the stages."""
-        return 1 if self.stage_parallel else super().world_size
-
-    @property
-    def shards_layers(self) -> bool:
-        """Whether offloaded layers are in shards, by FSDP2, as they are where several processes share the samples."""
-        return self.offload == "layers" and self.world_size > 1
-
-    @contextlib.contextmanager
-    def main_process_first(self, local=True, desc="work"):
-        """As in `TrainingArguments`, also where the processes share out the stages."""
-        if not self.stage_parallel:
-            with super().main_process_first(local, desc):
-                yield
-        else:
-            state = self.distributed_state
-            with state.local_main_process_first() if local else state.main_process_first():
-                yield
-
-    @property
-    def rests_inputs(self) -> bool:
-        """Whether the inputs of offloaded layers rest, too: `activation_checkpointing_kwargs={"offload": True}`."""
-        return bool((self.activation_checkpointing_kwargs or {}).get("offload"))
 
     @property
     def chooses_stages(self) -> bool:
@@ -391,44 +341,10 @@ class MMSTConfig(TrainingArguments):
         """Check the fields of stage-wise training; called again when a hyper-parameter search has set one."""
         check_fields(self, OWN_FIELDS)
         if self.chooses_order:
-            in_stages = self._is_pretrained is False or self._asks_for_stages
-            self.stage_order = self._found_order = (
-                "simultaneous" if in_stages else "end_to_end" if self._is_pretrained else None
-            )
+            self.stage_order = self._found_order = order_for(self, self._is_pretrained, OWN_FIELDS)
         if self.chooses_offload:
-            self.offload = self._found_offload = (
-                None if self.stage_order is None else "layers" if self._offloads else "none"
-            )
+            self.offload = self._found_offload = place_for(self, self._is_movable)
         refuse_conflicts(self)
-
-    @property
-    def _asks_for_stages(self) -> bool:
-        """Whether a field is set that has an effect on stages only."""
-        others = [f for f in fields(self) if f.name in OWN_FIELDS and f.name not in OF_ALL]
-        return any(getattr(self, f.name) != f.default for f in others) or not self.chooses_stages
-
-    @property
-    def _offloads(self) -> bool:
-        """Whether layers are offloaded where nothing is said about it."""
-        half = self.fp16 or self.fp16_full_eval or self.bf16_full_eval
-        elsewhere = self.fsdp or self.deepspeed or launched_with("FSDP", "DEEPSPEED") or not self._is_movable
-        elsewhere = elsewhere or (self.world_size > 1 and self.chooses_order)  # there is an accelerator without shards
-        other = half or elsewhere or self.torch_compile or self.accelerator_config.dispatch_batches
-        return self.stage_order == "end_to_end" and not other
 
 
 OWN_FIELDS = [f.name for f in fields(MMSTConfig)[len(fields(TrainingArguments)) :]]
-# Those that have an effect without stages, too.
-OF_ALL = {
-    "num_stages",
-    "stage_order",
-    "offload",
-    "resident_layers",
-    "layer_batch_size",
-    "offloaded_step",
-    "memory_budget",
-    "head_learning_rate",
-    "stage_learning_rate_decay",
-    "cache_views",
-    "model_card",
-}

@@ -127,3 +127,12 @@ def parse_bytes(name: str, value: int | str) -> int:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def layer_names(name: str, value: Any) -> None:
+    """Raise unless a value is a list of names."""
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(one, str) for one in value):
+        raise ValueError(
+            f"{name}={value!r} is not a list of layer names. Set it to the qualified name of each "
+            'stage\'s last layer, e.g. ["vit.layers.5", "vit.layers.11"], or to None to cut by num_stages.'
+        )

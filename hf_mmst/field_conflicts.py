@@ -149,6 +149,18 @@ def _refuse_with_shards(args: Any) -> None:
             f"{what} has every layer in shards, but resident_layers={args.resident_layers} would keep some whole. Set "
             "resident_layers=0, or start one process."
         )
+    own = {"layer_batch_size": None, "offloaded_step": "host"}
+    for name, default in own.items():
+        if getattr(args, name) != default:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} is for layers that one process offloads, but there are "
+                f"{args.world_size}. Leave {name} unset, or start one process."
+            )
+    if args.rests_inputs:
+        raise ValueError(
+            f"{what} keeps the inputs of layers on the device, but activation_checkpointing_kwargs would offload them. "
+            "Leave offload out of activation_checkpointing_kwargs, or start one process."
+        )
     if args.auto_find_batch_size:
         raise ValueError(
             f"{what} gathers each layer from all of them, so that the others wait for ever for one whose memory is at "

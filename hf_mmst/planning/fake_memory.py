@@ -1,6 +1,7 @@
 """Stand-ins for memory in a simulation: layers at rest that take no memory."""
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,18 @@ from ..memory.layer_offload import LayerOffload
 from ..memory.ring import Streams
 from ..memory.slabs import Slab
 from ..memory.stage_offload import StageOffload
+from .ways import Way
+
+
+def fake_layer_offload(way: Way, has_ring: bool, dtype: torch.dtype | None) -> Callable[..., LayerOffload]:
+    """What offloads layers in a simulation as it does in a run by `way`, under autocast to `dtype`."""
+    return functools.partial(
+        FakeRingLayerOffload if has_ring else FakeLayerOffload,
+        rests_inputs=way.rests_inputs,
+        samples=way.layer_batch_size,
+        steps_on_device=way.offloaded_step == "device",
+        half=dtype if dtype == torch.bfloat16 else None,
+    )
 
 
 class _FakeSlab(Slab):

@@ -22,7 +22,7 @@ from ..method.engine import Stagewise
 from ..method.first_token import token_mixer
 from ..method.heads import StageHeads, head_pooling, num_head_layers
 from ..method.stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
-from .fake_memory import FakeLayerOffload, FakeRingLayerOffload, FakeRingStageOffload, FakeStageOffload
+from .fake_memory import FakeLayerOffload, FakeRingStageOffload, FakeStageOffload, fake_layer_offload
 from .layer_memory import LayerMemory, memory_by_layer
 from .model_and_batch import with_adapters
 from .operations import CountingTracker, Peak
@@ -236,14 +236,7 @@ class Simulation:
         with self._mode, self._checkpointing(self.model, way), contextlib.ExitStack() as stack:
             parameters = list(self.model.parameters())
             optimizer = self._with_states([p for p in parameters if p.requires_grad])
-            kind = FakeRingLayerOffload if self.has_ring else FakeLayerOffload
-            made = functools.partial(
-                kind,
-                rests_inputs=way.rests_inputs,
-                samples=way.layer_batch_size,
-                steps_on_device=way.offloaded_step == "device",
-                half=self.dtype if self.dtype == torch.bfloat16 else None,
-            )
+            made = fake_layer_offload(way, self.has_ring, self.dtype)
             offload = stack.enter_context(self._offload(made, partition, optimizer, resident))
             tracker = self._tracker(parameters, optimizer, *offload.link.buffers)
             with tracker:
