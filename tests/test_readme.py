@@ -10,6 +10,7 @@ import ways
 from benchmark_scaling import Job, on_paper
 from datasets import Dataset
 from PIL import Image
+from transformers import ViTForImageClassification
 from zoo import Samples, make
 
 from hf_mmst import MMSTConfig
@@ -173,14 +174,19 @@ def test_every_result_names_its_command_versions_and_device():
 
 def test_the_quickstart_trains(tmp_path, monkeypatch):
     """With a small model in the place of the pretrained one; nothing else is changed."""
-    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
-    assert code.count("\n") < 15
+    exact, stages = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:2]
+    assert exact.count("\n") < 15
     monkeypatch.chdir(tmp_path)
+    make("vit").save_pretrained("small")
     monkeypatch.setattr(
-        "transformers.AutoModelForImageClassification.from_pretrained", lambda name, num_labels: make("vit")
+        "transformers.AutoModelForImageClassification.from_pretrained",
+        lambda name, num_labels: ViTForImageClassification.from_pretrained("small"),
     )
     data = Dataset.from_list([Samples("vit", 16)[i] for i in range(16)]).with_format("torch")
     scope = {"train": data, "test": data, "accuracy": lambda found: {"accuracy": 0.5}}
-    exec(code, scope)
+    exec(exact, scope)
     assert scope["trainer"].state.global_step == 6
+    assert (scope["args"].stage_order, scope["args"].offload) == ("end_to_end", "layers")
+    exec(stages, scope)
+    assert scope["trainer"].partition.num_stages == 4
     assert (tmp_path / "vit-stages" / "stages.safetensors").is_file()

@@ -174,7 +174,7 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Set offload to one of none, stages, layers"):
         arguments(tmp_path, offload="disk")
     with pytest.raises(ValueError, match="Set bf16_full_eval=False"):
-        arguments(tmp_path, stage_order="end_to_end", bf16_full_eval=True)
+        arguments(tmp_path, offload="layers", bf16_full_eval=True)
 
 
 def test_a_frozen_layer_stays_as_it_was(tmp_path):
