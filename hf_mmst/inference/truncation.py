@@ -1,5 +1,7 @@
 """`truncate`: the first stages of a model as a smaller plain model, with the head of the last of them."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,18 +14,26 @@ from ..method.engine import Stagewise
 from ..method.heads import OwnHead, PoolingHead
 from ..records.stages import Stages, check_model
 
+SMALL = 2.0**-12  # what hidden states are scaled by for a tanh; a power of two rounds nothing
+
 
 def truncate(model: PreTrainedModel, stages: Stages, num_stages: int) -> PreTrainedModel:
     """
     Keep the first `num_stages` stages of a model, as a plain Hugging Face model with fewer layers.
 
     What follows them becomes the auxiliary head of the last stage that is kept: the heads' layers, if they have any,
-    the last norm and the classifier. That can be said in a plain model only where what comes after the layers is one
-    LayerNorm, pooling and one Linear, as in ViT, DeiT, DINOv2 and Swin; ViT and DeiT pool the first token, so their
-    heads have to be trained with `head_pooling="cls"`. Stages of language models have the model's own head already, so
-    that any of them is a model. Whether it comes out the same is checked on random input. What
-    stays is that a norm's eps is the model's own, not the head's 1e-5: that is seen where hidden states are tiny, as
-    they are in models without training.
+    the last norm and the classifier. What a plain model can say depends on what it has after its layers:
+
+    - One LayerNorm, pooling and one Linear, as in ViT, DeiT, DINOv2 and Swin. ViT and DeiT pool the first token, so
+      their heads have to be trained with `head_pooling="cls"`.
+    - A Linear, tanh and a Linear on the first token, as in BERT, RoBERTa and their like, with heads that pool the first
+      token (the default of pretrained ones). There is no norm after their layers: one layer more, whose matrices are
+      zero, is the head's norm, and costs the time of a layer. The tanh gets values so small that it is the identity;
+      that is for inference, not for training on.
+    - Stages of language models have the model's own head already, so that any of them is a model.
+
+    Whether it comes out the same is checked on random input. What stays is that a norm's eps is the model's own, not
+    the head's 1e-5: that is seen where hidden states are tiny, as they are in models without training.
 
     Args:
         model (`PreTrainedModel`): the trained model; it is not changed.
@@ -52,7 +62,15 @@ def truncate(model: PreTrainedModel, stages: Stages, num_stages: int) -> PreTrai
             "whole model, or EarlyExit, which keeps the heads of classifiers."
         )
     kept = [name for stage in partition.stages[:num_stages] for name in stage]
-    layers = [*kept, *partition.layers[len(kept) : len(kept) + len(stages.heads.layers)]]  # the head's layers come last
+    tail = None if own else _tail(model, partition.layers)
+    last = len(kept) + len(stages.heads.layers)  # the head's layers come last
+    layers = [*partition.layers[: last + (tail is not None and tail.dense)]]
+    if tail is not None and tail.dense and last + 1 >= len(partition.layers):
+        raise ValueError(
+            f"num_stages={num_stages} would take {last + 1} layers, {len(kept)} of the stages, {last - len(kept)} of "
+            f"the head and one for its norm, but the {kind} has {len(partition.layers)}. Set num_stages to less, or "
+            "use the whole model."
+        )
     small = type(model)(_shortened(model, layers)).eval()
     found = {name for name, _ in small.named_modules()}
     if not found.issuperset(layers) or found & {*partition.layers[len(layers) :]}:
@@ -60,23 +78,29 @@ def truncate(model: PreTrainedModel, stages: Stages, num_stages: int) -> PreTrai
             f"A {kind} with fewer layers does not have the layers {layers[0]} .. {layers[-1]}, so that it cannot be "
             "truncated. Use EarlyExit, which needs no smaller model."
         )
-    tail = () if own else _tail(small, layers)
-    around = {f"{name}." for name in tail}
-    weights = {n: t for n, t in model.state_dict().items() if not n.startswith(tuple(around))}
+    around = () if tail is None else (f"{tail.first}.", f"{tail.classifier}.")
+    weights = {n: t for n, t in model.state_dict().items() if not n.startswith(around)}
     for name, layer in zip(layers[len(kept) :], stages.heads.layers, strict=False):
         weights |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
     missing = [
         name
         for name, tensor in small.state_dict().items()
-        if not name.startswith(tuple(around)) and (name not in weights or weights[name].shape != tensor.shape)
+        if not name.startswith(around) and (name not in weights or weights[name].shape != tensor.shape)
     ]
     if missing:
         raise ValueError(f"A {kind} with fewer layers has other weights ({missing[0]}, ...). Use EarlyExit.")
     small.load_state_dict({name: weights[name] for name in small.state_dict() if name in weights}, strict=False)
-    if tail:
-        small.get_submodule(tail[0]).load_state_dict(head.norm.state_dict())
-        _set_classifier(small, small.get_submodule(tail[1]), head)
-    _check(model, small, stages, num_stages, small.get_submodule(tail[0]).eps if tail else None)
+    norm: Any = None
+    if tail is not None:
+        first, classifier = (small.get_submodule(name) for name in (tail.first, tail.classifier))
+        if tail.dense:
+            norm = _make_norm(small.get_submodule(layers[-1]), type(model).__name__)
+            _set_dense(first, classifier, head)
+        else:
+            norm = first
+            _set_classifier(small, classifier, head)
+        norm.load_state_dict(head.norm.state_dict())
+    _check(model, small, stages, num_stages, None if norm is None else norm.eps)
     return small.to(next(model.parameters()).dtype)
 
 
@@ -102,20 +126,58 @@ def _shortened(model: PreTrainedModel, layers: list[str]) -> Any:
     return type(model.config)(**{name: value for name, value in config.items() if name not in derived})
 
 
-def _tail(model: nn.Module, layers: list[str]) -> tuple[str, str]:
-    """Names of the one LayerNorm and the one Linear that come after the layers."""
+@dataclass(frozen=True)
+class _Tail:
+    """What a model has after its layers, by name: a LayerNorm, or a Linear if `dense`, and the classifying Linear."""
+
+    first: str
+    classifier: str
+    dense: bool
+
+
+def _tail(model: nn.Module, layers: Sequence[str]) -> _Tail:
     inside = tuple(f"{name}." for name in layers)
     names = [name for name, _ in model.named_parameters()]
     last = max(i for i, name in enumerate(names) if name.startswith(inside))
     after = list(dict.fromkeys(name.rpartition(".")[0] for name in names[last + 1 :]))
-    kinds = [type(model.get_submodule(name)) for name in after]
-    if kinds != [nn.LayerNorm, nn.Linear]:
+    modules: list[Any] = [model.get_submodule(name) for name in after]
+    kinds = [type(module) for module in modules]
+    square = kinds == [nn.Linear, nn.Linear] and modules[0].in_features == modules[0].out_features
+    if kinds != [nn.LayerNorm, nn.Linear] and not square:
         what = ", ".join(f"{name} ({kind.__name__})" for name, kind in zip(after, kinds, strict=True))
         raise ValueError(
             f"After its layers a {type(model).__name__} has {what}, which cannot say what a stage's head does: "
             "LayerNorm, pooling, Linear. Use EarlyExit, which keeps the heads."
         )
-    return after[0], after[1]
+    return _Tail(after[0], after[1], square)
+
+
+def _make_norm(layer: nn.Module, kind: str) -> nn.LayerNorm:
+    """
+    Make a layer that adds nothing to what it gets, so that only its norms are left; the last of them is returned.
+
+    Those before it normalize without weights, and what is normalized already the last one only scales and shifts.
+    """
+    norms = [module for module in layer.modules() if isinstance(module, nn.LayerNorm)]
+    if not norms:
+        raise ValueError(f"The layers of a {kind} have no LayerNorm that could be that of a head. Use EarlyExit.")
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    return norms[-1]
+
+
+@torch.no_grad()
+def _set_dense(dense: Any, classifier: Any, head: PoolingHead) -> None:
+    """Let a Linear, tanh and a Linear be one Linear: a tanh of small values is the identity up to their square."""
+    nn.init.eye_(dense.weight).mul_(SMALL)
+    nn.init.zeros_(dense.bias)
+    classifier.weight.copy_(head.classifier.weight / SMALL)
+    classifier.bias.copy_(head.classifier.bias)
 
 
 def _set_classifier(model: nn.Module, classifier: Any, head: PoolingHead) -> None:
@@ -133,12 +195,13 @@ def _set_classifier(model: nn.Module, classifier: Any, head: PoolingHead) -> Non
             classifier.weight.copy_(torch.cat([first * weight, (1 - first) * weight], 1))
 
 
-def _check(model: nn.Module, small: nn.Module, stages: Stages, num_stages: int, eps: Any) -> None:
+def _check(model: nn.Module, small: Any, stages: Stages, num_stages: int, eps: Any) -> None:
     """That the smaller model says what the head says, on random input, were the head's norm to have its eps."""
+    random = torch.Generator().manual_seed(0)
     inputs = {
-        name: torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+        name: torch.randn(value.shape, generator=random)
         if value.is_floating_point()
-        else value
+        else torch.randint(small.config.vocab_size, value.shape, generator=random)
         for name, value in dummy_inputs(model, 2).items()
     }
     whole = copied(model, training=False).float().cpu()
@@ -152,6 +215,7 @@ def _check(model: nn.Module, small: nn.Module, stages: Stages, num_stages: int, 
     if not torch.allclose(found, view.logits[num_stages - 1], rtol=1e-4, atol=1e-5):
         raise ValueError(
             f'The head of stage {num_stages} pools "{stages.heads.pooling}", but a {type(model).__name__} pools '
-            'otherwise, so that it cannot say what the head says. Train with head_pooling set to the other of "cls" '
-            'and "mean", or use EarlyExit, which keeps the heads.'
+            "otherwise, or has other functions after its layers, so that it cannot say what the head says. Use "
+            'EarlyExit, which keeps the heads, or train with head_pooling set to the other of "cls" and "mean" if it '
+            "is that."
         )

@@ -33,7 +33,7 @@ def train_and_report(trainer: "MMSTTrainer", *, model: str, dataset: str, begin:
     args = trainer.args
     speak_in_lines(trainer)
     trainer.peaks.tracks_tensors = True
-    with _evaluating_part(trainer):
+    with evaluating_part(trainer):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)  # type: ignore[call-arg]  # functools.wraps hides self
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -56,7 +56,7 @@ def train_and_report(trainer: "MMSTTrainer", *, model: str, dataset: str, begin:
 
 
 @contextlib.contextmanager
-def _evaluating_part(trainer: "MMSTTrainer") -> Iterator[None]:
+def evaluating_part(trainer: "MMSTTrainer") -> Iterator[None]:
     """Within this context evaluations are on a random part of the samples, unless they choose the best model."""
     args, whole, most = trainer.args, trainer.eval_dataset, max(1, len(trainer.train_dataset) // EVAL_PART)
     chooses = args.load_best_model_at_end or args.dataloader_persistent_workers  # whose loader would be kept

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from engines import build
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 from zoo import batch
 
 from hf_mmst import StageHeads
@@ -28,13 +28,16 @@ def truncated(name, pooling, num_stages, seed=0, head_layers=0):
     return model.eval(), engine, truncate(model, Stages(partition, heads, {}, {}), num_stages)
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
+IMAGES = [
+    *(("vit", "cls", 0), ("deit", "cls", 0), ("dinov2", "cls", 0), ("dinov2", "mean", 0), ("swin", "mean", 0)),
+    *(("vit", "cls", 1), ("dinov2", "mean", 1)),
+]
+TEXTS = [("bert", "cls", 0), ("bert", "cls", 1), ("roberta", "cls", 0)]
+
+
 @pytest.mark.parametrize(
-    ("name", "pooling", "head_layers"),
-    [
-        *(("vit", "cls", 0), ("deit", "cls", 0), ("dinov2", "cls", 0), ("dinov2", "mean", 0), ("swin", "mean", 0)),
-        *(("vit", "cls", 1), ("dinov2", "mean", 1)),
-    ],
+    ("name", "pooling", "head_layers", "num_stages"),
+    [*((*one, k) for one in IMAGES for k in (1, 2)), *((*one, 1) for one in TEXTS), ("bert", "cls", 0, 2)],
 )
 def test_the_first_stages_are_a_plain_model(name, pooling, head_layers, num_stages, tmp_path):
     model, engine, small = truncated(name, pooling, num_stages, head_layers=head_layers)
@@ -43,7 +46,12 @@ def test_the_first_stages_are_a_plain_model(name, pooling, head_layers, num_stag
     with torch.no_grad(), engine.observe() as view:
         model(**inputs)
     small.save_pretrained(tmp_path)
-    loaded, report = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    auto = (
+        AutoModelForImageClassification
+        if (name, pooling, head_layers) in IMAGES
+        else AutoModelForSequenceClassification
+    )
+    loaded, report = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, view.logits[num_stages - 1], rtol=1e-3, atol=1e-3)
@@ -55,9 +63,9 @@ def test_the_first_stages_are_a_plain_model(name, pooling, head_layers, num_stag
     ("name", "pooling", "num_stages", "message"),
     [
         ("vit", "mean", 1, 'pools "mean", but a ViTForImageClassification pools otherwise.*head_pooling'),
+        ("bert", "mean", 1, 'pools "mean", but a BertForSequenceClassification pools otherwise.*head_pooling'),
+        ("distilbert", "cls", 1, 'pools "cls", but .* has other functions after its layers'),
         ("swin", "cls", 1, 'pools "cls", but a SwinForImageClassification pools otherwise'),
-        ("bert", "mean", 1, r"bert.pooler.dense \(Linear\), classifier \(Linear\), which cannot say.*Use EarlyExit"),
-        ("distilbert", "mean", 2, "pre_classifier"),
         ("vit", "cls", 3, "num_stages=3 of 3 cannot be kept: set it to a whole number from 1 to 2"),
         ("vit", "cls", 0, "num_stages=0 of 3 cannot be kept"),
         ("vit", "cls", 1.5, "num_stages=1.5 of 3 cannot be kept"),
@@ -66,3 +74,8 @@ def test_the_first_stages_are_a_plain_model(name, pooling, head_layers, num_stag
 def test_what_a_plain_model_cannot_say_is_refused(name, pooling, num_stages, message):
     with pytest.raises(ValueError, match=message):
         truncated(name, pooling, num_stages)
+
+
+def test_a_model_that_would_not_be_smaller_is_refused():
+    with pytest.raises(ValueError, match=r"num_stages=2 would take 4 layers, 2 .* 1 of the head .*has 4\. Set"):
+        truncated("bert", "cls", 2, head_layers=1)
