@@ -186,10 +186,10 @@ def device_of(device: Any) -> Device:
     return Device(device.type, name, os.cpu_count() or 1)
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that a run depends on, of those that are installed."""
+def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of packages, of those that are installed; by default of those that a run depends on."""
     found = {}
-    for name in PACKAGES:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
