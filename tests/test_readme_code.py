@@ -116,6 +116,10 @@ def run(words, monkeypatch):
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert words[2] == "-e"
         assert re.fullmatch(r"\.\[(\w+)\]", words[3])[1] in extras
+    elif words[:2] == ["python", "recipes/export_onnx.py"]:  # tests/test_onnx.py does
+        assert words[2:] in (
+            ["trained", *f.split()] for f in ("--num_stages 2 --output_dir small", "--output_dir whole")
+        )
     elif words[0] == "torchrun":  # tests/distributed/test_stage_parallel.py does
         assert words[1:] == ["--nproc_per_node", "3", "train.py"]
     else:
