@@ -35,7 +35,7 @@ from hf_mmst.tasks.splits import accuracy_metric
 model = AutoModelForImageClassification.from_pretrained("trained")
 data = load_dataset("parquet", data_files={s: f"digits/{s}.parquet" for s in ("train", "test")})
 train, test = (data[s].with_transform(to_tensors(None, model.config, augment=False)) for s in ("train", "test"))
-args = MMSTConfig("again", max_steps=20, logging_steps=5, remove_unused_columns=False, report_to="none")
+args = MMSTConfig("again", num_stages=4, max_steps=20, logging_steps=5, remove_unused_columns=False, report_to="none")
 trainer = MMSTTrainer(model, args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy_metric(0))
 trainer.train()
 trainer.evaluate()

@@ -79,12 +79,13 @@ def compare(
             raise ValueError(f"{name}={getattr(args, name)!r} cannot be compared: {why}. Set {name} to {instead}.")
     begin = time.perf_counter()
     rows = {}
-    staged = make(_with(args, "stages_greedy", transport_weight=0.0))
+    order = args.stage_order or "simultaneous"  # whatever the default of a pretrained model is
+    staged = make(_with(args, "stages_greedy", stage_order=order, transport_weight=0.0))
     partition, heads = staged.partition, staged.heads
     pretrained = is_pretrained(staged.model)
     rows["stages, greedy"] = _trained(staged)
     del staged  # so that one model is in memory at a time
-    rows["stages"] = _trained(make(_with(args, "stages_with_transport")))
+    rows["stages"] = _trained(make(_with(args, "stages_with_transport", stage_order=order)))
     whole = make(_end_to_end(args, pretrained))
     rows["end to end"] = _trained(whole)
     probes = probed_accuracies(whole, partition, heads)
@@ -124,7 +125,9 @@ def _end_to_end(args: MMSTConfig, pretrained: bool) -> MMSTConfig:
     rate = args.head_learning_rate
     if rate is None and pretrained:
         rate = PRETRAINED_FACTOR * args.learning_rate
-    return _with(args, "end_to_end", **plain | {"num_stages": 1, "head_learning_rate": rate})
+    return _with(
+        args, "end_to_end", **plain | {"num_stages": 1, "stage_order": "simultaneous", "head_learning_rate": rate}
+    )
 
 
 def _trained(trainer: "MMSTTrainer") -> dict[str, Any]:
