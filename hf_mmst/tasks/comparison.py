@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -81,10 +82,10 @@ def compare(
     rows = {}
     order = args.stage_order or "simultaneous"  # whatever the default of a pretrained model is
     staged = make(_with(args, "stages_greedy", stage_order=order, transport_weight=0.0))
-    partition, heads = staged.partition, staged.heads
-    pretrained = is_pretrained(staged.model)
+    partition, pretrained = staged.partition, is_pretrained(staged.model)
     rows["stages, greedy"] = _trained(staged)
-    del staged  # so that one model is in memory at a time
+    heads = staged.heads.cpu()
+    del staged  # so that one model is on the device at a time
     rows["stages"] = _trained(make(_with(args, "stages_with_transport", stage_order=order)))
     whole = make(_end_to_end(args, pretrained))
     rows["end to end"] = _trained(whole)
@@ -133,6 +134,7 @@ def _end_to_end(args: MMSTConfig, pretrained: bool) -> MMSTConfig:
 def _trained(trainer: "MMSTTrainer") -> dict[str, Any]:
     """Train and evaluate: results of one way, without what is the same for all."""
     args = trainer.args
+    gc.collect()  # a trainer refers to itself, and its model would count as this one's memory
     if args.num_stages == 1:
         print("\nEnd to end")
     else:
