@@ -8,8 +8,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, patch_environment
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.optim import SGD
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.optim import SGD, Optimizer
 
 from ..cut.temporary_attributes import replaced
 
@@ -56,6 +56,28 @@ def sharding_layers(trainer: Any) -> Iterator[None]:
         trainer.is_fsdp_enabled = True
     # Gradients go to host memory with each micro-batch; else those of all layers would add up on the device.
     trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+
+@contextlib.contextmanager
+def keeping_parameters(accelerator: Any, model: nn.Module) -> Iterator[None]:
+    """
+    Within this context accelerate leaves an optimizer its parameters, if the model is in shards already.
+
+    It would look for them by the address of their memory, which empty shards, of a tensor with one row, have in common.
+    """
+    prepare = accelerator.prepare
+
+    def prepared(*objects: Any, **kwargs: Any) -> Any:
+        optimizers = [one for one in objects if isinstance(one, Optimizer)]
+        before = [[*group["params"]] for one in optimizers for group in one.param_groups]
+        found = prepare(*objects, **kwargs)
+        groups = [group for one in optimizers for group in one.param_groups]
+        for group, parameters in zip(groups, before, strict=True):
+            group["params"] = parameters
+        return found
+
+    with replaced(accelerator, "prepare", prepared) if isinstance(model, FSDPModule) else contextlib.nullcontext():
+        yield
 
 
 def shard_untrained(accelerator: Any, model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from ..config import MMSTConfig
-from ..distributed.layer_shards import sharding_layers
+from ..distributed.layer_shards import keeping_parameters, sharding_layers
 from ..method.heads import HEADS
 from ..records.pictures import PictureCallback
 from ..records.reading import refuse_others
@@ -129,7 +129,8 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
         self._run.staged.weights.reset()
         if checkpoint is not None:
             checkpoints.go_on(checkpoint, self._run.staged, self.args, self._run.turns.order)
-        return super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+        with keeping_parameters(self.accelerator, self._core()):
+            return super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
 
     def create_optimizer(self, model=None):
         """The heads are among the parameters, and stages and heads have rates of their own."""
