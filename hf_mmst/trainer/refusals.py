@@ -83,6 +83,13 @@ def refuse_in_shards(model: nn.Module, partition: Partition) -> None:
     """
     refuse_shared(model, partition.layers)
     refuse_layerdrop(model, "which the other processes would wait for")
+    try:
+        getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        raise ValueError(
+            f"FSDP2 as accelerate sets it up asks for the input embeddings, of which {type(model).__name__} says "
+            'nothing. Set offload="none", or start one process.'
+        ) from None
     if getattr(unwrap_peft_model(model), "is_quantized", False):
         raise ValueError(
             f'The weights of {type(model).__name__} are quantized, and with offload="layers" in several processes each '

@@ -12,7 +12,7 @@ from runs import accuracy
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
-from transformers import ResNetConfig, ResNetForImageClassification, set_seed
+from transformers import set_seed
 from zoo import Samples, make
 
 from hf_mmst import MMSTConfig, MMSTTrainer
@@ -26,18 +26,13 @@ RUNS = {  # name of the model, settings
     "lora": ("lora", ACCUMULATION),
     "bf16": ("vit", {"bf16": True}),
     "dropout": ("bert with dropout", ACCUMULATION),
-    "statistics": ("resnet", {}),
     "vit none": ("vit", {**ACCUMULATION, "offload": "none"}),
     "bert none": ("bert", {**ACCUMULATION, "offload": "none"}),
     "dropout none": ("bert with dropout", {**ACCUMULATION, "offload": "none"}),
-    "statistics none": ("resnet", {"offload": "none"}),
 }
 
 
 def made(name: str) -> nn.Module:
-    if name == "resnet":
-        config = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "num_labels": 5}
-        return ResNetForImageClassification(ResNetConfig(**config))
     if name == "lora":
         return get_peft_model(make("bert"), LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"]))
     return make(name.removesuffix(" with dropout"), dropout="dropout" in name)
@@ -60,7 +55,7 @@ def trainer(folder: Path, run: str, **settings) -> MMSTTrainer:
         ),
     )
     set_seed(0)
-    data = {"resnet": "vit", "lora": "bert"}.get(name, name.removesuffix(" with dropout"))
+    data = {"lora": "bert"}.get(name, name.removesuffix(" with dropout"))
     model = made(name)
     set_seed(args.process_index)  # masks of dropout are each process's own
     return MMSTTrainer(
