@@ -112,13 +112,13 @@ class MMSTConfig(HostArguments):
             Whether the gradients of each stage are clipped to `max_grad_norm` by their own norm, not that of all. In
             the `"simultaneous"` order each stage's optimizer step then follows its backward pass at once (also with
             `max_grad_norm=0`), so that the gradients of one stage are in memory, not of all; with several processes
-            those of two, one of which are being averaged. With gradient accumulation, a gradient scaler (fp16), or side
-            inputs that layers share, all stages step at the end of the batch, to the same effect.
+            those of two, one of which are being averaged. With gradient accumulation, offloaded layers, a gradient
+            scaler (fp16), or side inputs that layers share, all stages step at the end of the batch, to the same
+            effect.
         memory_budget (`str`, *optional*):
-            Device memory in bytes, as in `"4GiB"`, to plan for when the trainer is made (see [`plan`]). Of the ways of
-            training that fit, the one with the least compute is chosen, and `num_stages` (if unset), `stage_order`,
-            `stage_clipping`, `offload` and `activation_checkpointing` are set to it. It is an error if none
-            fits. Unset: nothing is planned.
+            Device memory in bytes, as in `"4GiB"`, to plan for when the trainer is made (see [`plan`]). The fastest
+            way of training that fits sets `num_stages` (if unset), `stage_order` (if unset), `stage_clipping`,
+            `offload`, `resident_layers` and `activation_checkpointing`. It is an error if none fits. Unset: no plan.
         offload (`str`, *optional*):
             What is not in device memory, but rests in pinned host memory (CUDA, XPU) or in memory-mapped files in
             `output_dir` (CPU), until it is used. In several processes only `"layers"`, where `stage_order="end_to_end"`

@@ -31,8 +31,9 @@ from transformers import (
     set_seed,
 )
 
-from hf_mmst import MMSTConfig, MMSTTrainer
+from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
 from hf_mmst.cut.example_inputs import dummy_inputs
+from hf_mmst.memory.layer_offload import resident_layers
 from hf_mmst.memory.slabs import Slab
 from hf_mmst.memory.tensor_peaks import TensorPeak
 from hf_mmst.planning.simulation import Simulation
@@ -102,8 +103,8 @@ def measured_bytes(model, precision: str, way: Way, head_layers: int, folder: st
     stagewise = way.num_stages > 1 or way.offload != "none"
     settings = {"activation_checkpointing": way.activation_checkpointing}
     if stagewise:
-        settings = {**vars(way), "head_layers": head_layers if way.stage_objective == "local" else None}
-        del settings["lora"]
+        has_heads = way.num_stages > 1 and way.stage_objective == "local"
+        settings = {**way.settings, "head_layers": head_layers if has_heads else None}
     args = (MMSTConfig if stagewise else TrainingArguments)(
         folder,
         max_steps=2 * (way.num_stages if way.stage_order == "sequential" else 1),
@@ -116,7 +117,8 @@ def measured_bytes(model, precision: str, way: Way, head_layers: int, folder: st
         **settings,
     )
     trainer = (MMSTTrainer if stagewise else Trainer)(model, args, train_dataset=Zeros(model))
-    resting = trainer.partition.layers if stagewise and args.offload != "none" else ()
+    resting = {*trainer.partition.layers} if stagewise and args.offload != "none" else set()
+    resting -= {*resident_layers(find_layers(model), way.resident_layers)}
     inside = {p for name in resting for p in model.get_submodule(name).parameters()}
     held = [*(p for p in model.parameters() if p not in inside), *model.buffers()]
     if stagewise:

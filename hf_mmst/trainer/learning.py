@@ -10,6 +10,7 @@ import torch
 from ..config import MMSTConfig
 from ..distributed.reduction import Reduction
 from ..distributed.wrappers import Wrapper
+from ..memory.layer_offload import LayerOffload
 from ..method.order import Segment
 from ..method.stepping import step_stage, steps_elementwise
 from ..method.training_pass import StageStep
@@ -146,6 +147,7 @@ class StageLearning:
             and args.gradient_accumulation_steps == 1
             and stage >= 0
             and wrapper.steps_alone
+            and not isinstance(self._staged.offload, LayerOffload)  # which puts gradients to rest later
             and accelerator.scaler is None
             and steps_elementwise(optimizer)
         ):

@@ -227,10 +227,9 @@ class StageRun:
 
     def clip(self, max_norm: float) -> torch.Tensor | None:
         """The norm of the gradients before clipping, where they are not the host's to clip; `None` where they are."""
-        if self.layer_offload is not None:
-            return self.layer_offload.clip(max_norm)
-        if not self._args.stage_clipping or self.turns.now.end_to_end or self.is_plain or self.staged.uses_model_loss:
-            return None
+        as_a_whole = self.turns.now.end_to_end or self.is_plain or self.staged.uses_model_loss
+        if as_a_whole or not self._args.stage_clipping:
+            return None if self.layer_offload is None else self.layer_offload.clip(max_norm)
         self.accelerator.unscale_gradients()
         return clip_by_stage(self.staged.parameters, max_norm)
 
