@@ -279,7 +279,15 @@ def settle(trainer: Any) -> int | None:
         learn = bool(objective_of(model) or trainer.compute_loss_func) or args.stage_objective == "model"
         planned = plan_for(args, model, batch, learn, can_offload).peak.total
     args.settle(is_pretrained(model), can_offload)
-    if args.place_model_on_device is not False and not sharded:
-        trainer._move_model_to_device(trainer.model, args.device)
+    _place(trainer, args.place_model_on_device is not False and not sharded and not args.shards_layers)
     trainer.accelerator.device_placement &= args.offload == "none" or args.shards_layers
     return planned
+
+
+def _place(trainer: Any, whole: bool) -> None:
+    """Have the host place models on the device, which it has left before it was known whether layers are offloaded."""
+    args = trainer.args
+    later = trainer.is_model_parallel or args.fp16_full_eval or args.bf16_full_eval
+    trainer.place_model_on_device = whole and not later and not trainer.is_distributed_loading_by_transformers
+    if trainer.place_model_on_device and getattr(trainer.model, "quantization_method", None) is None:
+        trainer._move_model_to_device(trainer.model, args.device)

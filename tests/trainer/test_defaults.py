@@ -54,6 +54,16 @@ def test_what_is_set_decides(settings, expected, checkpoint, tmp_path):
     assert chosen(made(tmp_path, model, **settings)) == expected
 
 
+@pytest.mark.parametrize(("settings", "placed"), [({}, False), ({"offload": "none"}, True), ({"num_stages": 2}, True)])
+def test_the_host_places_what_is_not_offloaded(settings, placed, checkpoint, tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr(MMSTTrainer, "_move_model_to_device", lambda self, model, device: moved.append(model))
+    model = BertForSequenceClassification.from_pretrained(checkpoint)
+    trainer = made(tmp_path, model, **settings)
+    assert trainer.place_model_on_device == placed  # of models that are made later, too
+    assert (model in moved) == placed
+
+
 def test_a_model_from_scratch_has_stages_and_each_model_is_looked_at_anew(checkpoint, tmp_path):
     trainer = made(tmp_path, make("bert"))
     assert chosen(trainer)[:2] == ("simultaneous", "none")
