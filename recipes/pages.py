@@ -180,6 +180,19 @@ def planner_table() -> str:
     return table(("model", "precision", "settings", "planned MiB", "measured MiB", "ratio"), rows)
 
 
+def times_table() -> str:
+    """Predicted and measured times of a step, of the runs for which there was a prediction."""
+    rows = []
+    for _, found in read("memory"):
+        model = f"{found['model']}, batch {found['batch_size']}, K = {found['num_stages']}"
+        for row in found["rows"]:
+            if "predicted_seconds" in row:
+                predicted, measured = row["predicted_seconds"], row["step_seconds"]
+                numbers = f"{predicted:.2f}", f"{measured:.2f}", f"{predicted / measured:.2f}"
+                rows.append((model, row["method"], *numbers))
+    return table(("model", "method", "predicted s", "measured s", "ratio"), rows)
+
+
 def exits_table() -> str:
     """Each way to leave early, with rules chosen for a drop of at most 0.5 points."""
     rows = []
@@ -226,6 +239,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "memory": ("model_cards/memory.md", memory_table),
     "billions": ("model_cards/memory.md", billions_table),
     "planner": ("model_cards/planner.md", planner_table),
+    "times": ("model_cards/planner.md", times_table),
     "scaling": ("model_cards/scaling.md", scaling_table),
     "on_paper": ("model_cards/scaling.md", lambda: on_paper(vit_large())),
     "exits": ("model_cards/exits.md", exits_table),

@@ -121,7 +121,7 @@ def run(words, monkeypatch):
             ["trained", *f.split()] for f in ("--num_stages 2 --output_dir small", "--output_dir whole")
         )
     elif words[0] == "torchrun":  # tests/distributed/test_stage_parallel.py does
-        assert words[1:] == ["--nproc_per_node", "3", "train.py"]
+        assert words[1:] in (["--nproc_per_node", number, "train.py"] for number in ("2", "3"))
     else:
         assert words in (
             ["python", "-m", "venv", "v"],

@@ -193,9 +193,10 @@ class DeepSpeedWrapper(Wrapper):
                     f"knows neither heads nor stages. Leave {name} out of it, and set optim, learning_rate and "
                     "lr_scheduler_type of MMSTConfig."
                 )
-        if args.stage_order != "simultaneous" or args.end_to_end_laps:
-            rest = "heads" if args.stage_order == "simultaneous" else "stages"
-            name, value = ("end_to_end_laps", 0) if rest == "heads" else ("stage_order", '"simultaneous"')
+        in_turn = args.stage_order in ("sequential", "multi_lap")
+        if in_turn or args.end_to_end_laps:
+            rest = "stages" if in_turn else "heads"
+            name, value = ("stage_order", '"simultaneous"') if in_turn else ("end_to_end_laps", 0)
             raise ValueError(
                 f"{name}={getattr(args, name)!r}, but DeepSpeed steps all parameters, and so moves {rest} that "
                 f"rest, too, by momentum and weight decay. Set {name}={value}, or use FSDP."
