@@ -69,8 +69,8 @@ def test_the_numbers_are_those_of_eager_layers(name, backend, settings, kinds, t
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stage_order": "end_to_end"}, 'stage_order="end_to_end" brings layers.*torch_compile=False'),
-        ({**RESIDENT, "end_to_end_laps": 1}, "end_to_end_laps=1 brings layers.*torch_compile=False"),
+        ({"offload": "layers"}, 'offload="layers" brings layers.*torch_compile=False'),
+        ({**RESIDENT, "end_to_end_laps": 1}, 'offload="stages" brings layers.*torch_compile=False'),
         ({**RESIDENT, "torch_compile_mode": "reduce-overhead"}, "reduce-overhead.*weights that stay where they are"),
     ],
 )
