@@ -181,16 +181,16 @@ def planner_table() -> str:
 
 
 def times_table() -> str:
-    """Predicted and measured times of a step, of the runs for which there was a prediction."""
+    """Predicted and measured times of a step, and both as ratios to end to end, of the runs with a prediction."""
+    keys = "predicted_seconds", "step_seconds"
     rows = []
-    for _, found in read("memory"):
-        model = f"{found['model']}, batch {found['batch_size']}, K = {found['num_stages']}"
-        for row in found["rows"]:
-            if "predicted_seconds" in row:
-                predicted, measured = row["predicted_seconds"], row["step_seconds"]
-                numbers = f"{predicted:.2f}", f"{measured:.2f}", f"{predicted / measured:.2f}"
-                rows.append((model, row["method"], *numbers))
-    return table(("model", "method", "predicted s", "measured s", "ratio"), rows)
+    for stem, found in read("memory"):
+        first = found["rows"][0]
+        for row in found["rows"] if "predicted_seconds" in first else []:
+            seconds = [f"{row[key]:.2f}" for key in keys]
+            ratios = [f"{row[key] / first[key]:.2f}" for key in keys]
+            rows.append((stem, row["method"], *seconds, *ratios))
+    return table(("run", "method", "predicted s", "measured s", "predicted ratio", "measured ratio"), rows)
 
 
 def exits_table() -> str:
