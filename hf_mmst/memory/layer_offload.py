@@ -48,7 +48,8 @@ class LayerOffload(StageOffload):
         half (`torch.dtype`, *optional*): of autocast, for a device with memory of its own.
 
     Raises:
-        `ValueError`: if layers share weights, which could not rest with one of them.
+        `ValueError`: if layers share weights, which could not rest with one of them; from [`watch`], for an optimizer
+            that cannot step them one by one on the device.
     """
 
     def __init__(
@@ -80,6 +81,11 @@ class LayerOffload(StageOffload):
         self._away: list[tuple[nn.Parameter, torch.Tensor]] = []  # parameters at their step, and where they belong
 
     def _hook(self, optimizer: torch.optim.Optimizer, states: RestingStates) -> None:
+        if self._steps_on_device and not steps_elementwise(optimizer):
+            raise ValueError(
+                f'offloaded_step="device" steps layer by layer, but of {type(optimizer).__name__} it is not known that '
+                'it steps each parameter by itself. Set offloaded_step="host", or optim to another, such as adamw_torch.'
+            )
         super()._hook(optimizer, states)
         optimizer.register_step_post_hook(lambda *_: self._end_step(states))
 

@@ -30,6 +30,15 @@ def moments(trained):
     }
 
 
+def assert_same_steps(offloaded, plain):
+    """Weights, optimizer states and norms of gradients to the last bit; returns the norms."""
+    assert_same(weights(offloaded.model), weights(plain.model))
+    assert_same(moments(offloaded), moments(plain))
+    norms = [[entry["grad_norm"] for entry in one.state.log_history if "loss" in entry] for one in (offloaded, plain)]
+    assert norms[0] == norms[1]
+    return norms[0]
+
+
 class Sentences(Samples):
     """Texts of 17 tokens, so that as many labels as a power of two count in a batch: means of means are the mean."""
 
@@ -66,12 +75,18 @@ def test_twenty_steps_are_those_of_plain_trainer(name, place, accumulation, extr
     if name == "bert":  # which is not told how many labels there are, although Trainer believes so
         plain.model_accepts_loss_kwargs = False
     plain.train()
-    assert_same(weights(offloaded.model), weights(plain.model))
-    assert_same(moments(offloaded), moments(plain))
-    norms = [[entry["grad_norm"] for entry in one.state.log_history if "loss" in entry] for one in (offloaded, plain)]
-    assert norms[0] == norms[1]
-    assert min(norms[0]) < limit < max(norms[0])
+    norms = assert_same_steps(offloaded, plain)
+    assert min(norms) < limit < max(norms)
     assert losses(offloaded) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_a_step_on_the_device_is_refused_for_what_does_not_step_layer_by_layer(tmp_path):
+    class Unknown(torch.optim.SGD):
+        pass
+
+    extra = {"optimizer_cls_and_kwargs": (Unknown, {"lr": 1e-2})}
+    with pytest.raises(ValueError, match='Unknown it is not known.*Set offloaded_step="host"'):
+        run(tmp_path, extra=extra, max_steps=1, offloaded_step="device").train()
 
 
 @pytest.mark.parametrize(("name", "accumulation", "place"), [("vit", 1, "late"), ("bert", 3, "early")])
@@ -86,10 +101,7 @@ def test_in_mixed_precision_half_of_the_bytes_move_for_the_same_numbers(
     if name == "bert":
         plain.model_accepts_loss_kwargs = False
     plain.train()
-    assert_same(weights(offloaded.model), weights(plain.model))
-    assert_same(moments(offloaded), moments(plain))
-    norms = [[entry["grad_norm"] for entry in one.state.log_history if "loss" in entry] for one in (offloaded, plain)]
-    assert norms[0] == norms[1]
+    assert_same_steps(offloaded, plain)
     assert {p.dtype for p in offloaded.model.parameters()} == {torch.float32}
     layers = [offloaded.model.get_submodule(layer) for layer in offloaded.partition.layers]
     sent = [
