@@ -83,8 +83,9 @@ class LayerOffload(StageOffload):
     def _hook(self, optimizer: torch.optim.Optimizer, states: RestingStates) -> None:
         if self._steps_on_device and not steps_elementwise(optimizer):
             raise ValueError(
-                f'offloaded_step="device" steps layer by layer, but of {type(optimizer).__name__} it is not known that '
-                'it steps each parameter by itself. Set offloaded_step="host", or optim to another, such as adamw_torch.'
+                f'offloaded_step="device" steps layer by layer, but of {type(optimizer).__name__} it is not known '
+                'that it steps each parameter by itself. Set offloaded_step="host", or optim to another, such as '
+                "adamw_torch."
             )
         super()._hook(optimizer, states)
         optimizer.register_step_post_hook(lambda *_: self._end_step(states))
