@@ -32,6 +32,7 @@ from rich.table import Table
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
     LlamaConfig,
@@ -62,10 +63,12 @@ CONFIGS = {
     "vit-large": lambda: ViTConfig(**LARGE),
     "bert-base": lambda: BertConfig(),
     "bert-large": lambda: BertConfig(**LARGE),
+    "bert-base-masked-lm": lambda: BertConfig(),
     "decoder-1b": lambda: LlamaConfig(**BILLION, vocab_size=32000, pad_token_id=0),
     "quick": lambda: ViTConfig(**QUICK, image_size=64, patch_size=8),
 }
 HALF = "half"  # of the layers
+MASKED = "masked-lm"  # 15 % of the tokens have a label
 CHECKPOINTING = {"activation_checkpointing": True}
 SEQUENTIAL = {"stage_order": "sequential"}
 OFFLOADED = {"stage_order": "end_to_end", "offload": "layers"}
@@ -79,6 +82,7 @@ METHODS = {
     "lora": {},
     "freeze": {},
     "simultaneous": {"stage_order": "simultaneous"},
+    "simultaneous+logits of all": {"stage_order": "simultaneous"},  # of tokens without a label, too
     # As for a pretrained model whose own head reads the first token.
     "simultaneous+head_layers": {"stage_order": "simultaneous", "head_layers": 1, "head_pooling": "cls"},
     "simultaneous+stage_clipping": {"stage_order": "simultaneous", "stage_clipping": True},
@@ -104,8 +108,8 @@ EPOCH = 1000  # samples that the time of an epoch is given for
 class RandomSamples(torch.utils.data.Dataset):
     """One batch of the model's input size, labels 0 to 9: each step is an epoch, so that cached features are used."""
 
-    def __init__(self, config, seq_len: int, size: int):
-        self.config, self.seq_len, self.size = config, seq_len, size
+    def __init__(self, config, seq_len: int, size: int, of_tokens: bool = False):
+        self.config, self.seq_len, self.size, self.of_tokens = config, seq_len, size, of_tokens
 
     def __len__(self):
         return self.size
@@ -117,6 +121,8 @@ class RandomSamples(torch.utils.data.Dataset):
             side = self.config.image_size
             return {"pixel_values": torch.randn(3, side, side, generator=generator), "labels": labels}
         ids = torch.randint(1000, 2000, (self.seq_len,), generator=generator)
+        if self.of_tokens:
+            labels = torch.where(torch.rand(self.seq_len, generator=generator) < 0.15, ids, -100)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
@@ -166,6 +172,7 @@ def parse() -> argparse.Namespace:
     if args.methods is None:  # activations that are offloaded from the CPU to the CPU save nothing
         on_gpus = ["+offload", "step on device", "no overlap"]
         without = on_gpus * (args.device == "cpu") + ["8-bit"] * (find_spec("bitsandbytes") is None)
+        without += ["lora", "freeze"] if args.model.endswith(MASKED) else ["logits of all"]
         args.methods = [name for name in METHODS if not any(word in name for word in without)]
     return args
 
@@ -175,7 +182,7 @@ def make_model(args: argparse.Namespace):
     config = CONFIGS[args.model]() if args.model in CONFIGS else AutoConfig.from_pretrained(args.model)
     config.num_labels = 10
     auto = AutoModelForImageClassification if hasattr(config, "image_size") else AutoModelForSequenceClassification
-    model = auto.from_config(config)
+    model = (AutoModelForMaskedLM if args.model.endswith(MASKED) else auto).from_config(config)
     if args.one == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -223,9 +230,11 @@ def measure(args: argparse.Namespace) -> dict:
             trainer = (MMSTTrainer if stagewise else Trainer)(
                 model,
                 config,
-                train_dataset=RandomSamples(model_config, args.seq_len, args.batch_size),
+                train_dataset=RandomSamples(model_config, args.seq_len, args.batch_size, args.model.endswith(MASKED)),
                 callbacks=[times],
             )
+            if "logits of all" in args.one:
+                trainer._run.staged.packs_tokens = False
             trainer.train()
     step = statistics.mean(second for i, second in enumerate(times.seconds) if i % args.steps > 0)
     return {
@@ -257,7 +266,8 @@ def planned(args: argparse.Namespace, method: str, speeds: Device | None) -> dic
     with torch.device("meta"), no_init_weights():
         model, _ = make_model(argparse.Namespace(**vars(args) | {"one": method if method == "freeze" else None}))
     batch = dummy_inputs(model, args.batch_size, "meta", seq_len=args.seq_len)
-    batch["labels"] = torch.zeros(args.batch_size, dtype=torch.long, device="meta")
+    of_tokens = (args.seq_len,) if args.model.endswith(MASKED) else ()
+    batch["labels"] = torch.zeros((args.batch_size, *of_tokens), dtype=torch.long, device="meta")
     number = args.num_stages if method in STAGEWISE else 1
     settings = settings_of(argparse.Namespace(**vars(args) | {"one": method}))
     heads = settings.pop("head_layers", None), settings.pop("head_pooling", "auto")
@@ -277,7 +287,9 @@ def planned(args: argparse.Namespace, method: str, speeds: Device | None) -> dic
 
 def in_a_process(args: argparse.Namespace, method: str) -> dict:
     """The row of one method, measured in a new process."""
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "TOKENIZERS_PARALLELISM": "false"}
+    # Of the C library and PyTorch, for all methods alike: what is freed goes back to the system, in pages of 2 MiB.
+    allocator = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "THP_MEM_ALLOC_ENABLE": "1"}
+    environment = {**os.environ, **allocator, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, __file__, *sys.argv[1:], "--one", method]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import (
     LOSS_MAPPING,
@@ -17,6 +18,8 @@ from transformers.loss.loss_utils import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import unwrap_peft_model
+
+from .chosen_tokens import ChosenTokens
 
 HeadKind = Literal["pooled", "tokens", "own"]
 
@@ -45,6 +48,20 @@ class Objective:
         if self.shifts:
             labels = labels[..., 1:]
         return labels.numel() if labels.is_floating_point() else int((labels != -100).sum())
+
+    def tokens(self, labels: Any) -> ChosenTokens | None:
+        """The tokens whose labels `[B, N]` count, where a head of kind `"own"` need not see all others."""
+        if self.head != "own" or not torch.is_tensor(labels):
+            return None
+        return ChosenTokens.of(self._at_tokens(labels) != -100)
+
+    def loss_of(self, tokens: ChosenTokens, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """As [`loss`], of the logits of those tokens alone, `[M, vocab_size]`, and the labels of all, `[B, N]`."""
+        return ForMaskedLMLoss(logits, tokens.among(self._at_tokens(labels)), logits.shape[-1])
+
+    def _at_tokens(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels `[B, N]` at the tokens whose logits are to say them."""
+        return pad(labels[..., 1:], (0, 1), value=-100) if self.shifts else labels
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, config: Any) -> torch.Tensor:
         """

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..cut.hidden_states import hidden_states_of, without_tensors
+from ..cut.chosen_tokens import ChosenTokens
+from ..cut.hidden_states import hidden_states_of
 from ..cut.layers import run_ends
 from ..cut.partition import Partition
 from .heads import StageHeads
 from .observing_pass import ObservingPass, StageView
+from .own_head import ModelsOwnHead
 from .partial_forward import left_out, until_stopped
 from .training_pass import StageStep, TrainingPass
 from .transport import RunTracker
@@ -38,9 +40,7 @@ class Stagewise:
     (outputs.loss + 1.0 * step.transport).backward()
     ```
 
-    Heads of kind `"own"` are the model's own: what it makes of z_k is its forward pass on the same inputs with all
-    layers left out and z_k in the place of what they put out, whatever comes after them (norms, an output embedding,
-    a cap on logits). The logits of one stage are in memory at a time.
+    Heads of kind `"own"` are the model's own, see [`ModelsOwnHead`]. The logits of one stage are in memory at a time.
 
     Args:
         model (`nn.Module`): the model whose layers `partition` names, not a wrapper around it.
@@ -66,7 +66,8 @@ class Stagewise:
         self._first = hooks_first
         self.run_ends = {*run_ends(model, partition.layers), *partition.boundaries}
         self.outputs: dict[str, Any] = {}
-        self._inputs: tuple[tuple, dict[str, Any]] = (), {}  # what the model was called with, for its own head
+        self._own_head = ModelsOwnHead(model, partition.layers)
+        self._tokens: ChosenTokens | None = None  # that heads look at in a step
         self._passes: int | None = None  # of the model in a step, if one is under way
 
     @contextlib.contextmanager
@@ -80,6 +81,7 @@ class Stagewise:
         learned: Callable[[int, bool], Any] = lambda stage, shared: None,
         given: tuple[int, torch.Tensor] | None = None,
         to_the_end: bool = False,
+        tokens: ChosenTokens | None = None,
     ) -> Iterator[StageStep]:
         """
         Within this context, a forward pass of the model (or of a wrapper around it) trains `stages`.
@@ -102,6 +104,7 @@ class Stagewise:
             given: a stage, at most `stages[0]`, and its input, so that the layers before it need not run. Ignored
                 until they have run once.
             to_the_end: whether the forward pass goes on to the model's own loss; `stages` is then one stage.
+            tokens: whose logits alone `criterion` gets, `[M, vocab_size]`, of heads of kind `"own"`; all by default.
 
         Yields:
             [`StageStep`]: complete when the forward pass has returned.
@@ -122,7 +125,7 @@ class Stagewise:
             learned,
             to_the_end,
         )
-        self._passes = 0
+        self._passes, self._tokens = 0, tokens
         try:
             with (
                 self._without_layers_before(given),
@@ -131,7 +134,7 @@ class Stagewise:
             ):
                 yield training.found
         finally:
-            self._passes = None
+            self._passes = self._tokens = None
 
     @contextlib.contextmanager
     def alone(self, refuse: Callable[[], Any]) -> Iterator[None]:
@@ -167,22 +170,7 @@ class Stagewise:
     ) -> torch.Tensor:
         """What a stage's head says, float32, of what its last layer was called with and puts out."""
         found = self.heads(stage, hidden_states_of(output), mask, args, kwargs)
-        return (self._own_head(found, output) if self.heads.kind == "own" else found).float()
-
-    def _own_head(self, hidden: torch.Tensor, output: Any) -> torch.Tensor:
-        layers = self.partition.layers
-        args, kwargs = self._inputs
-        with left_out(self.model, dict.fromkeys(layers, without_tensors(output)), layers, hidden):
-            # Not the instance's own forward, which may end at the last stage that learns.
-            return type(self.model).forward(self.model, *args, **kwargs)[0]
-
-    def _remember(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Keep the model's arguments for its own head; no keys and values are cached: they would outlive a stage."""
-        config: Any = model.config
-        if getattr(config, "use_cache", False):
-            kwargs = {**kwargs, "use_cache": False}
-        self._inputs = args, {name: value for name, value in kwargs.items() if name != "labels"}
-        return args, kwargs
+        return (self._own_head.logits(found, output, self._tokens) if self.heads.kind == "own" else found).float()
 
     @contextlib.contextmanager
     def observe(
@@ -222,8 +210,9 @@ class Stagewise:
     def _hooked(self, before: Callable | None, after: Callable) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             if self.heads.kind == "own":
-                stack.callback(self.model.register_forward_pre_hook(self._remember, with_kwargs=True).remove)
-                stack.callback(setattr, self, "_inputs", self._inputs)
+                head = self._own_head
+                stack.callback(self.model.register_forward_pre_hook(head.remember, with_kwargs=True).remove)
+                stack.callback(setattr, head, "inputs", head.inputs)
             for name in self.partition.layers:
                 layer = self.model.get_submodule(name)
                 if before is not None:

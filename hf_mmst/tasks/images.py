@@ -25,7 +25,7 @@ from .pretrained import pretrained_classifier
 from .splits import SplitArguments, accuracy_metric, choose_splits, labels_of
 
 DEFAULTS = {
-    "num_train_epochs": 40,
+    "num_train_epochs": 24,
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 250,
     "learning_rate": 2e-3,

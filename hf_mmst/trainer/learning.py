@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..config import MMSTConfig
+from ..cut.chosen_tokens import ChosenTokens
 from ..distributed.reduction import Reduction
 from ..distributed.wrappers import Wrapper
 from ..memory.layer_offload import LayerOffload
@@ -77,6 +78,7 @@ class StageLearning:
         mask: torch.Tensor | None,
         share: float,
         criterion: Callable[[torch.Tensor], torch.Tensor],
+        tokens: ChosenTokens | None,
         optimizer: torch.optim.Optimizer,
         wrapper: Wrapper,
     ) -> tuple[torch.Tensor, Any]:
@@ -90,6 +92,7 @@ class StageLearning:
             mask (`torch.Tensor`, *optional*): `[B, N]`, 1 for tokens that count.
             share (`float`): the share that the micro-batch has of its optimizer step.
             criterion (`Callable`): logits of a head to the task's loss, a scalar.
+            tokens ([`ChosenTokens`], *optional*): whose logits it gets; all by default.
             optimizer, wrapper: of the run.
         """
         args, staged = self._args, self._staged
@@ -110,6 +113,7 @@ class StageLearning:
             learned=functools.partial(self._step_early, optimizer, wrapper),
             given=given and (given[0], given[1].to(args.device)),
             to_the_end=staged.uses_model_loss,
+            tokens=tokens,
         )
         with wrapper.forward(staged.model, staged.partition), learning as step:
             loss, outputs = forward()

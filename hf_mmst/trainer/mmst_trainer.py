@@ -212,8 +212,9 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
             loss = weighed(loss, share)
         else:
             task.refuse_no_labels(inputs)
-            criterion = functools.partial(task.of, labels=labels, num_items=num_items_in_batch)
-            given = forward, run.turns.now, labels, inputs.get(run.staged.mask_name), share, criterion
+            tokens = task.tokens(labels)
+            criterion = functools.partial(task.of, labels=labels, num_items=num_items_in_batch, tokens=tokens)
+            given = forward, run.turns.now, labels, inputs.get(run.staged.mask_name), share, criterion, tokens
             loss, outputs = run.learning.loss(*given, self.optimizer, run.wrapper)
         return (loss, outputs) if return_outputs else loss
 

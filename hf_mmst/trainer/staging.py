@@ -19,6 +19,7 @@ from ..memory.layer_offload import LayerOffload, resident_layers
 from ..memory.stage_offload import StageOffload
 from ..method.engine import Stagewise
 from ..method.heads import StageHeads, head_pooling, is_pretrained, num_head_layers
+from ..method.own_head import is_of_single_tokens
 from ..method.stepping import parameters_by_stage
 from ..method.transport import TransportWeights
 from .refusals import refuse_in_shards, refuse_layerdrop, refuse_task
@@ -46,6 +47,7 @@ class StagedModel:
             all stages, those that it shares with what is before the layers.
         uses_model_loss (`bool`): whether stages learn from the model's loss, see [`MMSTConfig`].
         mask_name (`str`): the input that says which of the layers' tokens count.
+        packs_tokens (`bool`): whether the heads can have some tokens alone, see [`is_of_single_tokens`].
     """
 
     model: nn.Module
@@ -61,6 +63,7 @@ class StagedModel:
     resting: list[list[nn.Parameter]] = field(default_factory=list)
     uses_model_loss: bool = False
     mask_name: str = "attention_mask"
+    packs_tokens: bool = False
     _frozen: list[nn.Parameter] = field(default_factory=list)
 
     @property
@@ -178,6 +181,7 @@ class Staging:
         args.write_stages(num_stages)
         if self._has_local_losses and example is not None and num_stages > 1:
             heads = self._heads(model, partition, profile, objective, example)
+            found["packs_tokens"] = objective.head == "own" and is_of_single_tokens(model, partition.layers, example)
         heads.to(device=args.device, dtype=_dtype(model))
         schedule = args.transport_schedule
         if schedule == "auto":

@@ -8,6 +8,7 @@ import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..config import MMSTConfig
+from ..cut.chosen_tokens import ChosenTokens
 from ..cut.objectives import objective_of
 from .learning import StageLearning
 from .staging import StagedModel
@@ -53,13 +54,21 @@ class TaskLoss:
                 "columns that the model does not know."
             )
 
-    def of(self, logits: torch.Tensor, labels: torch.Tensor, num_items: Any = None) -> torch.Tensor:
+    def tokens(self, labels: Any) -> ChosenTokens | None:
+        """The tokens whose logits the loss of a head looks at, if it need not have those of others."""
+        is_known = self.loss_func is None and self.label_smoother is None
+        return self.staged.objective.tokens(labels) if is_known and self.staged.packs_tokens else None
+
+    def of(
+        self, logits: torch.Tensor, labels: torch.Tensor, num_items: Any = None, tokens: ChosenTokens | None = None
+    ) -> torch.Tensor:
         """
         A scalar.
 
         Args:
             logits (`torch.Tensor`), labels (`torch.Tensor`): of a micro-batch.
             num_items (`int` or `torch.Tensor`, *optional*): labels of its optimizer step that count.
+            tokens ([`ChosenTokens`], *optional*): that the logits are of; all by default.
         """
         if self.loss_func is not None:
             loss = self.loss_func(SequenceClassifierOutput(logits=logits), labels, num_items_in_batch=num_items)
@@ -68,6 +77,8 @@ class TaskLoss:
         objective = self.staged.objective
         if self.label_smoother is not None:
             return self.label_smoother({"logits": logits}, labels, shift_labels=objective.shifts)
+        if tokens is not None:
+            return objective.loss_of(tokens, logits, labels)
         return objective.loss(logits, labels, getattr(self.staged.model, "config", None))
 
     def share_of_step(self, labels: Any, learning: StageLearning, num_micro_batches: int) -> float:
