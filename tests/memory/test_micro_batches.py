@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import losses, run_end_to_end, weights
+from runs import assert_same, losses, run_end_to_end, weights
 from torch import nn
 from transformers import Trainer
 from zoo import make
@@ -60,3 +60,12 @@ def test_what_is_no_batch_goes_along_whole_and_what_comes_is_put_together():
     assert seen[-3:] == [(2, 2, 1), (2, 2, 1), (1, 1, 1)]
     parts.run(forward, hidden[:2], scale=scale)
     assert seen[-1] == (2, None, 1)
+
+
+def test_the_inputs_of_the_parts_can_rest(tmp_path):
+    resting = {"activation_checkpointing_kwargs": {"offload": True}}
+    parts = run(tmp_path / "parts", "bert", layer_batch_size=6)
+    at_rest = run(tmp_path / "resting", "bert", layer_batch_size=6, **resting)
+    assert at_rest.args.rests_inputs
+    assert_same(weights(at_rest.model), weights(parts.model))
+    assert at_rest._run.moved["moved_out_bytes"] > parts._run.moved["moved_out_bytes"]
