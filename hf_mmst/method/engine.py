@@ -180,6 +180,7 @@ class Stagewise:
         stages: Sequence[int] | None = None,
         given: tuple[int, torch.Tensor] | None = None,
         criterion: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        tokens: ChosenTokens | None = None,
     ) -> Iterator[StageView]:
         """
         Within this context, a forward pass without learning, the first one, fills the [`StageView`] that is yielded.
@@ -190,6 +191,7 @@ class Stagewise:
             stages: consecutive stages to look at, from 0; all by default. Those after them do not run, see [`step`].
             given: as in [`step`].
             criterion: as in [`step`], for the loss of the last of `stages` if that is not the model's last.
+            tokens: as in [`step`], of what `read` and `criterion` get.
         """
         stages = range(self.partition.num_stages) if stages is None else stages
         observing = ObservingPass(
@@ -197,6 +199,7 @@ class Stagewise:
         )
         training = self.heads.training
         self.heads.eval()
+        self._tokens = tokens
         stopping: contextlib.AbstractContextManager = contextlib.nullcontext()
         if stages[-1] < self.partition.num_stages - 1:
             stopping = until_stopped(self.model, criterion, contextlib.nullcontext)
@@ -204,6 +207,7 @@ class Stagewise:
             with self._without_layers_before(given), self._hooked(None, observing.after_layer), stopping:
                 yield observing.view
         finally:
+            self._tokens = None
             self.heads.train(training)
 
     @contextlib.contextmanager

@@ -148,14 +148,15 @@ class StageEvaluation:
         losses: list[torch.Tensor] = []
         found: list[torch.Tensor | None] = []
         keeps = self._metrics is not None and not loss_only
-        criterion = functools.partial(task.of, labels=labels)
+        tokens = None if keeps else task.tokens(labels)
+        criterion = functools.partial(task.of, labels=labels, tokens=tokens)
 
         def read(logits: torch.Tensor) -> torch.Tensor | None:
             if labels is not None:
                 losses.append(criterion(logits))
             return logits if keeps else None
 
-        with self._stages.observing(task.staged, inputs, read, criterion) as view:
+        with self._stages.observing(task.staged, inputs, read, criterion, tokens) as view:
             yield found
         if found[0] is not None and labels is not None:
             losses.append(found[0])  # of the model's own head

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME
 
 from ..config import MMSTConfig
+from ..cut.chosen_tokens import ChosenTokens
 from ..distributed.relay import Relay
 from ..distributed.stage_shares import Share, is_released, take_share
 from ..method.heads import HEADS
@@ -80,10 +81,15 @@ class AllStages:
 
     @contextlib.contextmanager
     def observing(
-        self, staged: StagedModel, inputs: Mapping[str, Any], read: Callable[[torch.Tensor], Any], criterion: Callable
+        self,
+        staged: StagedModel,
+        inputs: Mapping[str, Any],
+        read: Callable[[torch.Tensor], Any],
+        criterion: Callable,
+        tokens: ChosenTokens | None,
     ) -> Iterator[StageView]:
         """Within this context a forward pass without learning shows the stages of this process."""
-        with staged.engine.observe(inputs.get("attention_mask"), read) as view:
+        with staged.engine.observe(inputs.get("attention_mask"), read, tokens=tokens) as view:
             yield view
 
     def scores_of_all(self, scores: StageScores) -> StageScores:
@@ -235,11 +241,16 @@ class StageParallel(AllStages):
 
     @contextlib.contextmanager
     def observing(
-        self, staged: StagedModel, inputs: Mapping[str, Any], read: Callable[[torch.Tensor], Any], criterion: Callable
+        self,
+        staged: StagedModel,
+        inputs: Mapping[str, Any],
+        read: Callable[[torch.Tensor], Any],
+        criterion: Callable,
+        tokens: ChosenTokens | None,
     ) -> Iterator[StageView]:
         self._stamp = _stamp_of(staged.model, inputs)
         mask = inputs.get("attention_mask")
-        with staged.engine.observe(mask, read, self._own, self.take(), criterion) as view:
+        with staged.engine.observe(mask, read, self._own, self.take(), criterion, tokens) as view:
             yield view
         self.hand_on(view.output)
 

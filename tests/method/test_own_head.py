@@ -81,14 +81,17 @@ def test_training_is_that_of_all_logits(name, order, tmp_path):
         sizes, logits = set(), staged.engine._own_head.logits
         staged.engine._own_head.logits = lambda *given: noted(sizes, logits(*given))
         one.train()
-        return one, sizes
+        one.compute_metrics = None
+        return one, sizes, one.evaluate(data)
 
     def noted(sizes, found):
         sizes.add(found.dim())
         return found
 
-    (packed, few), (whole, all_of_them) = run(True), run(False)
+    (packed, few, found), (whole, all_of_them, expected) = run(True), run(False)
     assert (few, all_of_them) == ({2}, {3})
+    names = {"eval_loss", *(f"eval_stage_{k}_{name}" for k in (1, 2, 3) for name in ("loss", "perplexity"))}
+    assert {name: found[name] for name in names} == pytest.approx({name: expected[name] for name in names}, rel=1e-4)
     assert losses(packed) == pytest.approx(losses(whole), rel=1e-4)
     assert_close(weights(packed.model), weights(whole.model))
 
