@@ -1,6 +1,6 @@
 """Optimizer steps and gradient clipping of one stage at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -48,7 +48,7 @@ def shared_parameters(model: nn.Module, partition: Partition, heads: StageHeads)
     return [*heads.layers.parameters(), *own]
 
 
-def clip_by_stage(parameters: Sequence[Sequence[nn.Parameter]], max_norm: float) -> torch.Tensor:
+def clip_by_stage(parameters: Iterable[Sequence[nn.Parameter]], max_norm: float) -> torch.Tensor:
     """Clip the gradients of each stage to `max_norm` by itself; returns the norm of all before that."""
     norms = [clip_grad_norm_(stage, max_norm) for stage in parameters if any(p.grad is not None for p in stage)]
     return torch.linalg.vector_norm(torch.stack(norms))

@@ -76,6 +76,11 @@ class FakeLayerOffload(LayerOffload):
 
     slab = _FakeSlab
     streams_of: Any = staticmethod(lambda _: None)
+    on_step: Callable[[str], None] = staticmethod(lambda _: None)  # is told which layer steps
+
+    def _step(self, name: str, optimizer: Any, having: Iterable[torch.nn.Parameter]) -> None:
+        self.on_step(name)
+        super()._step(name, optimizer, having)
 
 
 class FakeRingLayerOffload(FakeLayerOffload):

@@ -3,13 +3,15 @@
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
 
 from ..memory.tensor_peaks import FlatMemTracker
+
+Values = TypeVar("Values")
 
 aten = torch.ops.aten
 _WITHOUT_COST = {aten.empty.memory_format, aten.detach.default}
@@ -65,6 +67,10 @@ def _nbytes(values: Iterable[Any]) -> int:
     return total
 
 
+def _storages(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
 @dataclass(frozen=True)
 class Peak:
     """
@@ -97,4 +103,27 @@ class CountingTracker(FlatMemTracker):
             return args[0].fake_device  # most calls are this one, which makes no tensor
         found = super().__torch_dispatch__(func, types, args, kwargs)
         self.operations.count(func, args, kwargs or {}, found)
+        self.note(func)
         return found
+
+    def note(self, func: Any) -> None:
+        """An operator has run. See `Recorder`, as for what follows."""
+
+    def mark(self, unit: int | None) -> None:
+        """What runs from now on is of a unit."""
+
+    def marking(self, by_unit: Iterable[Values]) -> Iterable[Values]:
+        """The same, of which each is marked as it is asked for."""
+        return by_unit
+
+    def tails(self, one: Iterable[torch.Tensor]) -> Iterable[None]:
+        """The end of a step, which is to be run as often as there are items."""
+        return [None]
+
+    def track_units(self, units: Iterable[Iterable[torch.Tensor]], optimizer: torch.optim.Optimizer) -> None:
+        """Tensors of each unit, which are there when a step begins, as are their states."""
+
+    def count_held(self, weights: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+        """Bytes of weights, and of the optimizer's states."""
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        return _storages(weights), _storages(states)

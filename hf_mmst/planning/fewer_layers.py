@@ -1,0 +1,152 @@
+"""`FewerLayers`: steps of a model of many layers that are alike, found with a few of them."""
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..cut.temporary_attributes import replaced
+from ..memory.layer_offload import resident_layers
+from ..memory.ring import BUFFERS
+from .operations import Peak
+from .traces import Recorder, composed
+from .ways import Way
+
+if TYPE_CHECKING:
+    from .simulation import Simulation
+
+WORTH = 0.7  # of the layers, at most, so that it pays to simulate fewer
+
+
+class FewerLayers:
+    """
+    Peaks of the steps of a simulation, which are those with all of its layers to the byte.
+
+    Layers that are alike (of one class, with the same weights, input, output and saved activations) do the same
+    whenever they are in the same place. So a step of few layers is recorded, in which each place is there twice if it
+    is there more than once, and what the layers in a place do is repeated. Where layers are not alike, or do not do the
+    same in what was recorded, there is no peak, and all have to be simulated.
+
+    Args:
+        simulation ([`Simulation`]): of all layers.
+    """
+
+    def __init__(self, simulation: "Simulation"):
+        self._all = simulation
+        self._alike: bool | None = None
+        self._found: dict[Hashable, Recorder | None] = {}
+
+    def peak(self, way: Way, turn: Sequence[int]) -> Peak | None:
+        """The peak of a step in which the stages of this turn learn."""
+        together = len(turn) == way.num_stages
+        if not together and turn[0] not in (0, way.num_stages - 1):
+            return None
+        wanted = _roles(self._all, way)
+        for some, like in self._candidates(way):
+            roles = _roles(some, like)
+            if _covers(roles, wanted):
+                last = like.num_stages - 1
+                found = self._recorded(some, like, [*range(last + 1)] if together else [last if turn[0] else 0])
+                return None if found is None else composed(found, roles, wanted)
+        return None
+
+    def _candidates(self, way: Way) -> Iterator[tuple["Simulation", Way]]:
+        """Fewer layers, from few to many, with as many stages or resident layers as there may be."""
+        for number in range(2, int(WORTH * len(self._all.layers)) + 1):
+            some = _first(self._all, number)
+            if way.num_stages > 1:
+                yield from ((some, replace(way, num_stages=stages)) for stages in range(2, number + 1))
+            elif way.resident_layers:
+                yield from ((some, replace(way, resident_layers=resident)) for resident in range(1, number))
+            else:
+                yield some, way
+
+    def _recorded(self, some: "Simulation", way: Way, turn: list[int]) -> Recorder | None:
+        key = len(some.layers), way, tuple(turn), some.head_layers if way.num_stages > 1 else 0
+        if key not in self._found:
+            self._found[key] = self._record(some, way, turn)
+        return self._found[key]
+
+    def _record(self, some: "Simulation", way: Way, turn: list[int]) -> Recorder | None:
+        if self._alike is None:
+            self._alike = _are_alike(self._all)
+        if not self._alike:
+            return None
+        try:
+            with _shortened(some.model, self._all.layers, len(some.layers)):
+                some.step(way, turn)
+        except Exception:  # a model may count on all of its layers
+            return None
+        return some.tracker if isinstance(some.tracker, Recorder) else None
+
+
+def _first(simulation: "Simulation", number: int) -> "Simulation":
+    """The simulation of the first layers, within [`_shortened`]."""
+    some = copy.copy(simulation)
+    some.layers, some.ends = simulation.layers[:number], simulation.ends[:number]
+    some.profile, some.records = simulation.profile[:number], True
+    return some
+
+
+def _roles(simulation: "Simulation", way: Way) -> list[Hashable]:
+    """What each unit is: how near it is to an end, and how large it is, or whether it is resident."""
+    near = BUFFERS + 1 if simulation.has_ring else 1
+
+    def place(before: int, after: int) -> tuple[int, int]:
+        return min(before, near), min(after, near)
+
+    if way.num_stages > 1:
+        stages = simulation.partition(way.num_stages).stages
+        return [(*place(k, len(stages) - 1 - k), len(stage)) for k, stage in enumerate(stages)]
+    number = len(simulation.layers)
+    away = [True] * number
+    if way.offload == "layers":
+        resident = {*resident_layers(simulation.layers, way.resident_layers)}
+        away = [name not in resident for name in simulation.layers]
+    roles: list[Hashable] = []
+    since = 0  # resident layers, whose weights in low precision are freed with the layer after them
+    for i in range(number):
+        at_end = i == 0, i == number - 1
+        roles.append((*at_end, away[i], since, *place(sum(away[:i]), sum(away[i + 1 :]))))
+        since = 0 if away[i] or simulation.dtype is None else since + 1
+    return roles
+
+
+def _covers(roles: Sequence[Hashable], wanted: Sequence[Hashable]) -> bool:
+    found = Counter(roles)
+    return all(found[role] >= min(number, 2) for role, number in Counter(wanted).items())
+
+
+def _are_alike(simulation: "Simulation") -> bool:
+    """Whether all layers are, and are the whole of a list that can be made shorter."""
+    model, names = simulation.model, simulation.layers
+    parent = model.get_submodule(names[0].rpartition(".")[0])
+    listed = [*parent.children()] == [model.get_submodule(name) for name in names]
+    if not isinstance(parent, nn.ModuleList) or not listed or simulation.ends != names:
+        return False
+    kinds = {_kind(layer) for layer in parent}
+    takes = {tuple(value for key, value in vars(layer).items() if key != "name") for layer in simulation.by_layer}
+    costs = {tuple(value for key, value in vars(layer).items() if key != "name") for layer in simulation.profile}
+    return len(kinds) == len(takes) == len(costs) == 1
+
+
+def _kind(layer: nn.Module) -> Hashable:
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    return repr(layer), tuple((name, t.shape, t.stride(), t.dtype, t.requires_grad) for name, t in tensors)
+
+
+@contextlib.contextmanager
+def _shortened(model: nn.Module, layers: Sequence[str], number: int) -> Iterator[None]:
+    """Within this context a model has the first of its layers only."""
+    parent: Any = model.get_submodule(layers[0].rpartition(".")[0])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replaced(parent, "_modules", dict([*parent._modules.items()][:number])))
+        for config in {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}.values():
+            if getattr(config, "num_hidden_layers", None) == len(layers):
+                stack.callback(setattr, config, "num_hidden_layers", len(layers))
+                config.num_hidden_layers = number
+        yield
