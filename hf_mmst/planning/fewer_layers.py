@@ -46,19 +46,21 @@ class FewerLayers:
         if not together and turn[0] not in (0, way.num_stages - 1):
             return None
         wanted = _roles(self._all, way)
-        for some, like in self._candidates(way):
-            roles = _roles(some, like)
-            if _covers(roles, wanted):
-                last = like.num_stages - 1
-                found = self._recorded(some, like, [*range(last + 1)] if together else [last if turn[0] else 0])
-                return None if found is None else composed(found, roles, wanted)
-        return None
+        able = ((some, like) for some, like in self._candidates(way) if _covers(_roles(some, like), wanted))
+        some, like = next(able, (None, None))
+        if some is None or like is None:
+            return None
+        last = like.num_stages - 1
+        found = self._recorded(some, like, [*range(last + 1)] if together else [last if turn[0] else 0])
+        return None if found is None else composed(found, _roles(some, like), wanted)
 
     def _candidates(self, way: Way) -> Iterator[tuple["Simulation", Way]]:
         """Fewer layers, from few to many, with as many stages or resident layers as there may be."""
         for number in range(2, int(WORTH * len(self._all.layers)) + 1):
             some = _first(self._all, number)
             if way.num_stages > 1:
+                if way.stage_objective == "local" and some.head_layers > 0:
+                    some.heads_like = self._all.heads_like
                 yield from ((some, replace(way, num_stages=stages)) for stages in range(2, number + 1))
             elif way.resident_layers:
                 yield from ((some, replace(way, resident_layers=resident)) for resident in range(1, number))
@@ -94,25 +96,20 @@ def _first(simulation: "Simulation", number: int) -> "Simulation":
 
 def _roles(simulation: "Simulation", way: Way) -> list[Hashable]:
     """What each unit is: how near it is to an end, and how large it is, or whether it is resident."""
-    near = BUFFERS + 1 if simulation.has_ring else 1
-
-    def place(before: int, after: int) -> tuple[int, int]:
-        return min(before, near), min(after, near)
-
     if way.num_stages > 1:
+        near = 2 if way.stage_objective == "model" else 1  # a stage's transport is in the backward pass of the next one
         stages = simulation.partition(way.num_stages).stages
-        return [(*place(k, len(stages) - 1 - k), len(stage)) for k, stage in enumerate(stages)]
-    number = len(simulation.layers)
-    away = [True] * number
-    if way.offload == "layers":
-        resident = {*resident_layers(simulation.layers, way.resident_layers)}
-        away = [name not in resident for name in simulation.layers]
+        return [(min(k, near), min(len(stages) - 1 - k, near), len(stage)) for k, stage in enumerate(stages)]
+    layers = simulation.layers
+    resident = {*resident_layers(layers, way.resident_layers)} if way.offload == "layers" else {*()}
+    near = BUFFERS + 1 if simulation.has_ring else 1
+    away = [name not in resident for name in layers]
     roles: list[Hashable] = []
     since = 0  # resident layers, whose weights in low precision are freed with the layer after them
-    for i in range(number):
-        at_end = i == 0, i == number - 1
-        roles.append((*at_end, away[i], since, *place(sum(away[:i]), sum(away[i + 1 :]))))
-        since = 0 if away[i] or simulation.dtype is None else since + 1
+    for i, moves in enumerate(away):
+        place = (min(sum(away[:i]), near), min(sum(away[i + 1 :]), near)) if moves else ()
+        roles.append((i == 0, i == len(layers) - 1, since, place))
+        since = 0 if moves or simulation.dtype is None else since + 1
     return roles
 
 

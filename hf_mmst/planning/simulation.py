@@ -56,7 +56,6 @@ class Simulation(Steps):
         self.config: Any = getattr(model, "config", None)
         self.objective = objective_of(model) or CLASSES
         self.layers = find_layers(model)
-        self._last = self.layers[-1]
         self.ends = run_ends(model, self.layers)
         tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
         self.num_samples = len(tensors.get("labels", next(iter(tensors.values()))))
@@ -87,13 +86,11 @@ class Simulation(Steps):
         return num_head_layers(self._head_layers, self.given, widths, blocks)
 
     @functools.cached_property
-    def _pooling(self) -> str:
-        return head_pooling(self._head_pooling, self.objective.head, self.given, self._last, self._samples)
-
-    @functools.cached_property
-    def _mixer(self) -> str | None:
-        """See [`StageHeads`]."""
-        return token_mixer(self.given, self._last, self._samples) if self._pooling == "cls" else None
+    def heads_like(self) -> tuple[str, str | None]:
+        """What the auxiliary heads pool, and their mixer, see [`StageHeads`]."""
+        last = self.layers[-1], self._samples
+        pooling = head_pooling(self._head_pooling, self.objective.head, self.given, *last)
+        return pooling, token_mixer(self.given, *last) if pooling == "cls" else None
 
     def partition(self, num_stages: int) -> Partition:
         """The cut into stages of about equal cost."""

@@ -46,13 +46,12 @@ class Steps:
     layers: Sequence[str]
     profile: list[LayerProfile]
     head_layers: int
+    heads_like: tuple[str, str | None]
     records = False
     tracker: CountingTracker
     _mode: FakeTensorMode
     _ready: list[torch.Tensor]
     _states: WeakTensorKeyDictionary
-    _pooling: str
-    _mixer: str | None
 
     def partition(self, num_stages: int) -> Partition:
         """The cut into stages."""
@@ -85,7 +84,7 @@ class Steps:
 
     def _stagewise(self, partition: Partition, stages: Sequence[int], way: Way) -> Peak:
         layers = {layer.name: layer for layer in self.profile}
-        pooling, mixer = (self._pooling, self._mixer) if self.head_layers > 0 else ("mean", None)
+        pooling, mixer = self.heads_like if self.head_layers > 0 else ("mean", None)
         with self._mode, self._checkpointing(self.model, way), contextlib.ExitStack() as stack:
             with torch.device(self.device), _default_dtype(self.model):
                 ends = [layers[name] for name in partition.boundaries[:-1]]

@@ -208,7 +208,7 @@ class _Composition:
         groups = self._grouped(self._found.groups)
         if self._found.ends:
             end, without = map(self._grouped, self._found.ends)
-            groups += self._lengthened(end, without) if len(self._found.ends[1][0].calls) > 0 else end
+            groups += self._lengthened(end, without) if without[-1].calls else end
         held = most = self._total(self._found.start)
         for group in groups:
             for call in group.calls:
@@ -264,7 +264,8 @@ class _Composition:
             Call(one.func, {None: one.total + self._more * (one.total - two.total)})
             for one, two in zip(group.calls, other.calls, strict=True)
         ]
-        return Group(None, calls, group.operations)
+        counts = zip(group.operations, other.operations, strict=True)
+        return Group(None, calls, [one + self._more * (one - two) for one, two in counts])
 
 
 def _runs(groups: Iterable[Group]) -> Iterator[dict[Unit, Group]]:
