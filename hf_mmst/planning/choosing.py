@@ -156,7 +156,8 @@ def _most_resident(rows: Rows, family: Way) -> Way | None:
     def number_for(each: float) -> int:
         return max(0, min(len(ways) - 1, int((limit / HEADROOM - least) / each)))
 
-    number = number_for(layers[0].weights + layers[0].gradients + layers[0].states)
+    kept = 0 if family.activation_checkpointing else layers[0].activations
+    number = number_for(layers[0].weights + layers[0].gradients + layers[0].states + kept)
     if number > 0 and not fits(number):
         number = number_for((tried[number].peak.total - least) / number)
     while number < len(ways) - 1 and fits(number + 1):

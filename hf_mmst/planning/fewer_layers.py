@@ -5,7 +5,7 @@ import copy
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -13,11 +13,9 @@ from ..cut.temporary_attributes import replaced
 from ..memory.layer_offload import resident_layers
 from ..memory.ring import BUFFERS
 from .operations import Peak
+from .steps import Steps
 from .traces import Recorder, composed
 from .ways import Way
-
-if TYPE_CHECKING:
-    from .simulation import Simulation
 
 WORTH = 0.7  # of the layers, at most, so that it pays to simulate fewer
 
@@ -32,10 +30,10 @@ class FewerLayers:
     same in what was recorded, there is no peak, and all have to be simulated.
 
     Args:
-        simulation ([`Simulation`]): of all layers.
+        simulation ([`Steps`]): of all layers.
     """
 
-    def __init__(self, simulation: "Simulation"):
+    def __init__(self, simulation: Steps):
         self._all = simulation
         self._alike: bool | None = None
         self._found: dict[Hashable, Recorder | None] = {}
@@ -54,7 +52,7 @@ class FewerLayers:
         found = self._recorded(some, like, [*range(last + 1)] if together else [last if turn[0] else 0])
         return None if found is None else composed(found, _roles(some, like), wanted)
 
-    def _candidates(self, way: Way) -> Iterator[tuple["Simulation", Way]]:
+    def _candidates(self, way: Way) -> Iterator[tuple[Steps, Way]]:
         """Fewer layers, from few to many, with as many stages or resident layers as there may be."""
         for number in range(2, int(WORTH * len(self._all.layers)) + 1):
             some = _first(self._all, number)
@@ -67,13 +65,13 @@ class FewerLayers:
             else:
                 yield some, way
 
-    def _recorded(self, some: "Simulation", way: Way, turn: list[int]) -> Recorder | None:
+    def _recorded(self, some: Steps, way: Way, turn: list[int]) -> Recorder | None:
         key = len(some.layers), way, tuple(turn), some.head_layers if way.num_stages > 1 else 0
         if key not in self._found:
             self._found[key] = self._record(some, way, turn)
         return self._found[key]
 
-    def _record(self, some: "Simulation", way: Way, turn: list[int]) -> Recorder | None:
+    def _record(self, some: Steps, way: Way, turn: list[int]) -> Recorder | None:
         if self._alike is None:
             self._alike = _are_alike(self._all)
         if not self._alike:
@@ -86,7 +84,7 @@ class FewerLayers:
         return some.tracker if isinstance(some.tracker, Recorder) else None
 
 
-def _first(simulation: "Simulation", number: int) -> "Simulation":
+def _first(simulation: Steps, number: int) -> Steps:
     """The simulation of the first layers, within [`_shortened`]."""
     some = copy.copy(simulation)
     some.layers, some.ends = simulation.layers[:number], simulation.ends[:number]
@@ -94,7 +92,7 @@ def _first(simulation: "Simulation", number: int) -> "Simulation":
     return some
 
 
-def _roles(simulation: "Simulation", way: Way) -> list[Hashable]:
+def _roles(simulation: Steps, way: Way) -> list[Hashable]:
     """What each unit is: how near it is to an end, and how large it is, or whether it is resident."""
     if way.num_stages > 1:
         near = 2 if way.stage_objective == "model" else 1  # a stage's transport is in the backward pass of the next one
@@ -102,7 +100,7 @@ def _roles(simulation: "Simulation", way: Way) -> list[Hashable]:
         return [(min(k, near), min(len(stages) - 1 - k, near), len(stage)) for k, stage in enumerate(stages)]
     layers = simulation.layers
     resident = {*resident_layers(layers, way.resident_layers)} if way.offload == "layers" else {*()}
-    near = BUFFERS + 1 if simulation.has_ring else 1
+    near = BUFFERS + 1 if simulation.has_ring and way.offload == "layers" else 1
     away = [name not in resident for name in layers]
     roles: list[Hashable] = []
     since = 0  # resident layers, whose weights in low precision are freed with the layer after them
@@ -118,7 +116,7 @@ def _covers(roles: Sequence[Hashable], wanted: Sequence[Hashable]) -> bool:
     return all(found[role] >= min(number, 2) for role, number in Counter(wanted).items())
 
 
-def _are_alike(simulation: "Simulation") -> bool:
+def _are_alike(simulation: Steps) -> bool:
     """Whether all layers are, and are the whole of a list that can be made shorter."""
     model, names = simulation.model, simulation.layers
     parent = model.get_submodule(names[0].rpartition(".")[0])

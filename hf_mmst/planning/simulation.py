@@ -75,18 +75,18 @@ class Simulation(Steps):
             self._ready = [self._fake(value) for value in tensors.values()] if device == "cpu" else []
 
     @functools.cached_property
-    def profile(self) -> list[LayerProfile]:
+    def profile(self) -> list[LayerProfile]:  # type: ignore[override]
         """What each layer costs and puts out."""
         return profile_layers(self.given, self.layers, self.example)
 
     @functools.cached_property
-    def head_layers(self) -> int:
+    def head_layers(self) -> int:  # type: ignore[override]
         """Number of layers of the auxiliary heads."""
         widths, blocks = [layer.width for layer in self.profile], len(self.ends) == len(self.layers)
         return num_head_layers(self._head_layers, self.given, widths, blocks)
 
     @functools.cached_property
-    def heads_like(self) -> tuple[str, str | None]:
+    def heads_like(self) -> tuple[str, str | None]:  # type: ignore[override]
         """What the auxiliary heads pool, and their mixer, see [`StageHeads`]."""
         last = self.layers[-1], self._samples
         pooling = head_pooling(self._head_pooling, self.objective.head, self.given, *last)
@@ -125,7 +125,7 @@ class Simulation(Steps):
         return FewerLayers(self)
 
     @functools.cached_property
-    def by_layer(self) -> list[LayerMemory]:
+    def by_layer(self) -> list[LayerMemory]:  # type: ignore[override]
         """What each layer takes, and its activations in end-to-end training."""
         with self._mode:
             return memory_by_layer(self.model, self.layers, self._forward, self.device)

@@ -21,6 +21,7 @@ from ..method.engine import Stagewise
 from ..method.heads import StageHeads
 from ..method.stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
 from .fake_memory import FakeLayerOffload, FakeRingStageOffload, FakeStageOffload, fake_layer_offload
+from .layer_memory import LayerMemory
 from .model_and_batch import with_adapters
 from .operations import CountingTracker, Peak
 from .traces import Recorder
@@ -43,7 +44,9 @@ class Steps:
     has_ring: bool
     config: Any
     objective: Any = CLASSES
-    layers: Sequence[str]
+    layers: list[str]
+    ends: list[str]
+    by_layer: list[LayerMemory]
     profile: list[LayerProfile]
     head_layers: int
     heads_like: tuple[str, str | None]
@@ -179,8 +182,8 @@ class Steps:
             optimizer = self._with_states([p for p in parameters if p.requires_grad])
             made = fake_layer_offload(way, self.has_ring, self.dtype)
             offload = stack.enter_context(self._offload(made, partition, optimizer, resident))
-            offload.on_step = lambda name: tracker.mark(self.layers.index(name))
             tracker = self._tracker(self.model, parameters, optimizer, offload.link.buffers)
+            offload.on_step = lambda name: tracker.mark(self.layers.index(name))
             with tracker, self._marked(tracker, self.model):
                 with self._autocast():
                     loss = self._loss(self.model)

@@ -70,6 +70,7 @@ class Recorder(CountingTracker):
         self._device = torch.device(device)
         self._units: dict[int, int] = {}  # of tensors, by their ids
         self._unit: Unit = None  # that runs
+        self._before: Group | None = None  # the one that another has just followed
         self._more: dict[Unit, int] = {}  # bytes that are held since the last call, by the unit that allocated them
         self.groups: list[Group] = []
         self.ends: list[list[Group]] = []
@@ -231,10 +232,10 @@ class _Composition:
                 made.append(self._of_all(run[None]))
                 continue
             for unit, group in run.items():
-                first = self._first[unit]
+                first = self._first[unit]  # type: ignore[index]
                 if first not in run or not group.does_as(run[first]):
                     raise _NotTheSameError
-            ascending = [*run] == sorted(run)
+            ascending = [*run] == sorted(run)  # type: ignore[type-var]
             once = {unit for unit in run if [unit] in self._of_role.values()}
             run = {unit: self._of_all(group) if unit in once else group for unit, group in run.items()}
             made += [run[unit] for unit in (self._units if ascending else reversed(self._units)) if unit in run]
