@@ -43,7 +43,7 @@ COMBINATIONS = [
         ("bert", "bf16", False, way)
         for way in ("end to end", "checkpointing", "offloaded", "at once", "in turn, model")
     ),
-    *(("llama", "bf16", True, way) for way in ("end to end", "offloaded", "in turn, offloaded")),
+    *(("llama", "bf16", True, way) for way in ("end to end", "offloaded")),
 ]
 
 
