@@ -80,6 +80,7 @@ class FewerLayers:
             with _shortened(some.model, self._all.layers, len(some.layers)):
                 some.step(way, turn)
         except Exception:  # a model may count on all of its layers
+            some.model.zero_grad()
             return None
         return some.tracker if isinstance(some.tracker, Recorder) else None
 
