@@ -16,6 +16,7 @@ from .example_inputs import ExampleInputs
 from .hidden_states import hidden_states_of, input_hidden_states
 from .layers import run_ends
 from .partition import Partition
+from .quick_shapes import QuickShapes
 from .tracing import Recorder, Trace
 
 # What a pass without data raises where data decides. Any other error comes again when the model is run as it is.
@@ -76,7 +77,7 @@ def profile_layers(model: nn.Module, layers: Sequence[str], example: ExampleInpu
         shapes[name] = hidden_states_of(output).shape
 
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), QuickShapes(), FlopCounterMode(display=False) as counter:
             run_example(on_meta(model), layers, watch, example, enter)
         counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
         flops = {name: counts.get(f"{type(model).__name__}.{name}", 0) // example.num_samples for name in layers}
@@ -186,7 +187,7 @@ def trace_stages(model: nn.Module, partition: Partition, example: ExampleInputs 
 
 def _trace(model: nn.Module, partition: Partition, example: ExampleInputs) -> Trace:
     recorder = Recorder(partition)
-    with torch.enable_grad():
+    with torch.enable_grad(), QuickShapes():
         outputs = run_example(model, partition.layers, recorder.after, example, recorder.before)
     return recorder.trace(logits_of(outputs), model)
 
