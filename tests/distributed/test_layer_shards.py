@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from layer_shards import RUNS, train
+from layer_shards import RUNS, main, train
+from processes import ranks
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
@@ -26,16 +24,12 @@ from hf_mmst.distributed.layer_shards import sharding_layers
 from hf_mmst.distributed.wrappers import FullyShardedWrapper
 from hf_mmst.trainer.refusals import refuse_in_shards
 
-WORKER = Path(__file__).parents[1] / "helpers/layer_shards.py"
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where two processes have trained all runs, in one start."""
     folder = tmp_path_factory.mktemp("shards")
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
-    done = subprocess.run([*program, str(folder), *RUNS], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks(2, main, folder, *RUNS, folder=folder)
     return folder
 
 

@@ -1,22 +1,16 @@
 """Several processes over gloo give the weights of one process on the joined batch."""
 
 import json
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from killed import run
-from processes import ranks
+from killed import killed_rank, rank, run
+from processes import ranks, watched
 from runs import StopAt
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 from worker import CASES, main, train
-
-HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -78,24 +72,13 @@ def test_gradients_that_are_late_or_in_one_process_only(launched):
 def test_a_killed_process_ends_the_others_and_another_number_goes_on(tmp_path):
     """Two processes, of which one is killed; then one alone from what was saved; then two from there."""
     folder = tmp_path / "killed"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launch += [HELPERS / "lean.py", HELPERS / "killed.py", folder, "processes"]
-    with subprocess.Popen(launch, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as launcher:
-        while launcher.poll() is None and not (folder / "checkpoint-3").is_dir():
-            time.sleep(0.05)
-        ranks = {one.environ()["LOCAL_RANK"]: one for one in psutil.Process(launcher.pid).children()}
-        ranks["1"].kill()
-        begin = time.monotonic()
-        _, said = launcher.communicate(timeout=60)
-        assert time.monotonic() - begin < 60
-    assert launcher.returncode != 0
-    assert "SIGKILL" in said
-    assert not any(one.is_running() for one in ranks.values())
+    code, _ = watched(2, killed_rank, folder, "processes", 3, folder=tmp_path)
+    assert time.time() - float((folder / "killed").read_text()) < 60
+    assert code == 1
     reached = int(get_last_checkpoint(folder).rpartition("-")[2])
     assert 3 <= reached < 18
     run(folder, "processes", StopAt(18))
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks(2, rank, folder, "processes", folder=tmp_path)
     run(tmp_path / "straight", "processes")
     found, expected = folder / "checkpoint-36", tmp_path / "straight" / "checkpoint-36"
     for name in ("model.safetensors", "stages.safetensors"):

@@ -1,8 +1,10 @@
-"""A run that saves at each step, resumes from what is there, and is killed from outside. Arguments: folder, kind."""
+"""A run that saves at each step, resumes from what is there, and is killed."""
 
 import os
+import signal
 import sys
-from pathlib import Path
+import threading
+import time
 
 import torch
 from transformers import TrainerCallback
@@ -17,14 +19,13 @@ KINDS = {
         "feature_cache": "disk",
         "dropout": True,
     },
-}
-PROCESSES = {  # one or two
-    "max_steps": 36,
-    "stage_order": "sequential",
-    "transport_schedule": "adaptive",
-    "optim": "sgd",
-    "learning_rate": 0.05,
-    "per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", "1")),
+    "processes": {  # one or two
+        "max_steps": 36,
+        "stage_order": "sequential",
+        "transport_schedule": "adaptive",
+        "optim": "sgd",
+        "learning_rate": 0.05,
+    },
 }
 
 
@@ -41,7 +42,8 @@ class Begins(TrainerCallback):
 def run(folder, kind, *callbacks):
     from runs import trainer
 
-    settings = {"save_strategy": "steps", "save_steps": 1, **(KINDS | {"processes": PROCESSES})[kind]}
+    settings = {"save_strategy": "steps", "save_steps": 1, **KINDS[kind]}
+    settings["per_device_train_batch_size"] = 8 // int(os.environ.get("WORLD_SIZE", "1"))
     trained = trainer(folder, extra={"callbacks": [*callbacks]}, **settings)
     last = get_last_checkpoint(folder) if folder.is_dir() else None
     trained.train(resume_from_checkpoint=last)
@@ -56,5 +58,22 @@ def main(folder, kind, begun=None):
     run(folder, kind, *([] if begun is None else [Begins(begun)]))
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+def rank(folder, kind):
+    """One process of several."""
+    main(folder, kind)
+    sys.stdout.flush()
+    os._exit(0)  # all is written; threads of the process group now and then abort an interpreter that ends
+
+
+def killed_rank(folder, kind, number):
+    """One process of several, of which the second is killed, wherever it is, when a checkpoint is there."""
+
+    def kill():
+        while not (folder / f"checkpoint-{number}").is_dir():
+            time.sleep(0.02)
+        (folder / "killed").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ["RANK"] == "1":
+        threading.Thread(target=kill, daemon=True).start()
+    main(folder, kind)

@@ -1,4 +1,4 @@
-"""Processes that train tiny models end to end, layers offloaded or not, and what one gets. Arguments: folder, runs."""
+"""Processes that train tiny models end to end, layers offloaded or not, and what one gets."""
 
 import json
 import os
@@ -115,7 +115,3 @@ def main(folder: Path, *runs: str) -> None:
     PartialState().wait_for_everyone()
     sys.stdout.flush()
     os._exit(0)  # all is written; threads of the process group now and then abort an interpreter that ends
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

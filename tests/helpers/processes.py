@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["killed", "runs", "sharded", "worker", "transformers.trainer"])
+_context.set_forkserver_preload(
+    ["killed", "layer_shards", "runs", "sharded", "shared_out", "worker", "transformers.trainer"]
+)
 event = _context.Event
 
 
-def start(function, *arguments, errors: Path | None = None, **environment: str):
+def start(function, *arguments, errors: Path | None = None, daemon: bool = True, **environment: str):
     """A process that runs a function of one of the modules above; what it says on stderr is appended to a file."""
-    process = _context.Process(target=_run, args=(function, arguments, errors, environment), daemon=True)
+    process = _context.Process(target=_run, args=(function, arguments, errors, environment), daemon=daemon)
     process.start()
     return process
 
@@ -41,6 +43,23 @@ def ranks(number: int, function, *arguments, folder: Path, timeout: float = 600)
             one.kill()
             one.join()
     assert not any(one.exitcode for one in processes), "\n".join(path.read_text()[-3000:] for path in said)
+
+
+def watched(number: int, function, *arguments, folder: Path, timeout: float = 600) -> tuple[int | None, str]:
+    """Runs a function in so many processes as `torchrun` does; returns the exit code, and what all said on stderr."""
+    said = folder / "stderr"
+    agent = start(_agent, number, function, *arguments, errors=said, daemon=False)
+    agent.join(timeout)
+    agent.kill()
+    return agent.exitcode, said.read_text()
+
+
+def _agent(number, function, *arguments):
+    """Torch's agent starts processes, and ends the others where one ends without a result."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    elastic_launch(LaunchConfig(1, 1, number, max_restarts=0, start_method="fork", **rendezvous), function)(*arguments)
 
 
 def _run(function, arguments, errors, environment):

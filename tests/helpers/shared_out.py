@@ -1,9 +1,7 @@
-"""One of several processes that share out stages; or, imported, the same runs in one. Arguments: runs as JSON."""
+"""Runs of several processes that share out stages, or of one."""
 
-import gc
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -112,14 +110,11 @@ def pass_on(folder):
     return {"begins": begins, "ends": ends}
 
 
-if __name__ == "__main__":
-    gc.freeze()  # as in conftest.py
+def main(runs):
+    """All runs, in turn, in one of several processes."""
     torch.set_num_threads(1)
-    for one in json.loads(sys.argv[1]):
+    for one in runs:
         found = run(**one) if "name" in one else pass_on(**one)
         path = Path(one["folder"]) / f"{os.environ['RANK']}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(found))
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # all is written; threads of the process group now and then abort an interpreter that ends
