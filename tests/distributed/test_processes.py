@@ -3,6 +3,7 @@
 import json
 import time
 
+import psutil
 import pytest
 import torch
 from killed import killed_rank, rank, run
@@ -75,6 +76,7 @@ def test_a_killed_process_ends_the_others_and_another_number_goes_on(tmp_path):
     code, _ = watched(2, killed_rank, folder, "processes", 3, folder=tmp_path)
     assert time.time() - float((folder / "killed").read_text()) < 60
     assert code == 1
+    assert not any(psutil.pid_exists(int((tmp_path / f"pid.{number}").read_text())) for number in range(2))
     reached = int(get_last_checkpoint(folder).rpartition("-")[2])
     assert 3 <= reached < 18
     run(folder, "processes", StopAt(18))

@@ -74,6 +74,7 @@ def killed_rank(folder, kind, number):
         (folder / "killed").write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
 
+    (folder.parent / f"pid.{os.environ['RANK']}").write_text(str(os.getpid()))
     if os.environ["RANK"] == "1":
         threading.Thread(target=kill, daemon=True).start()
     main(folder, kind)
