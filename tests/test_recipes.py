@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import benchmark_accuracy
+import benchmark_memory
 import bert_text
 import datasets
 import numpy as np
@@ -46,7 +47,7 @@ def here(tmp_path, monkeypatch, capfd):
 
     def run(recipe, *flags):
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-        monkeypatch.setattr(sys, "argv", [f"{recipe.__name__}.py", "--output_dir", str(tmp_path / "out"), *flags])
+        monkeypatch.setattr(sys, "argv", [recipe.__file__, "--output_dir", str(tmp_path / "out"), *flags])
         capfd.readouterr()
         recipe.main()
         return subprocess.CompletedProcess(sys.argv, 0, *capfd.readouterr())
@@ -283,10 +284,8 @@ def test_the_accuracy_benchmark_goes_on_and_chooses_the_rate_by_held_out_samples
     assert (tmp_path / "accuracy_against_memory.png").stat().st_size > 0
 
 
-def test_the_memory_benchmark_measures_each_method_and_draws(tmp_path):
-    flags = ["--quick", "--steps", "2", "--methods", "end-to-end", "offloaded"]
-    done = run("benchmark_memory.py", tmp_path, *flags, launcher=())
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_the_memory_benchmark_measures_each_method_and_draws(tmp_path, here):
+    here(benchmark_memory, "--quick", "--steps", "2", "--methods", "end-to-end", "offloaded")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["method"] for row in found["rows"]] == ["end-to-end", "offloaded"]
     assert all(row["peak_bytes"] > 0 and row["epoch_seconds"] > row["step_seconds"] > 0 for row in found["rows"])
@@ -295,16 +294,16 @@ def test_the_memory_benchmark_measures_each_method_and_draws(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the recipe says that only Linux holds a process to a budget")
-def test_a_model_is_trained_within_a_budget_that_the_system_keeps(tmp_path):
+def test_a_model_is_trained_within_a_budget_that_the_system_keeps(tmp_path, here):
+    import billions  # needs the module resource
+
     flags = "--model", "tiny", "--steps", "2"
-    done = run("billions.py", tmp_path, *flags, "--budget", "1GiB", launcher=())
-    assert done.returncode == 0, done.stderr[-3000:]
+    here(billions, *flags, "--budget", "1GiB")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["peak_private_bytes"] <= found["limit_bytes"] == 2**30
     assert found["peak_anonymous_resident_bytes"] < found["peak_resident_bytes"]
     assert len(found["losses"]) == 2
     assert all(map(math.isfinite, found["losses"]))
     assert found["command"].startswith("recipes/billions.py")
-    done = run("billions.py", tmp_path, *flags, "--budget", "50MiB", launcher=())
-    assert done.returncode != 0
-    assert "the run ended with exit code" in done.stderr
+    with pytest.raises(SystemExit, match="the run ended with exit code"):
+        here(billions, *flags, "--budget", "50MiB")
