@@ -62,11 +62,13 @@ def test_gradients_step_save_load(name, tmp_path):
     save_stages(tmp_path, Stages(partition, heads, {"transport_norm": "relative"}, state))
     loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert all(torch.equal(tensor, weights(model)[n]) for n, tensor in loaded.state_dict().items())
+    trained = model.state_dict()
+    assert all(torch.equal(tensor, trained[n]) for n, tensor in loaded.state_dict().items())
     stages = load_stages(tmp_path)
     assert stages.partition == partition
     assert [type(head) for head in stages.heads] == [type(head) for head in heads]
-    assert all(torch.equal(tensor, heads.state_dict()[n]) for n, tensor in stages.heads.state_dict().items())
+    trained = heads.state_dict()
+    assert all(torch.equal(tensor, trained[n]) for n, tensor in stages.heads.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -5,8 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
-from runs import trainer, weights
+from runs import assert_same, trainer, weights
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback
 
@@ -109,7 +108,7 @@ def test_tensorboard_has_pictures_and_grouped_numbers_and_training_is_the_same(t
     run = trainer(tmp_path / "logged", report_to="tensorboard", **settings)
     run.train()
     run.evaluate()
-    assert all(torch.equal(tensor, weights(plain.model)[name]) for name, tensor in weights(run.model).items())
+    assert_same(weights(run.model), weights(plain.model))
     images, scalars = [], set()
     for path in (tmp_path / "logged").rglob("events*"):
         events = EventAccumulator(str(path), size_guidance={"images": 0}).Reload()
