@@ -168,18 +168,24 @@ def test_a_custom_loader_does_not_mark_samples(settings, tmp_path):
         Own(make("vit"), args, train_dataset=Samples("vit")).train()
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The weights after a run that nothing interrupts."""
+    trained = run(tmp_path_factory.mktemp("straight"))
+    trained.train()
+    return weights(trained.model)
+
+
 @pytest.mark.parametrize("stop", [6, 21, 37])
-def test_resume_is_bitwise_the_uninterrupted_run(stop, tmp_path, capsys):
+def test_resume_is_bitwise_the_uninterrupted_run(stop, straight, tmp_path, capsys):
     settings = {"save_strategy": "steps", "save_steps": stop}
-    straight = run(tmp_path / "straight", **settings)
-    straight.train()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", extra={"callbacks": [InterruptAt(stop)]}, **settings).train()
     capsys.readouterr()
     resumed = run(tmp_path / "stopped", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert ("are in" in capsys.readouterr().out) == (stop > 16)
-    assert_same(weights(resumed.model), weights(straight.model))
+    assert_same(weights(resumed.model), straight)
 
 
 @pytest.mark.parametrize("cache", ["disk", "memory"])
