@@ -19,13 +19,13 @@ KINDS = {
         "feature_cache": "disk",
         "dropout": True,
     },
-    "processes": {  # one or two
-        "max_steps": 36,
-        "stage_order": "sequential",
-        "transport_schedule": "adaptive",
-        "optim": "sgd",
-        "learning_rate": 0.05,
-    },
+}
+PROCESSES = {  # one or two
+    "max_steps": 36,
+    "stage_order": "sequential",
+    "transport_schedule": "adaptive",
+    "optim": "sgd",
+    "learning_rate": 0.05,
 }
 
 
@@ -42,7 +42,7 @@ class Begins(TrainerCallback):
 def run(folder, kind, *callbacks):
     from runs import trainer
 
-    settings = {"save_strategy": "steps", "save_steps": 1, **KINDS[kind]}
+    settings = {"save_strategy": "steps", "save_steps": 1, **(KINDS | {"processes": PROCESSES})[kind]}
     settings["per_device_train_batch_size"] = 8 // int(os.environ.get("WORLD_SIZE", "1"))
     trained = trainer(folder, extra={"callbacks": [*callbacks]}, **settings)
     last = get_last_checkpoint(folder) if folder.is_dir() else None

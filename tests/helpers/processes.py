@@ -10,7 +10,7 @@ from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["killed", "layer_shards", "runs", "sharded", "shared_out", "worker", "transformers.trainer"]
+    ["killed", "layer_shards", "runs", "sharded", "shared_out", "worker", "transformers.trainer", "deepspeed"]
 )
 event = _context.Event
 
