@@ -1,5 +1,8 @@
 """The recipes as a person runs them, on a few samples."""
 
+import contextlib
+import ctypes
+import gc
 import json
 import math
 import os
@@ -226,6 +229,9 @@ def benchmark(monkeypatch, folder, *flags):
 def test_methods_of_the_accuracy_benchmark_train(method, num_stages, tmp_path, monkeypatch):
     one = {"method": method, "num_stages": num_stages, "learning_rate": 1e-3, "seed": 1, "split": "test"}
     args = benchmark(monkeypatch, tmp_path, "--quick", "--hidden_layers", "2", "--one", json.dumps(one))
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier tests have freed would hide the peak
     found = benchmark_accuracy.measure(args)
     assert found.items() >= one.items()
     assert 0 <= found["accuracy"] <= 1
