@@ -1,5 +1,6 @@
 """Processes that find everything imported: a server, which imports once, forks them."""
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["killed", "layer_shards", "runs", "sharded", "shared_out", "worker", "transformers.trainer", "deepspeed"]
+    ["killed", "layer_shards", "runs", "sharded", "shared_out", "worker", "transformers.trainer"]
 )
 event = _context.Event
 
@@ -42,7 +43,8 @@ def ranks(number: int, function, *arguments, folder: Path, timeout: float = 600)
         for one in processes:
             one.kill()
             one.join()
-    assert not any(one.exitcode for one in processes), "\n".join(path.read_text()[-3000:] for path in said)
+    codes = [one.exitcode for one in processes]
+    assert not any(codes), f"exit codes {codes}\n" + "\n".join(path.read_text()[-3000:] for path in said)
 
 
 def watched(number: int, function, *arguments, folder: Path, timeout: float = 600) -> tuple[int | None, str]:
@@ -68,4 +70,5 @@ def _run(function, arguments, errors, environment):
     if errors is not None:
         sys.stderr.flush()
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        faulthandler.enable(file=2)
     function(*arguments)
