@@ -42,7 +42,7 @@ class FewerLayers:
         """The peak of a step in which the stages of this turn learn."""
         if self._alike is None:
             self._alike = _are_alike(self._all)
-        if not self._alike:
+        if not self._alike or (way.offload == "layers" and way.num_stages > 1):
             return None
         together = len(turn) == way.num_stages
         if not together and turn[0] not in (0, way.num_stages - 1):

@@ -15,8 +15,8 @@ class Way:
     A way of training: the settings that its memory and compute depend on.
 
     Attributes:
-        num_stages (`int`): K; 1 is end-to-end training.
-        stage_order (`str`): `"simultaneous"`, `"sequential"` or, with one stage, `"end_to_end"`.
+        num_stages (`int`): K; 1, whatever is given, in end-to-end training.
+        stage_order (`str`): `"simultaneous"`, `"sequential"`, or `"end_to_end"`, as it is with one stage.
         stage_objective (`str`): `"local"`, or `"model"` in the sequential order.
         offload (`str`): `"none"`, `"stages"` or `"layers"`.
         resident_layers (`int`): layers that are not offloaded, where layers are.
@@ -43,8 +43,8 @@ class Way:
     offloaded_step: str = "host"
 
     def __post_init__(self):
-        if self.num_stages == 1:
-            object.__setattr__(self, "stage_order", "end_to_end")
+        if self.num_stages == 1 or self.stage_order == "end_to_end":
+            vars(self).update(num_stages=1, stage_order="end_to_end")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -104,3 +104,7 @@ def test_all_layers_are_simulated_where_few_are_not_enough(change, layers_run):
     simulation = Simulation(model, batch_of(model, 4, None, None))
     assert simulation.peak(Way()) == simulation.simulated_peak(Way())
     assert layers_run[-2:] == [LAYERS, LAYERS]
+
+
+def test_end_to_end_there_is_one_stage():
+    assert Way(num_stages=12, stage_order="end_to_end", offload="layers") == Way(offload="layers")
