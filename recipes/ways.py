@@ -66,12 +66,12 @@ def accuracy_row(task: tuple[str, int], method: str, num_stages: int = 1, scratc
 
 
 def memory_ratios(method: str, num_stages: int = 12, key: str = "peak_bytes") -> list[float]:
-    """A method's ratios to the end-to-end run of the same file, in ascending order, one for each run of it."""
+    """A method's ratios to the end-to-end run of the same file, of ViT-B, in ascending order, one for each run."""
     ratios = []
     for path in sorted((CARDS / "memory").glob("*.json")):
         found = results(path)
         whole = found["rows"][0][key]
-        if method == "offloaded" and path.stem in EARLIER:
+        if found["model"] != "vit-base" or (method == "offloaded" and path.stem in EARLIER):
             continue
         if found["num_stages"] == num_stages or method.startswith(("offloaded", "end-to-end", "lora")):
             ratios += [row[key] / whole for row in found["rows"] if row["method"] == method]
