@@ -47,8 +47,8 @@ def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor | None:
     return torch.empty_like(x) if x.is_floating_point() and isinstance(factor, float) else None
 
 
-def _softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
-    return x.new_empty(x.shape)
+def _softmax(x: torch.Tensor, dim: int, other: Any = None) -> torch.Tensor | None:
+    return None if other else x.new_empty(x.shape)  # in another precision
 
 
 _WAYS: dict[Any, Callable] = {
@@ -58,5 +58,5 @@ _WAYS: dict[Any, Callable] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.gelu.default: torch.empty_like,
     aten._safe_softmax.default: _softmax,
-    aten._softmax.default: lambda x, dim, half_to_float: None if half_to_float else _softmax(x, dim),
+    aten._softmax.default: _softmax,
 }
