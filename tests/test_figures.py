@@ -204,10 +204,14 @@ SAID = [  # page, sentence, figures
     (MEMORY, "That was {:.1f} to {:.1f} times what", [over_checkpointing()[0], over_checkpointing()[-1]]),
     (
         MEMORY,
-        "(`THP_MEM_ALLOC_ENABLE=1`): {:.1f} times.",
-        [ratio("offloaded", "end-to-end+checkpointing", "vit_base_cpu_resident")],
+        "{:.1f} times in the latest one",
+        [ratio("offloaded", "end-to-end+checkpointing", "vit_base_cpu_large_pages")],
     ),
-    (MEMORY, "it is {:.1f} times that of", [ratio("offloaded+half resident", "end-to-end", "vit_base_cpu_resident")]),
+    (
+        MEMORY,
+        "it is {:.1f} times that of",
+        [ratio("offloaded+half resident", "end-to-end", "vit_base_cpu_large_pages")],
+    ),
     (MEMORY, "training in {:.0f} % of its memory", memory("offloaded+half resident")),
     (MEMORY, "four stages take {:.1f} times", [ratio("simultaneous", "end-to-end", MASKED)]),
     (MEMORY, "they would take {:.1f} times", [ratio("simultaneous+logits of all", "end-to-end", MASKED)]),
