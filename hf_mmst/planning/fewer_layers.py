@@ -40,9 +40,7 @@ class FewerLayers:
 
     def peak(self, way: Way, turn: Sequence[int]) -> Peak | None:
         """The peak of a step in which the stages of this turn learn."""
-        if self._alike is None:
-            self._alike = _are_alike(self._all)
-        if not self._alike or (way.offload == "layers" and way.num_stages > 1):
+        if self._all.ends != self._all.layers or (way.offload == "layers" and way.num_stages > 1):
             return None
         together = len(turn) == way.num_stages
         if not together and turn[0] not in (0, way.num_stages - 1):
@@ -76,6 +74,10 @@ class FewerLayers:
         return self._found[key]
 
     def _record(self, some: Steps, way: Way, turn: list[int]) -> Recorder | None:
+        if self._alike is None:
+            self._alike = _are_alike(self._all)
+        if not self._alike:
+            return None
         try:
             with _shortened(some.model, self._all.layers, len(some.layers)):
                 some.step(way, turn)

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
@@ -61,7 +62,17 @@ def _agent(number, function, *arguments):
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    elastic_launch(LaunchConfig(1, 1, number, max_restarts=0, start_method="fork", **rendezvous), function)(*arguments)
+    config = LaunchConfig(1, 1, number, max_restarts=0, start_method="fork", **rendezvous)
+    elastic_launch(config, _saying)(function, *arguments)
+
+
+def _saying(function, *arguments):
+    """Each process says its own error at once; the agent tells of the one that it sees first."""
+    try:
+        function(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        raise
 
 
 def _run(function, arguments, errors, environment):
