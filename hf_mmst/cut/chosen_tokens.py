@@ -1,5 +1,6 @@
 """Some tokens of a batch: hidden states of all -> theirs alone, in as few rows as hold them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,19 @@ class ChosenTokens:
         """What was made of those, `[R, N, V]`: of each token once, `[M, V]`."""
         return tensor.flatten(0, 1)[: self.count]
 
-    def among(self, labels: torch.Tensor) -> torch.Tensor:
-        """Of labels `[B, N]`, those of the tokens, `[M]`."""
-        return labels.flatten()[self.numbers[: self.count]]
+    def among(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Of labels `[B, N]` or logits `[B, N, V]`, those of the tokens, `[M]` or `[M, V]`."""
+        refuse_other_tokens(tensor.shape[:2], self.shape)
+        return tensor.flatten(0, 1)[self.numbers[: self.count]]
+
+
+def refuse_other_tokens(found: Sequence[int], labels: Sequence[int]) -> None:
+    """
+    Raises:
+        `ValueError`: if there is not one vector of logits for each token's label.
+    """
+    if [*found] != [*labels]:
+        raise ValueError(
+            f"A stage puts out {[*found]} tokens for labels of {[*labels]}: its layers pad or pool the tokens. Let the "
+            "collator pad to a multiple of what they need (pad_to_multiple_of), or set num_stages to 1."
+        )

@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import unwrap_peft_model
 
-from .chosen_tokens import ChosenTokens
+from .chosen_tokens import ChosenTokens, refuse_other_tokens
 
 HeadKind = Literal["pooled", "tokens", "own"]
 
@@ -70,12 +70,8 @@ class Objective:
         Raises:
             `ValueError`: if there is not one vector of logits for each token's label.
         """
-        if self.head != "pooled" and logits.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"A stage puts out {list(logits.shape[:-1])} tokens for labels of {list(labels.shape)}: its layers pad "
-                "or pool the tokens. Let the collator pad to a multiple of what they need (pad_to_multiple_of), or "
-                "set num_stages to 1."
-            )
+        if self.head != "pooled":
+            refuse_other_tokens(logits.shape[:-1], labels.shape)
         return self.compute(logits, labels, config)
 
 

@@ -42,13 +42,17 @@ class ModelsOwnHead:
         `[B, N, vocab_size]` of hidden states `[B, N, D]`, of which a layer's `output` shows in what they come.
 
         With `tokens`, `[M, vocab_size]` of them alone, which are packed into fewer rows; see [`is_of_single_tokens`].
+        Where the layers have padded the tokens, those of all are made, and theirs taken.
         """
         args, kwargs = self.inputs
-        given = hidden if tokens is None else tokens.packed(hidden)
+        packs = tokens is not None and hidden.shape[:2] == tokens.shape
+        given = tokens.packed(hidden) if tokens is not None and packs else hidden
         with left_out(self.model, dict.fromkeys(self.layers, without_tensors(output)), self.layers, given):
             # Not the instance's own forward, which may end at the last stage that learns.
             found = type(self.model).forward(self.model, *args, **kwargs)[0]
-        return found if tokens is None else tokens.unpacked(found)
+        if tokens is None:
+            return found
+        return tokens.unpacked(found) if packs else tokens.among(found)
 
 
 def is_of_single_tokens(model: nn.Module, layers: Sequence[str], example: ExampleInputs) -> bool:

@@ -7,15 +7,16 @@ from encoders import build as make_any
 from engines import assert_close
 from reference import gradients, next_token_loss, token_loss, train_step
 from runs import losses, trainer, weights
-from transformers import BertConfig, BertForMaskedLM, set_seed
+from transformers import BertConfig, BertForMaskedLM, LongformerConfig, LongformerForMaskedLM, set_seed
 from transformers.modeling_outputs import MaskedLMOutput
 from zoo import TEXT, Samples, batch, make
 
 from hf_mmst import Partition, StageHeads, Stagewise, find_layers
 from hf_mmst.cut.chosen_tokens import ChosenTokens
 from hf_mmst.cut.example_inputs import ExampleInputs
+from hf_mmst.cut.hidden_states import hidden_states_of
 from hf_mmst.cut.objectives import objective_of
-from hf_mmst.method.own_head import is_of_single_tokens
+from hf_mmst.method.own_head import ModelsOwnHead, is_of_single_tokens
 
 
 def tells(model):
@@ -94,6 +95,24 @@ def test_training_is_that_of_all_logits(name, order, tmp_path):
     assert {name: found[name] for name in names} == pytest.approx({name: expected[name] for name in names}, rel=1e-4)
     assert losses(packed) == pytest.approx(losses(whole), rel=1e-4)
     assert_close(weights(packed.model), weights(whole.model))
+
+
+def test_of_layers_that_pad_all_logits_are_made():
+    config = LongformerConfig(**TEXT, attention_window=8)  # 12 tokens are padded to 16
+    model = LongformerForMaskedLM(config).eval()
+    layers, inputs = find_layers(model), batch("bert-mlm")
+    tokens = objective_of(model).tokens(inputs["labels"])
+    head, found = ModelsOwnHead(model, layers), {}
+    head.inputs = (), {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        hook = model.get_submodule(layers[-1]).register_forward_hook(lambda *call: found.update(output=call[-1]))
+        expected = model(**head.inputs[1]).logits
+        hook.remove()
+        hidden = hidden_states_of(found["output"])
+        assert hidden.shape[1] == 16
+        torch.testing.assert_close(head.logits(hidden, found["output"], tokens), tokens.among(expected))
+    with pytest.raises(ValueError, match=r"puts out \[4, 16\] tokens for labels of \[4, 12\].*pad_to_multiple_of"):
+        tokens.among(hidden)
 
 
 class MeanOfAll(BertForMaskedLM):
