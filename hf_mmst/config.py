@@ -140,11 +140,11 @@ class MMSTConfig(HostArguments):
         layer_batch_size (`int`, *optional*):
             Number of samples that are in an offloaded layer at once. The batch passes each layer in parts of that size
             while its weights are there, so that activations are those of a part, and weights move once for all parts:
-            in the place of `gradient_accumulation_steps`, set `per_device_train_batch_size` to the whole. Unset: all
-            of the batch.
-        offloaded_step (`str`, *optional*, defaults to `"host"`):
+            in the place of `gradient_accumulation_steps`, set `per_device_train_batch_size` to the whole. Unset: all.
+        offloaded_step (`str`, *optional*):
             Where the optimizer steps offloaded layers: on the `"host"`, where they rest, or on the `"device"`, to which
-            weights, gradients and states come for that, layer by layer, for a host with a slow CPU.
+            weights, gradients and states come for that, for a host with a slow CPU. Unset: on the host, or where that
+            is predicted to take less time, with `memory_budget` on a GPU that is known.
         feature_cache (`str`, *optional*, defaults to `"none"`):
             Where the inputs of the stage that learns are cached, so that the frozen stages before it run once per
             sample and turn, not in each epoch: `"none"`, `"disk"` (in `output_dir`, deleted after training) or
@@ -261,8 +261,8 @@ class MMSTConfig(HostArguments):
     layer_batch_size: Annotated[int, whole(1, "1 has one sample in a layer at once")] | None = field(
         default=None, metadata={"help": "Samples that are in an offloaded layer at once; if unset, all of the batch."}
     )
-    offloaded_step: StepPlace = field(
-        default="host", metadata={"help": "Where the optimizer steps offloaded layers: host or device."}
+    offloaded_step: StepPlace | None = field(
+        default=None, metadata={"help": "Where the optimizer steps offloaded layers: host, as if unset, or device."}
     )
     feature_cache: FeatureCache = field(
         default="none",

@@ -6,6 +6,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers.training_args import OptimizerNames
 
+OF_OFFLOADED_LAYERS = ("layer_batch_size", "offloaded_step")
 # What each of these fields must be where processes share out the stages.
 _STAGE_PARALLEL = {
     "stage_order": "simultaneous",
@@ -86,8 +87,8 @@ def _refuse_with_offload(args: Any) -> None:
             f'but stage_order="{args.stage_order}" and offload="{args.offload}". Set stage_order="end_to_end" and '
             'offload="layers", or resident_layers=0.'
         )
-    for name, default in (("layer_batch_size", None), ("offloaded_step", "host")):
-        if getattr(args, name) != default and args.offload not in (None, "layers"):
+    for name in OF_OFFLOADED_LAYERS:
+        if getattr(args, name) is not None and args.offload not in (None, "layers"):
             raise ValueError(
                 f"{name}={getattr(args, name)!r} is for layers that are offloaded, but "
                 f'offload="{args.offload}". Set offload="layers", or leave {name} unset.'
@@ -149,9 +150,8 @@ def _refuse_with_shards(args: Any) -> None:
             f"{what} has every layer in shards, but resident_layers={args.resident_layers} would keep some whole. Set "
             "resident_layers=0, or start one process."
         )
-    own = {"layer_batch_size": None, "offloaded_step": "host"}
-    for name, default in own.items():
-        if getattr(args, name) != default:
+    for name in OF_OFFLOADED_LAYERS:
+        if getattr(args, name) is not None:
             raise ValueError(
                 f"{name}={getattr(args, name)!r} is for layers that one process offloads, but there are "
                 f"{args.world_size}. Leave {name} unset, or start one process."

@@ -30,7 +30,7 @@ OWN_FIELDS = {
     "offload": None,
     "resident_layers": 0,
     "layer_batch_size": None,
-    "offloaded_step": "host",
+    "offloaded_step": None,
     "feature_cache": "none",
     "cache_views": None,
     "stage_parallel": False,

@@ -52,6 +52,8 @@ class LayerOffload(StageOffload):
             that cannot step them one by one on the device.
     """
 
+    micro_batches = MicroBatches
+
     def __init__(
         self,
         model: nn.Module,
@@ -100,7 +102,7 @@ class LayerOffload(StageOffload):
                 recomputed = getattr(layer, "gradient_checkpointing", False)
                 forward = functools.partial(self._forward, name, layer.forward, recomputed)
                 if self._samples is not None:
-                    forward = functools.partial(MicroBatches(layer, self._samples, name).run, forward)
+                    forward = functools.partial(self.micro_batches(layer, self._samples, name).run, forward)
                 stack.enter_context(replaced(layer, "gradient_checkpointing", False))
                 stack.enter_context(replaced(layer, "forward", forward))
             yield

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
 from ..config import MMSTConfig
-from .devices import measured_cpu
+from ..field_conflicts import OF_OFFLOADED_LAYERS
+from .devices import device_like, measured_cpu
 from .operations import Peak
 from .planner import LOCAL_ORDERS, plan
 from .plans import Row
@@ -63,7 +65,8 @@ def plan_for(
             head_pooling=args.head_pooling,
             stage_objective=args.stage_objective,
             stage_order=None if args.chooses_order else args.stage_order,
-            speeds=measured_cpu(precision) if device == "cpu" else None,
+            speeds=measured_cpu(precision) if device == "cpu" else device_like(torch.cuda.get_device_name()),
+            offloading=_offloading(args),
         )
     except RuntimeError as error:  # which fake tensors raise where data decides
         raise ValueError(
@@ -83,8 +86,18 @@ def plan_for(
         args.feature_cache = "none"
         if args.process_index == 0:
             print("hf_mmst: all stages learn on each batch, so there is nothing to keep in a feature cache")
+    for name in OF_OFFLOADED_LAYERS if args.offload != "layers" else ():
+        if getattr(args, name) is not None and args.process_index == 0:
+            print(f"hf_mmst: no layers are offloaded, so {name} has no effect")
+        setattr(args, name, None)
     args.check_stages()
     return found.chosen
+
+
+def _offloading(args: MMSTConfig) -> dict[str, Any]:
+    """How layers are offloaded, as far as the arguments say."""
+    given = {name: getattr(args, name) for name in OF_OFFLOADED_LAYERS}
+    return {name: value for name, value in given.items() if value is not None} | {"rests_inputs": args.rests_inputs}
 
 
 def planned_peak(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Peak | None:
@@ -131,11 +144,7 @@ def ways_of(args: MMSTConfig, num_layers: int) -> list[Way]:
         resident_layers=args.resident_layers,
         stage_clipping=args.stage_clipping,
         activation_checkpointing=checkpointing,
-        rests_inputs=args.rests_inputs and args.offload == "layers",
-        layer_batch_size=args.layer_batch_size,
-        offloaded_step=args.offloaded_step,
+        **(_offloading(args) if args.offload == "layers" else {}),
     )
-    offloaded = None
-    if args.offload != "none":
-        offloaded = Way(stage_order="end_to_end", offload="layers", rests_inputs=args.rests_inputs)
+    offloaded = None if args.offload == "none" else Way(offload="layers", **_offloading(args))
     return [local, offloaded or Way(activation_checkpointing=checkpointing)] if args.end_to_end_laps else [local]

@@ -74,7 +74,14 @@ class Rows:
         )
 
 
-def choose(rows: Rows, numbers: Sequence[int], without: Collection[str], exact: bool, local: bool) -> Way | None:
+def choose(
+    rows: Rows,
+    numbers: Sequence[int],
+    without: Collection[str],
+    exact: bool,
+    local: bool,
+    offloaded: Sequence[Way] = (Way(offload="layers"),),
+) -> Way | None:
     """
     The way to take; it and others to compare it with are in `rows` then.
 
@@ -84,11 +91,12 @@ def choose(rows: Rows, numbers: Sequence[int], without: Collection[str], exact: 
         without (`Collection[str]`): settings and orders to leave out.
         exact (`bool`): whether gradients are to be those of end-to-end training; ways with stages are compared only.
         local (`bool`): whether stages learn from losses of their own, or from the model's.
+        offloaded (`Sequence[Way]`): ways in which all layers are offloaded; the first takes the least.
     """
     simulation, limit = rows.simulation, rows.limit
     for way in _rivals(simulation):
         rows.of(way)
-    families = _families(simulation) if local else _block_families(simulation)
+    families = _families(simulation, offloaded[0]) if local else _block_families(simulation)
     able = [family for family in families if not {family.stage_order, *family.settings} & {*without}]
     chosen, least = None, []
     for family in able:
@@ -99,8 +107,10 @@ def choose(rows: Rows, numbers: Sequence[int], without: Collection[str], exact: 
         if (chosen is not None and not exact) or (limit is None and family.activation_checkpointing):
             continue
         if family.num_stages == 1:
-            least.append(family)
-            chosen = _offloading(rows, family, without, exact)
+            tight = exact and limit is not None and not rows.fits(family)
+            ways = [replace(family, rests_inputs=True)] if tight else [*offloaded]
+            least.append(ways[0])
+            chosen = _offloading(rows, ways, without, exact)
             continue
         if limit is not None and _least(family, rows.of(Way()).peak) > limit:
             continue
@@ -122,10 +132,10 @@ def stage_numbers(num_layers: int) -> list[int]:
     return [number for number in (2, 4, 8, 16, 32, 64) if number < num_layers] + [num_layers]
 
 
-def _offloading(rows: Rows, family: Way, without: Collection[str], plain: bool) -> Way | None:
+def _offloading(rows: Rows, families: Sequence[Way], without: Collection[str], plain: bool) -> Way | None:
     """The cheapest way that fits to offload layers, all of them or all but some; if `plain`, or none."""
     simulation, limit = rows.simulation, rows.limit
-    ways = [family]
+    ways = [*families]
     if plain:
         ways += [way for way in rows.all if way.num_stages == 1 and way.offload == "none" and not way.lora]
     fitting = [way for way in ways if not {*way.settings} & {*without} - {"offload"} and rows.fits(way)]
@@ -133,7 +143,7 @@ def _offloading(rows: Rows, family: Way, without: Collection[str], plain: bool) 
         return None
     recomputes = _checkpoints_layers(simulation) and "activation_checkpointing" not in without
     for recomputed in (False, True) if recomputes else (False,):
-        most = _most_resident(rows, replace(family, activation_checkpointing=recomputed))
+        most = _most_resident(rows, replace(min(families, key=rows.cost), activation_checkpointing=recomputed))
         if most is not None:
             fitting.append(most)
     return min(fitting, key=rows.cost)
@@ -182,13 +192,13 @@ def _rivals(simulation: Simulation) -> Iterator[Way]:
         yield Way(lora=True)
 
 
-def _families(simulation: Simulation) -> Iterator[Way]:
+def _families(simulation: Simulation, offloaded: Way) -> Iterator[Way]:
     """Ways of stage-wise training but for the number of stages, from the least compute to the most."""
     resident = Way(num_stages=2, stage_order="sequential", offload="stages")
     yield Way(num_stages=2)
     yield Way(num_stages=2, stage_clipping=True)
     if len(simulation.ends) == len(simulation.layers):  # single modules are not recomputed one by one
-        yield Way(offload="layers")
+        yield offloaded
     yield resident
     if _checkpoints_layers(simulation):
         yield replace(resident, activation_checkpointing=True)

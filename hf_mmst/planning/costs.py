@@ -154,7 +154,7 @@ def step_of(simulation: Simulation, way: Way, peak: Peak, whole: Peak) -> Step:
         (
             Phase(flops[0], nbytes[0], times * moved.forward_in, times * moved.forward_out),
             Phase(flops[1], nbytes[1], times * moved.backward_in, times * moved.backward_out),
-            Phase(0, 0, moved.step_in, moved.step_out, (UPDATE + CLIPPING) * on_device),
+            Phase(0, 0, moved.step_in, moved.step_out, (UPDATE + CLIPPING) * on_device, overlaps=False),
             Phase(stepped=(UPDATE + CLIPPING) * (learned - on_device), on_host=True),
         )
     )

@@ -1,6 +1,7 @@
 """`Device`: the speeds that a step's time is predicted with, of a GPU by its name or measured on this machine."""
 
 import functools
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -70,6 +71,9 @@ GPUS = {
 }
 
 
+_BESIDE = re.compile("nvidia|geforce|tesla|pcie|sxm[0-9]|hbm[0-9]e?|16gb|80gb")  # words beside the name in the table
+
+
 def device_named(name: str) -> Device:
     """
     A GPU by its name, such as `"rtx4090"` or `"RTX 4090"`.
@@ -85,6 +89,13 @@ def device_named(name: str) -> Device:
             "its memory: times are then those of this machine's CPU."
         )
     return GPUS[known[key]]
+
+
+def device_like(name: str) -> Device | None:
+    """The GPU that a driver calls so, such as `"NVIDIA GeForce RTX 4090"`; `None` if it is not in the table."""
+    words = [word for word in re.split(r"[\s-]+", name.lower()) if not _BESIDE.fullmatch(word)]
+    known = {one.replace("-", ""): device for one, device in GPUS.items()}
+    return known.get("".join(words))
 
 
 def with_host_bandwidth(device: Device, gigabytes: float | None) -> Device:

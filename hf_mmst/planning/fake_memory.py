@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..memory.layer_offload import LayerOffload
+from ..memory.micro_batches import MicroBatches
 from ..memory.ring import Streams
 from ..memory.slabs import Slab
 from ..memory.stage_offload import StageOffload
@@ -39,6 +40,12 @@ class _FakeSlab(Slab):
     def put(self, tensors: Sequence[torch.Tensor]) -> None: ...
 
     def let_go(self) -> None: ...
+
+
+class _Untried(MicroBatches):
+    """Samples pass a layer a few at a time, without a trial, which needs data."""
+
+    def _try(self, on: Any) -> None: ...
 
 
 class _NoStreams(Streams):
@@ -75,6 +82,7 @@ class FakeLayerOffload(LayerOffload):
     """As [`FakeStageOffload`]."""
 
     slab = _FakeSlab
+    micro_batches = _Untried
     streams_of: Any = staticmethod(lambda _: None)
     on_step: Callable[[str], None] = staticmethod(lambda _: None)  # is told which layer steps
 

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from .devices import Device, device_named
 from .model_and_batch import batch_of, model_of, with_adapters
 from .plans import Plan, reason_for
 from .simulation import Simulation
-from .ways import PRECISIONS
+from .ways import PRECISIONS, Way
 
 LOCAL_ORDERS = ("simultaneous", "sequential")  # in which stages learn from losses of their own
 ORDERS = (*LOCAL_ORDERS, "end_to_end")
@@ -39,6 +41,7 @@ def plan(
     task: str | None = None,
     lora: int | None = None,
     stage_order: str | None = None,
+    offloading: Mapping[str, Any] | None = None,
 ) -> Plan:
     """
     Estimate the memory of ways of training a model, without allocating it, and choose one that fits.
@@ -74,6 +77,9 @@ def plan(
         task (`str`, *optional*): of a configuration or a name: `"images"`, `"texts"`, `"tokens"`, `"masked-lm"` or
             `"causal-lm"`; by default what its checkpoint is for, or classification.
         lora (`int`, *optional*): rank of adapters beside all linear layers, which learn in the place of the weights.
+        offloading (`Mapping[str, Any]`, *optional*): how layers are offloaded where they are: `layer_batch_size`,
+            `offloaded_step` (by default the faster one, on a GPU with `speeds`, else `"host"`) and `rests_inputs`
+            (inputs of layers rest, too; by default only if nothing else fits), see [`Way`].
 
     Raises:
         `ValueError`: for an argument that cannot be, or a model that cannot be cut.
@@ -116,7 +122,7 @@ def plan(
         plans = [
             plan(
                 *(model, batch, budget, one, device, num_stages, without, head_layers, seq_len, image_size),
-                *(head_pooling, stage_objective, speeds, None, None, stage_order),
+                *(head_pooling, stage_objective, speeds, None, None, stage_order, offloading),
             )
             for one in ("fp32", "bf16")
         ]
@@ -133,7 +139,10 @@ def plan(
         raise ValueError(f"num_stages={num_stages} is more than the {len(simulation.ends)} layers. Set it to fewer.")
     rows = Rows(simulation, limit, precision, speeds)
     numbers = [num_stages] if num_stages is not None else stage_numbers(len(simulation.ends))
-    chosen = choose(rows, numbers, without, exact, local)
+    offloaded = [Way(offload="layers", **(offloading or {}))]
+    if for_gpu and "offloaded_step" not in (offloading or {}):
+        offloaded.append(replace(offloaded[0], offloaded_step="device"))
+    chosen = choose(rows, numbers, without, exact, local, offloaded)
     found = sorted(rows.all.values(), key=lambda row: (row.way.num_stages > 1, -row.peak.total))
     best = None if chosen is None else rows.all[chosen]
     reason = reason_for(found, limit, best)

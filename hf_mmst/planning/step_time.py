@@ -19,6 +19,7 @@ class Phase:
         moved_in (`float`), moved_out (`float`): bytes to the device and from it, whatever the batch.
         stepped (`float`): bytes that clipping and the optimizer read and write.
         on_host (`bool`): whether they do so in host memory.
+        overlaps (`bool`): whether a GPU does all of that at the same time.
     """
 
     flops: float = 0
@@ -27,16 +28,17 @@ class Phase:
     moved_out: float = 0
     stepped: float = 0
     on_host: bool = False
+    overlaps: bool = True
 
     def seconds(self, device: Device, precision: str, batches: float = 1) -> float:
-        """The longest of its parts on a GPU, where they overlap, else their sum; a link has two directions."""
+        """The longest of its parts where they overlap on a GPU, else their sum; a link has two directions."""
         computing = batches * (self.flops / device.flops[precision] + self.nbytes / device.memory_bandwidth)
         in_host = self.on_host or device.is_host
         stepping = self.stepped / (device.host_bandwidth if in_host else device.memory_bandwidth)
         if not in_host:
             computing, stepping = computing + stepping, 0.0
         parts = computing, self.moved_in / device.link, self.moved_out / device.link, stepping
-        return sum(parts) if device.is_host else max(parts)
+        return max(parts) if self.overlaps and not device.is_host else sum(parts)
 
     def in_memory(self) -> "Phase":
         """The same, had nothing to be moved."""

@@ -64,6 +64,10 @@ class Way:
         if self.offload == "layers":
             some = f"all but {self.resident_layers} " if self.resident_layers else ""
             words.append(f"{some}layers{' and their inputs' if self.rests_inputs else ''} offloaded")
+            if self.layer_batch_size is not None:
+                words.append(f"{self.layer_batch_size} samples in a layer")
+            if self.offloaded_step == "device":
+                words.append("stepped on the device")
         if self.num_stages > 1:
             if self.stage_objective == "model":
                 words.append("in turn, by the model's loss")

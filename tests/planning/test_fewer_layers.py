@@ -26,6 +26,7 @@ WAYS = {
     "offloaded": OFFLOADED,
     "offloaded, inputs": replace(OFFLOADED, rests_inputs=True),
     "offloaded, step on device": replace(OFFLOADED, offloaded_step="device"),
+    "offloaded, parts": replace(OFFLOADED, layer_batch_size=2),
     "resident": replace(OFFLOADED, resident_layers=3),
     "resident, checkpointing": replace(OFFLOADED, resident_layers=2, activation_checkpointing=True),
     "at once": Way(num_stages=LAYERS),

@@ -9,7 +9,7 @@ from transformers import BertConfig, LlamaConfig, ViTConfig
 
 from hf_mmst import plan
 from hf_mmst.cli.command import PLANNED_TASKS, main
-from hf_mmst.planning.devices import GPUS, Device, device_named, measured_cpu, with_host_bandwidth
+from hf_mmst.planning.devices import GPUS, Device, device_like, device_named, measured_cpu, with_host_bandwidth
 from hf_mmst.planning.model_and_batch import TASKS, batch_of, model_of
 from hf_mmst.planning.simulation import Simulation
 from hf_mmst.planning.step_time import Phase, Step, predict
@@ -17,6 +17,7 @@ from hf_mmst.planning.ways import Way
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 VIT = ViTConfig(**SMALL, image_size=32, patch_size=8, num_labels=5)
+DEEP = ViTConfig(**{**SMALL, "num_hidden_layers": 8}, image_size=32, patch_size=8, num_labels=5)
 UNIT = Device("unit", {"fp32": 2.0}, memory_bandwidth=4.0, link=5.0, host_bandwidth=10.0)
 
 
@@ -92,6 +93,41 @@ def test_a_gpu_by_name_is_a_budget_and_its_speeds():
     moving = next(row for row in slow.rows if row.way.offload == "layers").prediction
     assert 0 < moving.speed < 1
     assert moving.tokens > 0
+
+
+@pytest.mark.parametrize(("host", "place"), [(100, "host"), (0.1, "device")])
+def test_the_step_is_where_it_is_faster(host, place):
+    """Predicted by the host's memory beside the link, unless it is given."""
+    speeds = replace(GPUS["t4"], host_bandwidth=host * GPUS["t4"].link)
+    rows = [row for row in plan(VIT, 8, speeds=speeds, stage_order="end_to_end").rows if row.way.offload == "layers"]
+    assert min(rows, key=lambda row: row.prediction.seconds).way.offloaded_step == place
+    given = {"offloaded_step": "host"}
+    rows = plan(VIT, 8, speeds=speeds, stage_order="end_to_end", offloading=given).rows
+    assert {row.way.offloaded_step for row in rows} == {"host"}
+
+
+def test_inputs_rest_where_nothing_else_fits():
+    offloaded = next(row for row in plan(DEEP, 64).rows if row.way.offload == "layers").peak.total
+    found = plan(DEEP, 64, offloaded, stage_order="end_to_end")  # of which 5 % are to spare
+    assert found.chosen.way.rests_inputs
+    assert found.settings["activation_checkpointing_kwargs"] == {"offload": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("NVIDIA GeForce RTX 4060 Ti", "rtx4060ti"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA L40", None),
+    ],
+)
+def test_gpus_are_known_by_what_their_driver_calls_them(name, known):
+    assert device_like(name) is (known and GPUS[known])
 
 
 @pytest.mark.parametrize(
