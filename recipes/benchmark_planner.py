@@ -21,6 +21,7 @@ from rich.table import Table
 from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     SwinConfig,
     SwinForImageClassification,
@@ -33,6 +34,7 @@ from transformers import (
 
 from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
 from hf_mmst.cut.example_inputs import dummy_inputs
+from hf_mmst.cut.objectives import objective_of
 from hf_mmst.memory.layer_offload import resident_layers
 from hf_mmst.memory.slabs import Slab
 from hf_mmst.memory.tensor_peaks import TensorPeak
@@ -45,6 +47,7 @@ SIZE = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4, "i
 MODELS = {
     "vit": lambda: ViTForImageClassification(ViTConfig(**SIZE, image_size=96, num_labels=5)),
     "bert": lambda: BertForSequenceClassification(BertConfig(**SIZE, vocab_size=2000, num_labels=5)),
+    "bert-masked-lm": lambda: BertForMaskedLM(BertConfig(**SIZE, vocab_size=8000)),
     "swin": lambda: SwinForImageClassification(
         SwinConfig(image_size=128, embed_dim=48, window_size=4, num_labels=5),
     ),
@@ -68,16 +71,26 @@ COMBINATIONS = [  # model, precision, way of training, layers of the auxiliary h
     ("swin", "fp32", Way(), 0),
     ("swin", "fp32", Way(num_stages=4), 0),
     ("swin", "bf16", Way(num_stages=6, stage_order="sequential"), 0),
+    ("bert-masked-lm", "fp32", Way(num_stages=3), 0),
+    ("bert", "fp32", Way(offload="layers", layer_batch_size=2), 0),
 ]
 BATCH = 8
 SEQ_LEN = 64
+
+
+def batch_of(model, size: int) -> dict[str, torch.Tensor]:
+    """A batch of zeros; of masked tokens every seventh has a label."""
+    labels = torch.zeros(size, dtype=torch.long)
+    if objective_of(model).head == "own":
+        labels = torch.where(torch.arange(SEQ_LEN) % 7 == 0, 0, -100).expand(size, -1)
+    return {**dummy_inputs(model, size, seq_len=SEQ_LEN), "labels": labels}
 
 
 class Zeros(Dataset):
     """Samples of the model's input size."""
 
     def __init__(self, model):
-        self.sample = {**dummy_inputs(model, 1, seq_len=SEQ_LEN), "labels": torch.zeros(1, dtype=torch.long)}
+        self.sample = batch_of(model, 1)
 
     def __len__(self):
         return 8 * BATCH
@@ -94,8 +107,7 @@ def make(name: str):
 
 def simulation(model, precision: str, head_layers: int = 0) -> Simulation:
     """The planner's view of the model and a batch."""
-    batch = {**dummy_inputs(model, BATCH, seq_len=SEQ_LEN), "labels": torch.zeros(BATCH, dtype=torch.long)}
-    return Simulation(model, batch, precision, head_layers=head_layers)
+    return Simulation(model, batch_of(model, BATCH), precision, head_layers=head_layers)
 
 
 def measured_bytes(model, precision: str, way: Way, head_layers: int, folder: str) -> int:

@@ -91,7 +91,7 @@ def _first(simulation: Steps, number: int) -> Steps:
     """The simulation of the first layers, within [`_shortened`]."""
     some = copy.copy(simulation)
     some.layers, some.ends = simulation.layers[:number], simulation.ends[:number]
-    some.profile, some.records = simulation.profile[:number], True
+    some.profile, some.records, some.tokens = simulation.profile[:number], True, simulation.tokens
     return some
 
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..cut.chosen_tokens import ChosenTokens
 from ..cut.example_inputs import SAMPLES, ExampleInputs
 from ..cut.layers import find_layers, run_ends
 from ..cut.objectives import CLASSES, objective_of
@@ -17,6 +19,7 @@ from ..cut.probe import LayerProfile, profile_layers
 from ..memory.slabs import has_streams
 from ..method.first_token import token_mixer
 from ..method.heads import head_pooling, num_head_layers
+from ..method.own_head import is_of_single_tokens
 from .fewer_layers import FewerLayers
 from .layer_memory import LayerMemory, memory_by_layer
 from .operations import Peak
@@ -64,6 +67,7 @@ class Simulation(Steps):
         has_data = not any(value.is_meta for value in tensors.values())
         few = {name: tensors[name][:SAMPLES] if name in tensors else value for name, value in inputs.items()}
         self._samples = ExampleInputs.of_batch(model, few, SAMPLES) if has_data else None
+        self._labels = tensors.get("labels")
         self._mode = FakeTensorMode()
         self._states = WeakTensorKeyDictionary()
         self.model = self._without_data(model)
@@ -91,6 +95,15 @@ class Simulation(Steps):
         last = self.layers[-1], self._samples
         pooling = head_pooling(self._head_pooling, self.objective.head, self.given, *last)
         return pooling, token_mixer(self.given, *last) if pooling == "cls" else None
+
+    @functools.cached_property
+    def tokens(self) -> ChosenTokens | None:  # type: ignore[override]
+        """Those of the batch whose logits the model's own head makes, if it has data to tell them from others."""
+        found = None if self._samples is None else self.objective.tokens(self._labels)
+        if found is None or not is_of_single_tokens(self.given, self.layers, cast(ExampleInputs, self._samples)):
+            return None
+        with self._mode:
+            return replace(found, numbers=self._fake(found.numbers))
 
     def partition(self, num_stages: int) -> Partition:
         """The cut into stages of about equal cost."""

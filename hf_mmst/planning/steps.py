@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..cut.chosen_tokens import ChosenTokens
 from ..cut.copies import copied
 from ..cut.hidden_states import hidden_states_of
 from ..cut.layers import resting_parameters, tied_parameters
@@ -50,6 +51,7 @@ class Steps:
     profile: list[LayerProfile]
     head_layers: int
     heads_like: tuple[str, str | None]
+    tokens: ChosenTokens | None = None
     records = False
     tracker: CountingTracker
     _mode: FakeTensorMode
@@ -143,6 +145,7 @@ class Steps:
                         mask=self.inputs.get("attention_mask"),
                         learned=lambda k, sides: step_stage(optimizer, shared, k, 1.0) if early and not sides else None,
                         given=given,
+                        tokens=self.tokens,
                     ) as step,
                 ):
                     loss = self._loss(self.model)
@@ -281,6 +284,8 @@ class Steps:
         return loss
 
     def _criterion(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.tokens is not None:
+            return self.objective.loss_of(self.tokens, logits, self.inputs["labels"])
         return self.objective.loss(logits, self.inputs["labels"], self.config)
 
     def _read(self, tracker: CountingTracker, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Peak:
