@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
+from hf_mmst.cut.copies import tensors_of
 from hf_mmst.cut.example_inputs import dummy_inputs
 from hf_mmst.cut.objectives import objective_of
 from hf_mmst.memory.layer_offload import resident_layers
@@ -131,8 +132,8 @@ def measured_bytes(model, precision: str, way: Way, head_layers: int, folder: st
     trainer = (MMSTTrainer if stagewise else Trainer)(model, args, train_dataset=Zeros(model))
     resting = {*trainer.partition.layers} if stagewise and args.offload != "none" else set()
     resting -= {*resident_layers(find_layers(model), way.resident_layers)}
-    inside = {p for name in resting for p in model.get_submodule(name).parameters()}
-    held = [*(p for p in model.parameters() if p not in inside), *model.buffers()]
+    at_rest = {p.untyped_storage().data_ptr() for name in resting for p in model.get_submodule(name).parameters()}
+    held = [one for one in tensors_of(model) if one.untyped_storage().data_ptr() not in at_rest]
     if stagewise:
         held += trainer.heads.parameters()
     # What is taken is in memory; on a CPU it is mapped in, which a tracker does not see.

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..cut.partition import Partition
+from .eight_bits import hold_once, modules_of_eight_bits
 from .new_weights import give_memory, is_without_data, make_weights
 from .ring import Link, Ring, Streams, streams_of
 from .slabs import Slab
@@ -44,6 +45,7 @@ class StageOffload:
         self._active: frozenset[str] = frozenset()
         self.is_streaming = False
         self._parameters = {name: list(model.get_submodule(name).parameters()) for name in self._layers}
+        self._eight_bits = {name: modules_of_eight_bits(model.get_submodule(name)) for name in self._layers}
         self._resident = {p for name in resident for p in model.get_submodule(name).parameters()}
         self._slabs = {name: self.slab(parameters, device, folder) for name, parameters in self._parameters.items()}
         self._streams = self.streams_of(device)
@@ -166,3 +168,5 @@ class StageOffload:
     def _set(self, name: str, tensors: list[torch.Tensor]) -> None:
         for parameter, tensor in zip(self._parameters[name], tensors, strict=True):
             parameter.data = tensor
+        for module in self._eight_bits[name]:
+            hold_once(module)

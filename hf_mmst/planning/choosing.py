@@ -142,6 +142,7 @@ def _offloading(rows: Rows, families: Sequence[Way], without: Collection[str], p
     if limit is None or not fitting:
         return None
     recomputes = _checkpoints_layers(simulation) and "activation_checkpointing" not in without
+    recomputes &= not families[0].rests_inputs  # the host's recomputation would have inputs of resident layers rest
     for recomputed in (False, True) if recomputes else (False,):
         most = _most_resident(rows, replace(min(families, key=rows.cost), activation_checkpointing=recomputed))
         if most is not None:

@@ -110,11 +110,6 @@ def plan(
     if stage_order is not None:
         without |= {*ORDERS} - {stage_order}
     model = model_of(model, task)
-    if getattr(model, "is_quantized", False):
-        raise ValueError(
-            f"The weights of {type(model).__name__} are quantized, which is not planned for. Choose num_stages and "
-            "stage_order yourself, and leave memory_budget unset."
-        )
     if lora is not None:
         whole(1, "such as 16")("lora", lora)
         model = with_adapters(model, lora)

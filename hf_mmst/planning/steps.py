@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..cut.chosen_tokens import ChosenTokens
-from ..cut.copies import copied
+from ..cut.copies import copied, tensors_of
 from ..cut.hidden_states import hidden_states_of
 from ..cut.layers import resting_parameters, tied_parameters
 from ..cut.objectives import CLASSES
@@ -232,9 +232,9 @@ class Steps:
         modules = [[model.get_submodule(name) for name in names] for names in stages]
         for own, head in zip(modules, heads, strict=False):
             own.append(head)
-        tracker.track_units([[t for m in own for t in (*m.parameters(), *m.buffers())] for own in modules], optimizer)
+        tracker.track_units([[t for m in own for t in tensors_of(m)] for own in modules], optimizer)
         states = [value for state in optimizer.state.values() for value in state.values()]
-        tracker.track_external(*weights, *model.buffers(), *states, *inputs, *self._ready, *others)
+        tracker.track_external(*weights, *tensors_of(model), *states, *inputs, *self._ready, *others)
         return tracker
 
     @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..config import MMSTConfig
+from ..cut.copies import tensors_of
 from ..cut.example_inputs import first_batch
 from ..cut.objectives import objective_of
 from ..distributed.compiling import compiled, refuse_compilation, take_compilation
@@ -175,8 +176,7 @@ class StageRun:
 
     def _held(self) -> Iterator[torch.Tensor]:
         """The model's tensors and the optimizer's states."""
-        yield from self.staged.model.parameters()
-        yield from self.staged.model.buffers()
+        yield from tensors_of(self.staged.model)
         states = (value for state in self._optimizer.state.values() for value in state.values())
         yield from (value for value in states if torch.is_tensor(value))
 

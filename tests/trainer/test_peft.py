@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from benchmark_planner import BATCH, Zeros, measured_bytes, simulation
+from benchmark_planner import make as build
 from reference import detached_step, gradients
 from runs import StopAt, arguments, assert_same, trainer, weights
 from runs import run_end_to_end as end_to_end_or_plain
@@ -13,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig,
 from zoo import Samples, batch, make
 
 from hf_mmst import MMSTConfig, MMSTTrainer, Partition, StageHeads, Stagewise, find_layers, load_stages
+from hf_mmst.planning.ways import Way
 
 ATTENTION = ["query", "value"]
 ADAPTERS = {
@@ -192,7 +195,33 @@ def test_adapters_on_quantized_weights(bits, tmp_path, monkeypatch):
     assert_same(trained("early", "simultaneous", stage_clipping=True), trained("late", "simultaneous"))
 
 
-def test_quantized_layers_are_not_copied_or_planned_for(tmp_path):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights_are_planned_for(bits, tmp_path, monkeypatch):
+    modules = pytest.importorskip("bitsandbytes.nn.modules", reason="quantized weights need bitsandbytes")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
+    build("bert").save_pretrained(tmp_path / "base")
+    skipped = {"llm_int8_skip_modules": ["pooler", "classifier"]}
+    quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **skipped)
+
+    def quantized():
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", quantization_config=quantization)
+        return peft.get_peft_model(model, ADAPTERS["lora"]())
+
+    for way in (Way(), Way(offload="layers")):
+        model = quantized()
+        planned = simulation(model, "fp32").peak(way).total
+        assert planned == pytest.approx(measured_bytes(model, "fp32", way, 0, str(tmp_path)), rel=0.03)
+        settings = {"memory_budget": str(int(1.12 * planned)), "stage_order": "end_to_end", "num_stages": None}
+        args = arguments(tmp_path, MMSTConfig, per_device_train_batch_size=BATCH, **settings)
+        done = MMSTTrainer(quantized(), args, train_dataset=Zeros(model))
+        assert args.offload == way.offload
+    done.train()
+    for module in done.model.modules():  # weights of 8 bits rest with what their modules compute with
+        if getattr(module, "state", None) is not None:
+            assert module.state.CB.data_ptr() == module.weight.data_ptr()
+
+
+def test_quantized_layers_are_not_copied(tmp_path):
     model = adapted("lora")
     base = model.get_base_model()
     base.config.name_or_path, base.is_quantized = "somewhere", True
@@ -200,5 +229,3 @@ def test_quantized_layers_are_not_copied_or_planned_for(tmp_path):
     assert len(trainer(tmp_path, "bert", model).heads.layers) == 0
     with pytest.raises(ValueError, match="layers of .* are quantized.*Set head_layers to 0"):
         trainer(tmp_path, "bert", model, head_layers=1)
-    with pytest.raises(ValueError, match="quantized, which is not planned for.*leave memory_budget unset"):
-        trainer(tmp_path, "bert", model, memory_budget="1GiB")
