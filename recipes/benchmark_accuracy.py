@@ -54,6 +54,7 @@ LAYERS = {**PAPER, "head_layers": 1}
 ONE_RATE = {"stage_learning_rate_decay": 1.0, "transport_schedule": "constant"}
 RESIDENT = {"stage_order": "sequential", "offload": "stages", "feature_cache": "disk"}
 BLOCKS = {"stage_order": "sequential", "stage_objective": "model", "head_rate": 10}
+FAST_BLOCKS = {"stage_order": "sequential", "stage_objective": "model", "head_learning_rate": 0.01}
 WHOLE = {"num_stages": 1}
 HEAD_RATE, FAST_HEADS = {**WHOLE, "head_rate": 10}, {**WHOLE, "head_learning_rate": 0.01}
 METHODS = {
@@ -98,6 +99,7 @@ METHODS = {
     "default, resident, end-to-end lap": {**RESIDENT, "end_to_end_laps": 1},
     "blocks": BLOCKS,
     "blocks, w = 0": {**BLOCKS, "transport_weight": 0.0},
+    "blocks, w = 0, heads at 0.01": {**FAST_BLOCKS, "transport_weight": 0.0},
     "blocks, three laps": {**BLOCKS, "stage_order": "multi_lap", "num_laps": 3},
     "offloaded": {"stage_order": "end_to_end"},
     "offloaded, head rate": {"stage_order": "end_to_end", "head_rate": 10},
