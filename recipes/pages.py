@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import fronts
 import ways
 from benchmark_scaling import on_paper, ratios, vit_large
 
@@ -235,6 +236,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "compare": ("model_cards/README.md", compare_table),
     "recipes": ("model_cards/accuracy.md", recipes_table),
     "accuracy": ("model_cards/accuracy.md", accuracy_table),
+    "fronts": ("model_cards/accuracy.md", fronts.front_tables),
     "scratch": ("model_cards/accuracy.md", scratch_table),
     "memory": ("model_cards/memory.md", memory_table),
     "billions": ("model_cards/memory.md", billions_table),

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from statistics import mean
 
+import fronts
 import pytest
 import ways
 from benchmark_scaling import vit_large
@@ -258,3 +259,10 @@ def test_what_is_said_without_figures():
 
 def test_the_readmes_rows_have_three_seeds():
     assert {len(row["accuracies"]) for task, _, row in ways.accuracy_rows() if task in (NEWS, VIT)} == {3}
+
+
+@pytest.mark.parametrize("task", fronts.TASKS.values(), ids=fronts.TASKS)
+def test_nothing_beats_the_defaults_of_a_pretrained_model(task):
+    standings = task.standings()
+    (ours,) = [one for one in standings if "the defaults" in one.name]
+    assert [one.name for one in standings if one.beats(ours)] == []
