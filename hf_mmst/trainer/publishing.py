@@ -77,14 +77,18 @@ def results_of(trainer: Any, run: StageRun, metrics: Mapping[str, Any], **found:
 
 
 def _planned_bytes(run: StageRun, args: MMSTConfig, batch: Mapping[str, Any]) -> int | None:
-    """The most bytes of tensors that the run holds by its plan; `None` where there is no plan."""
+    """The most bytes of tensors that the run holds by its plan, made once; `None` where there is no plan."""
     staged = run.staged
     in_parts = args.stage_parallel or args.shards_layers  # one process's part has no plan yet
     if "labels" not in batch or not staged.partition.layers or in_parts:
         return None
     with run.not_streaming():
-        planned = planned_peak(args, staged.model, batch)
-    return None if planned is None else planned.total
+        learns = [parameter.requires_grad for parameter in staged.model.parameters()]
+        key = str((args.to_dict(), [(name, getattr(value, "shape", None)) for name, value in batch.items()], learns))
+        if key not in run.planned:
+            planned = planned_peak(args, staged.model, batch)
+            run.planned[key] = None if planned is None else planned.total
+    return run.planned[key]
 
 
 def publish_card(

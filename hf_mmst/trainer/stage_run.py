@@ -47,6 +47,7 @@ class StageRun:
         staged ([`StagedModel`]), turns ([`Turns`]), learning ([`StageLearning`]): set by [`cut`], anew for each model.
         features ([`Features`]), watch ([`Watch`]) and peaks ([`TurnPeaks`]): made once.
         moved (`dict[str, int]`): bytes that layers at rest moved in the last step, see [`Link`].
+        planned (`dict[str, int | None]`): bytes that runs of this model take by their plan, by what was planned.
     """
 
     accelerator: Any
@@ -62,6 +63,7 @@ class StageRun:
         self.features = Features(args)
         self.watch = Watch(owner)
         self.moved: dict[str, int] = {}
+        self.planned: dict[str, int | None] = {}
         self._with_heads = contextlib.ExitStack()  # holds the heads in the model
         self._streams = contextlib.ExitStack()  # holds what streams and compiles layers
 
@@ -115,7 +117,7 @@ class StageRun:
 
     def cut(self, model: nn.Module, staging: Staging) -> None:
         """Cut the model into stages and make their heads. Raises what [`Staging.of`] raises."""
-        self.staged = staging.of(model)
+        self.staged, self.planned = staging.of(model), {}
         self.turns = Turns(self._args, self.staged.num_stages)
         self.learning = StageLearning(self._args, self.staged, self.stages, self.features, self.watch)
         self.stages.take_share(self.staged, self._args)

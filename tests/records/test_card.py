@@ -12,6 +12,7 @@ from zoo import make
 
 from hf_mmst.records.card import CardContent, model_card, task_of, write_card
 from hf_mmst.records.results import command_line, split_metrics, standard_error
+from hf_mmst.trainer import publishing
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 
@@ -43,6 +44,16 @@ def test_without_an_evaluation_there_are_no_numbers(tmp_path):
     assert (card.data.eval_results, card.data.datasets) == (None, ["tester/pictures"])
     assert {"mine", "hf_mmst"} <= {*card.data.tags}
     assert "AutoModelForImageClassification.from_pretrained" in card.text
+
+
+def test_a_run_is_planned_once(tmp_path, monkeypatch):
+    plans, made = publishing.planned_peak, []
+    monkeypatch.setattr(publishing, "planned_peak", lambda *given: made.append(plans(*given)) or made[-1])
+    done = trainer(tmp_path, model=make("vit", num_hidden_layers=2), num_stages=2)
+    first, again = (done.results({})["planned_bytes"] for _ in range(2))
+    assert [first] == [again] == [plan.total for plan in made]
+    done.args.per_device_train_batch_size = 2
+    assert done.results({})["planned_bytes"] == made[1].total < first
 
 
 def test_end_to_end_has_no_table_of_stages(tmp_path):
