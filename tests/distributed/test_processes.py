@@ -11,15 +11,23 @@ from processes import ranks, watched
 from runs import StopAt
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
-from worker import CASES, main, train
+from worker import CASES, IN_THREE, main, train
+
+BY_NUMBER = {2: [*CASES], 3: IN_THREE}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def launched(request, tmp_path_factory):
-    """All cases, trained in turn by so many processes, in one launch."""
-    folder = tmp_path_factory.mktemp(f"{request.param}_processes")
-    ranks(request.param, main, folder, [*CASES], folder=folder)
-    return folder, request.param
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """Where so many processes have trained their cases, in turn, in one launch."""
+    folders = {}
+
+    def launch(number):
+        if number not in folders:
+            folders[number] = tmp_path_factory.mktemp(f"{number}_processes")
+            ranks(number, main, folders[number], BY_NUMBER[number], folder=folders[number])
+        return folders[number]
+
+    return launch
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +37,9 @@ def alone(tmp_path_factory):
     return lambda case: found[case] if case in found else found.setdefault(case, train(case, folder))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_processes_equal_one(case, launched, alone):
-    folder, number = launched
-    first, *others = (load_file(folder / f"{case}.{rank}") for rank in range(number))
+@pytest.mark.parametrize(("number", "case"), [(number, case) for number in BY_NUMBER for case in BY_NUMBER[number]])
+def test_processes_equal_one(number, case, launched, alone):
+    first, *others = (load_file(launched(number) / f"{case}.{rank}") for rank in range(number))
     for key, tensor in alone(case).items():
         if key.startswith("watched"):
             continue
@@ -43,6 +50,7 @@ def test_processes_equal_one(case, launched, alone):
             torch.testing.assert_close(first[key], tensor, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
 
 
+@pytest.mark.parametrize("number", BY_NUMBER)
 @pytest.mark.parametrize(
     ("case", "starts", "layers"),
     [
@@ -53,15 +61,14 @@ def test_processes_equal_one(case, launched, alone):
         ("beit side inputs", 0, 4 * 6),
     ],
 )
-def test_gradients_are_sent_while_the_next_stage_runs(case, starts, layers, launched):
-    folder, number = launched
-    found = load_file(folder / f"{case}.{number - 1}")
+def test_gradients_are_sent_while_the_next_stage_runs(case, starts, layers, number, launched):
+    found = load_file(launched(number) / f"{case}.{number - 1}")
     assert (int(found["watched.starts"]), int(found["watched.layers"])) == (starts, layers)
 
 
-def test_gradients_that_are_late_or_in_one_process_only(launched):
-    folder, number = launched
-    first, *others = (load_file(folder / f"unlike.{rank}") for rank in range(number))
+@pytest.mark.parametrize("number", BY_NUMBER)
+def test_gradients_that_are_late_or_in_one_process_only(number, launched):
+    first, *others = (load_file(launched(number) / f"unlike.{rank}") for rank in range(number))
     late = sum(range(number)) / number + 1 / number
     expected = {"late": torch.full((1, 2), late), "one": torch.full((1, 2), 1 / number)}
     assert {name for name in first if "weights" not in name} == expected.keys()

@@ -40,6 +40,11 @@ CASES = {  # name of the model, settings
     "llama sequential accumulation": ("llama", {**SEQUENTIAL, **ACCUMULATION}),
 }
 
+IN_THREE = [  # where thirds matter: of batches and their ends, of gradients sent early or late
+    *("vit", "vit sequential accumulation", "vit uneven", "bert accumulation", "bert stage_clipping"),
+    *("beit side inputs", "bert-mlm sequential accumulation", "gpt2 accumulation"),
+]
+
 
 class Watch(TrainerCallback):
     """Counts the stages whose gradients are sent before a step ends, and the layers that have gradients then."""

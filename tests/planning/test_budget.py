@@ -12,6 +12,8 @@ from hf_mmst.cut.example_inputs import dummy_inputs
 from hf_mmst.planning.simulation import Simulation
 from hf_mmst.planning.ways import Way
 
+pytestmark = pytest.mark.usefixtures("remembered")
+
 
 def arguments(folder, **settings):
     """Without a number of stages, so that it is planned."""
