@@ -9,7 +9,7 @@ from runs import StopAt, arguments, assert_same, losses, moments, weights
 from runs import run_resting as run
 from torch import nn
 from transformers import TrainerCallback, set_seed
-from zoo import make
+from zoo import Samples, make
 
 MIXED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True}
 
@@ -45,17 +45,24 @@ def test_the_numbers_are_those_of_all_stages_in_memory(name, order, settings, pl
 @pytest.mark.parametrize(
     ("stop", "settings"),
     [
-        (7, {}),
-        (31, {"activation_checkpointing": True}),
-        (13, {"optim": "adafactor"}),
+        (3, {}),
+        (15, {"activation_checkpointing": True}),
+        (6, {"optim": "adafactor"}),
         *(
             (stop, {**MIXED, "lr_scheduler_type": "cosine", "warmup_steps": 2, "num_train_epochs": 8})
-            for stop in (7, 31)
+            for stop in (3, 15)
         ),
     ],
 )
 def test_resume_is_bitwise_the_uninterrupted_run(stop, settings, tmp_path):
-    settings = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": stop, **settings}
+    """Four steps a turn: in the first of six, at the end of the fourth, and between."""
+    settings = {
+        "data": Samples("bert", 16),
+        "num_train_epochs": 4,
+        "save_strategy": "steps",
+        "save_steps": stop,
+        **settings,
+    }
     straight = run(tmp_path / "straight", **settings)
     straight.train()
     stopped = run(tmp_path / "stopped", extra={"callbacks": [StopAt(stop)]}, **settings)
@@ -115,13 +122,13 @@ def test_only_the_stage_that_learns_is_in_memory(tmp_path, monkeypatch):
 
 def test_after_resume_only_the_stage_that_learns_is_in_memory(tmp_path, monkeypatch):
     play("late", monkeypatch)
-    settings = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 31}
-    run(tmp_path, extra={"callbacks": [StopAt(31)]}, **settings).train()
+    settings = {"data": Samples("bert", 16), "num_train_epochs": 4, "save_strategy": "steps", "save_steps": 15}
+    run(tmp_path, extra={"callbacks": [StopAt(15)]}, **settings).train()
     watch = Watch()
     watch.trainer = resumed = run(tmp_path, extra={"callbacks": [watch]}, **settings)
     resumed.train(resume_from_checkpoint=True)
     assert any(watch.states)
-    for step, states in enumerate(watch.states, start=31):
+    for step, states in enumerate(watch.states, start=15):
         assert states <= {*resumed.partition.stages[resumed._run.turns.order.at(step).stages[0]]}
 
 
