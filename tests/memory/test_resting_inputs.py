@@ -77,7 +77,7 @@ def test_memory_at_rest_is_used_again(tmp_path):
 @pytest.mark.parametrize("place", ["in place", "late"])
 def test_the_plan_has_them_at_rest(place, tmp_path, monkeypatch):
     play(place, monkeypatch)
-    simulation = Simulation(make("vit"), batch("vit", 64), for_gpu=place == "late")
+    simulation = Simulation(make("vit", num_hidden_layers=3), batch("vit", 64), for_gpu=place == "late")
     kept, resting = (Way(stage_order="end_to_end", offload="layers", rests_inputs=rests) for rests in (False, True))
     inputs = sum(layer.output for layer in simulation.by_layer)
     assert simulation.peak(resting).total < simulation.peak(kept).total
@@ -86,7 +86,8 @@ def test_the_plan_has_them_at_rest(place, tmp_path, monkeypatch):
     assert costs.resting_bytes(simulation, resting) == costs.resting_bytes(simulation, kept) + inputs
     found = []
     for settings in (RESTING, {}):
-        trained = run(tmp_path, "vit", max_steps=1, per_device_train_batch_size=16, **settings)
+        model = make("vit", num_hidden_layers=3)
+        trained = run(tmp_path, "vit", model=model, max_steps=1, per_device_train_batch_size=16, **settings)
         trained.train()
         found.append(trained.results({})["moved_in_bytes"] + trained.results({})["moved_out_bytes"])
     assert found[0] == found[1] + 2 * inputs // 4
