@@ -1,5 +1,7 @@
-"""A process that pushes to, or loads from, the Hub at HF_ENDPOINT. Arguments: what to do, folder."""
+"""A process that pushes to, and loads from, the Hub at HF_ENDPOINT. Arguments: what to do, folder, token."""
 
+import contextlib
+import io
 import json
 import re
 import sys
@@ -116,7 +118,9 @@ def load(folder):
     assert stages.partition.num_stages == 3
     card = Path(hf_hub_download("tester/texts", "README.md")).read_text()
     plain, early = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    exec(plain, {})
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(plain, {})
+    (folder / "loaded.txt").write_text(said.getvalue())
     scope = {}
     exec(early, scope)
     assert scope["early"].partition == stages.partition
