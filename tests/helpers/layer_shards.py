@@ -19,11 +19,12 @@ from hf_mmst import MMSTConfig, MMSTTrainer
 
 ACCUMULATION = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+RESUMED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 RUNS = {  # name of the model, settings
     "vit": ("vit", ACCUMULATION),
-    "bert": ("bert", {**ACCUMULATION, **BEST}),
-    "gpt2": ("gpt2", ACCUMULATION),  # tied embeddings
-    "lora": ("lora", ACCUMULATION),
+    "bert": ("bert", {**ACCUMULATION, **BEST, **RESUMED}),
+    "gpt2": ("gpt2", {**ACCUMULATION, "max_steps": 4, "save_strategy": "epoch"}),  # tied embeddings
+    "lora": ("lora", {**ACCUMULATION, "save_strategy": "epoch"}),
     "bf16": ("vit", {"bf16": True}),
     "dropout": ("bert with dropout", ACCUMULATION),
     "vit none": ("vit", {**ACCUMULATION, "offload": "none"}),
@@ -43,7 +44,7 @@ def trainer(folder: Path, run: str, **settings) -> MMSTTrainer:
     name, own = RUNS[run]
     args = MMSTConfig(
         str(folder / run),
-        **{"stage_order": "end_to_end", "max_steps": 4, "save_steps": 2, "save_strategy": "steps", **own, **settings},
+        **{"stage_order": "end_to_end", "max_steps": 2, "save_strategy": "no", **own, **settings},
         learning_rate=0.01,
         adam_epsilon=0.01,  # so that rounding of gradients that are zero stays small
         logging_steps=1,

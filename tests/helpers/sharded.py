@@ -13,8 +13,10 @@ from zoo import Samples, make
 from hf_mmst import MMSTConfig, MMSTTrainer
 from hf_mmst.method.heads import HEADS
 
+SAVED = {"save_strategy": "steps", "save_steps": 2}
 RUNS = {
     "bert": {
+        **SAVED,
         "head_layers": 1,
         "gradient_accumulation_steps": 2,
         "max_grad_norm": 0.5,
@@ -22,6 +24,7 @@ RUNS = {
         "adam_epsilon": 0.01,  # so that rounding of gradients that are zero stays small
     },
     "vit": {
+        **SAVED,
         "stage_order": "sequential",
         "stage_clipping": True,
         "end_to_end_laps": 1,
@@ -35,9 +38,15 @@ RUNS = {
     "swin": {"stage_boundaries": ["swin.encoder.layers.0.blocks.0", "swin.encoder.layers.1.blocks.1"]},
     "beit": {"max_grad_norm": 0.5},
     "distilbert": {"bf16": True},
-    "gpt2": {"max_grad_norm": 0.5},  # its own head for all stages, tied
+    "gpt2": {"max_grad_norm": 0.5, "save_strategy": "epoch"},  # its own head for all stages, tied
     "llama": {"max_grad_norm": 0.5},
-    "roberta": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "adamw_torch", "adam_epsilon": 0.01},
+    "roberta": {
+        **SAVED,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.5,
+        "optim": "adamw_torch",
+        "adam_epsilon": 0.01,
+    },
 }
 COMPILED = {"activation_checkpointing": True, "torch_compile_backend": "eager"}
 IN_SHARDS = {  # what makes no difference to the numbers
@@ -80,7 +89,7 @@ class Sees(TrainerCallback):
 def trainer(kind: str, folder: str, name: str, **settings) -> MMSTTrainer:
     """A trainer with a total batch of 8, whatever the number of processes."""
     size = int(os.environ.get("WORLD_SIZE", 1))
-    settings = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.05, "save_steps": 2, **settings}
+    settings = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.05, **settings}
     args = MMSTConfig(
         folder,
         num_stages=3,
@@ -119,7 +128,7 @@ def loaded_in_shards(folder: str, name: str) -> torch.nn.Module:
 
 def settings_of(kind: str, name: str) -> dict:
     """What a run is set to: alone, in two processes, or in shards."""
-    settings = {"save_strategy": "steps", "use_cpu": True, **RUNS[name], **IN_SHARDS.get(kind, {}).get(name, {})}
+    settings = {"save_strategy": "no", "use_cpu": True, **RUNS[name], **IN_SHARDS.get(kind, {}).get(name, {})}
     if kind == "alone":
         return settings
     if kind == "fsdp":

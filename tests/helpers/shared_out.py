@@ -52,7 +52,7 @@ def run(name, folder, settings, resume=None, dropout=False, killed=False, data="
             "stage_clipping": True,
             "max_grad_norm": 0.5,
             "learning_rate": 1e-3,
-            "max_steps": 9,
+            "max_steps": 6,
             "logging_steps": 3,
             "per_device_train_batch_size": 8,
             "per_device_eval_batch_size": 8,
