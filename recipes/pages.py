@@ -208,6 +208,19 @@ def exits_table() -> str:
     return table(("model", "way to leave", "accuracy", "layers", "fewer layers"), rows)
 
 
+def onnx_table() -> str:
+    """Early exit in ONNX Runtime, one sample a call, beside the whole model."""
+    names = {"whole": "whole, ONNX", "early_exit": "early exit, ONNX", "early_exit_pytorch": "early exit, PyTorch"}
+    rows = []
+    for stem, found in read("onnx"):
+        number = found["num_stages"]
+        for way, name in names.items():
+            row = found["samples"][way]
+            stages = f"{row.get('stages', number):.2f} of {number}"
+            rows.append((stem, name, percent([row["accuracy"]]), stages, f"{1000 * row['seconds']:.1f}"))
+    return table(("model", "way", "accuracy", "stages", "ms a sample"), rows)
+
+
 def billions_table() -> str:
     rows = []
     for _, found in read("billions"):
@@ -245,6 +258,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "scaling": ("model_cards/scaling.md", scaling_table),
     "on_paper": ("model_cards/scaling.md", lambda: on_paper(vit_large())),
     "exits": ("model_cards/exits.md", exits_table),
+    "onnx": ("model_cards/exits.md", onnx_table),
     "convolutional": ("model_cards/convolutional.md", lambda: accuracy_table("convolutional")),
     "new_user": ("recipes/README.md", new_user_table),
 }

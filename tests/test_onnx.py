@@ -2,28 +2,110 @@
 
 import json
 import sys
+from pathlib import Path
 
 import export_onnx
 import pytest
 import runs
 import torch
 
+from hf_mmst import EarlyExit
+from hf_mmst.inference.exit_rules import ExitRule
+
 for package in ("onnxscript", "onnxruntime"):
     pytest.importorskip(package)
 
 
-@pytest.mark.parametrize(("name", "num_stages"), [("bert", 1), ("vit", 2), ("bert", None)])
-def test_onnx_says_what_the_stage_says(name, num_stages, tmp_path, monkeypatch):
-    trained = runs.trainer(tmp_path / "model", name, head_pooling="cls", num_stages=4)
-    for module in trained.model.modules():
+def trained(folder, name, **kwargs):
+    trainer = runs.trainer(folder, name, head_pooling="cls", **kwargs)
+    for module in trainer.model.modules():
         if isinstance(module, torch.nn.Embedding):
             torch.nn.init.normal_(module.weight)  # a norm's eps counts where hidden states are tiny
-    trained.save_model()
-    out = tmp_path / "onnx"
-    flags = [] if num_stages is None else ["--num_stages", str(num_stages)]
-    monkeypatch.setattr(sys, "argv", ["export_onnx.py", str(tmp_path / "model"), "--output_dir", str(out), *flags])
+    trainer.save_model()
+
+
+def export(monkeypatch, folder, *flags):
+    out = folder.parent / "onnx"
+    monkeypatch.setattr(sys, "argv", ["export_onnx.py", str(folder), "--output_dir", str(out), *flags])
     export_onnx.main()
-    found = json.loads((out / "onnx.json").read_text())
-    assert (out / "model.onnx").stat().st_size > 0
+    return out / "model.onnx", json.loads((out / "onnx.json").read_text())
+
+
+@pytest.mark.parametrize(("name", "num_stages"), [("bert", 1), ("vit", 2), ("bert", None)])
+def test_onnx_says_what_the_stage_says(name, num_stages, tmp_path, monkeypatch):
+    trained(tmp_path / "model", name, num_stages=4)
+    flags = [] if num_stages is None else ["--num_stages", str(num_stages)]
+    path, found = export(monkeypatch, tmp_path / "model", *flags)
+    assert path.stat().st_size > 0
     assert found["largest_difference"] < 1e-4
     assert (found["num_stages"], found["seconds_onnx"] > 0) == (num_stages, True)
+
+
+RULES = [
+    ("bert", 1, lambda threshold: ExitRule(threshold, temperatures=(2.0, 1.0, 1.0))),
+    ("vit", 0, lambda threshold: ExitRule(threshold)),
+    ("vit", 0, lambda _: ExitRule(patience=1, ensemble=True)),
+]
+
+
+@pytest.mark.parametrize(("name", "head_layers", "make"), RULES)
+def test_onnx_leaves_where_early_exit_does(name, head_layers, make, tmp_path, monkeypatch):
+    import onnxruntime
+
+    folder = tmp_path / "model"
+    trained(folder, name, num_stages=3, head_layers=head_layers)
+    early = EarlyExit.from_pretrained(folder)
+    inputs = export_onnx.random_inputs(early.model, 24, 12)
+    batches = [{key: value[i : i + 1] for key, value in inputs.items()} for i in range(24)]
+    early.rule = make(2.0)
+    found = early.observe([{**inputs, "labels": torch.zeros(24, dtype=torch.long)}])
+    sure = torch.stack([early.rule.confidence(k, found.logits[k]) for k in range(2)]).flatten()
+    early.rule = make(float(sure.sort().values[[23, 24]].mean()))  # half of all leave where they are asked
+    early.save_rule(folder)
+
+    path, written = export(monkeypatch, folder, "--early_exit")
+    assert written["rule"]["threshold"] == early.rule.threshold
+    session = onnxruntime.InferenceSession(path)
+    exits = set()
+    for given in [inputs, *batches]:
+        logits, stages = session.run(None, {key: value.numpy() for key, value in given.items()})
+        expected = early(**given)
+        torch.testing.assert_close(torch.from_numpy(logits), expected.logits, rtol=1e-4, atol=1e-5)
+        assert stages.tolist() == expected.exit_stages.tolist()
+        exits |= {*stages.tolist()}
+    assert len(exits) > 1
+
+
+def test_stages_after_the_last_exit_do_not_run(tmp_path, monkeypatch):
+    """Told by the profile of ONNX Runtime: which nodes have run."""
+    import onnxruntime
+
+    trained(tmp_path / "model", "vit", num_stages=2)
+    ran = []
+    for threshold in (0.01, 2.0):
+        EarlyExit.from_pretrained(tmp_path / "model", threshold=threshold).save_rule(tmp_path / "model")
+        path, _ = export(monkeypatch, tmp_path / "model", "--early_exit")
+        options = onnxruntime.SessionOptions()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(tmp_path / "profile")
+        session = onnxruntime.InferenceSession(path, options)
+        pixels = export_onnx.random_inputs(EarlyExit.from_pretrained(tmp_path / "model").model, 1, 1)
+        session.run(None, {name: value.numpy() for name, value in pixels.items()})
+        events = json.loads(Path(session.end_profiling()).read_text())
+        ran.append(sum(event.get("args", {}).get("op_name") == "LayerNormalization" for event in events))
+    assert 0 < ran[0] < ran[1]
+
+
+def test_stages_of_several_shapes_are_refused(tmp_path, monkeypatch):
+    trained(tmp_path / "model", "swin", num_stages=2)
+    with pytest.raises(ValueError, match="cannot be skipped in a graph"):
+        export(monkeypatch, tmp_path / "model", "--early_exit")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [(["--early_exit", "--num_stages", "1"], "all stages"), (["--samples", "texts"], "early exit")]
+)
+def test_flags_that_exclude_each_other(flags, said, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        export(monkeypatch, tmp_path / "model", *flags)
+    assert said in capsys.readouterr().err

@@ -118,7 +118,8 @@ def run(words, monkeypatch):
         assert re.fullmatch(r"\.\[(\w+)\]", words[3])[1] in extras
     elif words[:2] == ["python", "recipes/export_onnx.py"]:  # tests/test_onnx.py does
         assert words[2:] in (
-            ["trained", *f.split()] for f in ("--num_stages 2 --output_dir small", "--output_dir whole")
+            ["trained", *f"{flags} --output_dir {to}".split()]
+            for flags, to in (("--num_stages 2", "small"), ("", "whole"), ("--early_exit", "early"))
         )
     elif words[0] == "torchrun":  # tests/distributed/test_stage_parallel.py does
         assert words[1:] in (["--nproc_per_node", number, "train.py"] for number in ("2", "3"))
