@@ -30,20 +30,20 @@ class ExitGraph(nn.Module):
 
     def __init__(self, early: EarlyExit, inputs: Mapping[str, torch.Tensor]):
         super().__init__()
-        self.stages = nn.ModuleList()
-        given: tuple = (dict(inputs),)
-        for k in range(early.partition.num_stages):
-            stage = _Stage(early, k)
-            sizes = tree_map(lambda value: dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO), given)
-            strict = early.heads.mixer is not None  # it ends a layer by raising, which only a strict export follows
-            self.stages.append(torch.export.export(stage, given, dynamic_shapes=sizes, strict=strict).module())
-            found = stage(*given)
-            if k > 0 and found[0].shape != given[1].shape:
+        stages = [_Stage(early, k) for k in range(early.partition.num_stages)]
+        given: list[tuple] = [(dict(inputs),)]
+        for k, stage in enumerate(stages):
+            given.append((given[0][0], *stage(*given[-1])))
+            if k > 0 and given[-1][1].shape != given[-2][1].shape:
                 raise ValueError(
-                    f"Stage {k + 1} makes hidden states {[*found[0].shape]} of {[*given[1].shape]}, so it cannot be "
-                    "skipped in a graph. Export the first stages with --num_stages, without --early_exit."
+                    f"Stage {k + 1} makes hidden states {[*given[-1][1].shape]} of {[*given[-2][1].shape]}: it cannot "
+                    "be skipped in a graph. Export the first stages with --num_stages, without --early_exit."
                 )
-            given = (given[0], *found)
+        strict = early.heads.mixer is not None  # it ends a layer by raising, which only a strict export follows
+        self.stages = nn.ModuleList()
+        for stage, example in zip(stages, given, strict=False):
+            sizes = tree_map(lambda value: dict.fromkeys(range(min(value.dim(), 2)), torch.export.Dim.AUTO), example)
+            self.stages.append(torch.export.export(stage, example, dynamic_shapes=sizes, strict=strict).module())
 
     def forward(self, pixel_values=None, input_ids=None, attention_mask=None) -> tuple[torch.Tensor, torch.Tensor]:
         """The answers `[B, num_labels]` and the numbers of the stages at which samples left, from 1, `[B]`."""
