@@ -1,4 +1,4 @@
-"""The ways of training for one task beside each other: accuracy, peak memory and time, and by which others each is beaten."""
+"""Ways of training for one task beside each other: accuracy, memory and time, and by which others each is beaten."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
