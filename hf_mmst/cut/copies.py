@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -25,7 +26,7 @@ def copied(
     twin = copy.deepcopy(module, memo)
     if like is not None:  # quantized weights know their scales
         for old in tensors:
-            if type(old) not in (torch.Tensor, nn.Parameter):
+            if type(old) not in (torch.Tensor, nn.Parameter, FakeTensor):
                 vars(memo[id(old)]).update(copy.deepcopy(vars(old), memo))
     for one in twin.modules():
         one.training = one.training if training is None else training
