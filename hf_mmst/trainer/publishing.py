@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
 
@@ -84,7 +85,10 @@ def _planned_bytes(run: StageRun, args: MMSTConfig, batch: Mapping[str, Any]) ->
         return None
     with run.not_streaming():
         learns = [parameter.requires_grad for parameter in staged.model.parameters()]
-        key = str((args.to_dict(), [(name, getattr(value, "shape", None)) for name, value in batch.items()], learns))
+        shapes = [(name, getattr(value, "shape", None)) for name, value in batch.items()]
+        labels = batch["labels"]  # of tokens without one there may be no logits
+        labels = labels.tolist() if torch.is_tensor(labels) else labels
+        key = str((args.to_dict(), learns, shapes, labels))
         if key not in run.planned:
             planned = planned_peak(args, staged.model, batch)
             run.planned[key] = None if planned is None else planned.total
