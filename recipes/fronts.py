@@ -41,12 +41,14 @@ class Task:
         model (`str`): the folder that the memory benchmark was given.
         heads (`str`): what the accuracy benchmark calls the rate of the heads that all rows have.
         stages (`tuple[int, ...]`): numbers of stages, the last one a layer each.
+        has_blocks (`bool`): whether blocks by the model's loss were trained, too.
     """
 
     data: tuple[str, int]
     model: str
     heads: str
     stages: tuple[int, ...]
+    has_blocks: bool = False
 
     def standings(self) -> list[Standing]:
         """All ways that were measured in both benchmarks."""
@@ -62,7 +64,8 @@ class Task:
         yield "**the defaults**: end to end, layers offloaded", f"offloaded{rate}", 1, "offloaded"
         yield "the same, half of the layers resident", f"offloaded{rate}", 1, HALF
         tuned = rate if self.heads == "heads at 0.01" else ""
-        yield "blocks: a layer at a time, by the model's loss", f"blocks, w = 0{tuned}", deep, "blocks"
+        if self.has_blocks:
+            yield "blocks: a layer at a time, by the model's loss", f"blocks, w = 0{tuned}", deep, "blocks"
         for number in self.stages:
             yield f"stages, K = {number}", f"default{tuned}", number, "simultaneous+head_layers"
 
@@ -84,7 +87,7 @@ class Task:
 
 
 TASKS = {
-    "20 Newsgroups, 1,200 texts, MiniLM-L6": Task(ways.NEWS, "minilm-l6", "head rate", (2, 3, 6)),
+    "20 Newsgroups, 1,200 texts, MiniLM-L6": Task(ways.NEWS, "minilm-l6", "head rate", (2, 3, 6), has_blocks=True),
     "CIFAR-10, 1,000 images, ViT-S": Task(ways.VIT, "vit-small-56", "heads at 0.01", (2, 4, 12)),
 }
 
