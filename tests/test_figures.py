@@ -160,6 +160,10 @@ SAID = [  # page, sentence, figures
         "{:.1f} on ViT-S with heads at 0.01 and twelve stages, {:.1f}",
         [behind(VIT, HEADS, k) for k in (12, 4)],
     ),
+    (ACCURACY, "to end**: {:.1f} points behind it on 20", [behind(NEWS, "default", 2)]),
+    (ACCURACY, "by the defaults, {:.1f} without the", [behind(NEWS, "default, w = 0", 2)]),
+    (ACCURACY, "transport term, {:.1f} on ViT-S", [behind(VIT, HEADS, 2)]),
+    (ACCURACY, "loss, are {:.1f} points behind on 20", [behind(NEWS, "blocks, w = 0", 6)]),
     (ACCURACY, "One resident stage is {:.1f} behind", [behind(NEWS, "default, resident", 6)]),
     (ACCURACY, "on 20 Newsgroups in {:.0f} % of the memory", [peak(NEWS, "default, resident", 6)]),
     (
