@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.export import Dim
 from torch.utils._pytree import tree_map
 
 from hf_mmst import EarlyExit
@@ -42,7 +43,7 @@ class ExitGraph(nn.Module):
         strict = early.heads.mixer is not None  # it ends a layer by raising, which only a strict export follows
         self.stages = nn.ModuleList()
         for stage, example in zip(stages, given, strict=False):
-            sizes = tree_map(lambda value: dict.fromkeys(range(min(value.dim(), 2)), torch.export.Dim.AUTO), example)
+            sizes = tree_map(lambda value: dict.fromkeys(range(2 if value.dim() in (2, 3) else 1), Dim.AUTO), example)
             self.stages.append(torch.export.export(stage, example, dynamic_shapes=sizes, strict=strict).module())
 
     def forward(self, pixel_values=None, input_ids=None, attention_mask=None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ accuracy and time of that and of the whole model, too, on the half of the test s
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -88,7 +89,9 @@ def export(module: torch.nn.Module, inputs: dict[str, torch.Tensor], path: Path)
     ClearMetadataAndDocStringPass()(program.model)  # traces of the export, which would be longer than small models
     path.parent.mkdir(parents=True, exist_ok=True)
     program.save(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         found = session.run(None, {name: one.numpy() for name, one in given.items()})
@@ -107,15 +110,14 @@ def without_labels(sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def measure(ways: dict[str, Run], samples: Iterable[dict[str, torch.Tensor]]) -> dict[str, dict[str, float]]:
-    """Of each way: accuracy, seconds of a sample by itself, and, where samples leave, the mean number of stages."""
+    """Of each way: accuracy, seconds of one sample, and, where samples leave, the mean of stages."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
     for sample in samples:
         inputs = without_labels(sample)
         for name, run in ways.items():
-            begin = time.perf_counter()
             logits, *stages = run(inputs)
             one = {
-                "seconds": time.perf_counter() - begin,
+                "seconds": seconds(functools.partial(run, inputs), 3),
                 "accuracy": float(logits.argmax(-1) == sample["labels"]),
                 **({"stages": float(stages[0])} if stages else {}),
             }
@@ -124,11 +126,11 @@ def measure(ways: dict[str, Run], samples: Iterable[dict[str, torch.Tensor]]) ->
     return {name: {key: statistics.fmean(values) for key, values in kept.items()} for name, kept in found.items()}
 
 
-def seconds(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object], runs: int = RUNS) -> float:
     """The median time of some calls after a first one."""
     run()
     times = []
-    for _ in range(RUNS):
+    for _ in range(runs):
         begin = time.perf_counter()
         run()
         times.append(time.perf_counter() - begin)
@@ -177,15 +179,16 @@ def main() -> None:
     }
     found["versions"] |= package_versions(("onnx", "onnxruntime", "onnxscript"))
     if args.samples:
-        samples = batches(args.samples, args.model, model.config, 1)[1]
+        rows = batches(args.samples, args.model, model.config, 1)[1]
+        samples = [{name: row[name] for name in (*example, "labels")} for row in rows]  # no types: all are 0
         with tempfile.TemporaryDirectory() as folder:
             whole = export(Logits(model).eval(), example, Path(folder) / "model.onnx")
             ways = measure({"whole": whole, "early_exit": run, "early_exit_pytorch": in_pytorch}, samples)
         largest = max(difference(run, in_pytorch, without_labels(sample)) for sample in samples)
         found["samples"] = {"task": args.samples, "number": len(samples), "largest_difference": largest, **ways}
-        for name, row in ways.items():
-            stages = f", {row['stages']:.2f} stages" if "stages" in row else ""
-            print(f"{name}: accuracy {row['accuracy']:.2%}, {1000 * row['seconds']:.2f} ms a sample{stages}")
+        for name, way in ways.items():
+            stages = f", {way['stages']:.2f} stages" if "stages" in way else ""
+            print(f"{name}: accuracy {way['accuracy']:.2%}, {1000 * way['seconds']:.2f} ms a sample{stages}")
     write_json(args.output_dir / "onnx.json", found)
     print(
         f"logits within {apart:.1g} of PyTorch's; one random sample takes {1000 * found['seconds_onnx']:.1f} ms, "
