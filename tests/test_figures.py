@@ -123,6 +123,10 @@ def halves(name):
     return read(f"exits/{name}")["num_test_samples"]
 
 
+def apart_in_onnx(name):
+    return read(f"onnx/{name}")["samples"]["largest_difference"]
+
+
 FINE_TUNED = [
     behind(task, row["method"], row["num_stages"])
     for task, model, row in ways.accuracy_rows()
@@ -203,6 +207,7 @@ SAID = [  # page, sentence, figures
     ("model_cards/convolutional.md", "the model's own by {:.0f} points", [below("vgg11_bn")]),
     ("model_cards/exits.md", "({} digits, {} texts;", [halves("digits"), halves("text")]),
     ("model_cards/exits.md", "One text is {:.2f} points", [100 / halves("text")]),
+    ("model_cards/exits.md", "with logits {:.0e} apart at most", [max(map(apart_in_onnx, ("digits", "text")))]),
     ("model_cards/scaling.md", "P = {:.0f} million parameters", [vit_large().parameters / 1e6]),
     (MEMORY, "by far: {:.0f} to {:.0f} %", [OFFLOADED[0], memory("resident+cache")[0]]),
     (MEMORY, "in {:.1f} to {:.1f} times the time of a step", [OFFLOADED_TIME[0], OFFLOADED_TIME[-1]]),
