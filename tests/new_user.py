@@ -74,7 +74,8 @@ STEPS = [  # name, command, what is shown of what it prints
     ("leave early", "python {root}/recipes/early_exit.py images trained", r"threshold, .* 0\.5%.*"),
     (
         "leave early in ONNX",
-        "pip install -q -e '{root}[onnx]' && python {root}/recipes/export_onnx.py trained --early_exit --output_dir early",
+        "pip install -q -e '{root}[onnx]' && "
+        "python {root}/recipes/export_onnx.py trained --early_exit --output_dir early",
         r"logits within .*",
     ),
 ]

@@ -14,7 +14,7 @@ from ..records.card import CardContent, task_of, write_card
 from ..records.pictures import draw_training, write_picture
 from ..records.results import run_results
 from ..records.stage_table import print_stages
-from .stage_run import StageRun, first_batch_of
+from .stage_run import StageRun, batch_to_plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ def results_of(trainer: Any, run: StageRun, metrics: Mapping[str, Any], **found:
     staged, args = run.staged, trainer.args
     model = unwrap_peft_model(staged.model)
     config = getattr(model, "config", None)
-    batch = first_batch_of(trainer, args.per_device_train_batch_size) or {}
+    batch = batch_to_plan(trainer) or {}
     pixels, name = batch.get("pixel_values"), getattr(config, "_name_or_path", "")
     shape = None if pixels is None or trainer.processing_class is not None else list(pixels.shape[1:])
     known = {

@@ -266,6 +266,15 @@ def first_batch_of(trainer: Any, num_samples: int) -> Any:
     return None if dataset is None else first_batch(dataset, num_samples, collate)
 
 
+def batch_to_plan(trainer: Any) -> Any:
+    """A first batch as plans need it: tokens without a label have one, if a loss looks at their logits, too."""
+    batch = first_batch_of(trainer, trainer.args.per_device_train_batch_size)
+    looks_at_all = trainer.compute_loss_func is not None or trainer.args.label_smoothing_factor > 0
+    if looks_at_all and batch is not None and torch.is_tensor(batch.get("labels")):
+        batch = {**batch, "labels": batch["labels"].clamp(min=0)}
+    return batch
+
+
 def settle(trainer: Any) -> int | None:
     """
     Settle what the settings leave to the model: the plan for `memory_budget`, the order, and what is offloaded.
@@ -277,7 +286,7 @@ def settle(trainer: Any) -> int | None:
     sharded = trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not args.shards_layers)
     can_offload = not sharded and trainer._run.compilation is None
     if args.memory_budget is not None and trainer.train_dataset is not None:
-        batch = first_batch_of(trainer, args.per_device_train_batch_size)
+        batch = batch_to_plan(trainer)
         learn = bool(objective_of(model) or trainer.compute_loss_func) or args.stage_objective == "model"
         planned = plan_for(args, model, batch, learn, can_offload).peak.total
     args.settle(is_pretrained(model), can_offload)

@@ -120,3 +120,12 @@ def test_a_budget_with_parts_of_a_batch(tmp_path, capsys):
     MMSTTrainer(build("bert"), ample, train_dataset=Zeros(model))
     assert (ample.offload, ample.layer_batch_size) == ("none", None)
     assert "so layer_batch_size has no effect" in capsys.readouterr().out
+
+
+def test_a_loss_that_looks_at_all_tokens_is_planned_with_their_logits(tmp_path):
+    model = build("bert-masked-lm")
+    planned = {}
+    for smoothing in (0.0, 0.1):
+        args = given(tmp_path, num_stages=3, label_smoothing_factor=smoothing, per_device_train_batch_size=BATCH)
+        planned[smoothing] = MMSTTrainer(model, args, train_dataset=Zeros(model)).results({})["planned_bytes"]
+    assert planned[0.1] > 1.1 * planned[0.0]
