@@ -96,7 +96,7 @@ def test_a_gpu_by_name_is_a_budget_and_its_speeds():
 
 
 @pytest.mark.parametrize(("host", "place"), [(100, "host"), (0.1, "device")])
-def test_the_step_is_where_it_is_faster(host, place):
+def test_the_step_is_where_it_is_faster(remembered, host, place):
     """Predicted by the host's memory beside the link, unless it is given."""
     speeds = replace(GPUS["t4"], host_bandwidth=host * GPUS["t4"].link)
     rows = [row for row in plan(VIT, 8, speeds=speeds, stage_order="end_to_end").rows if row.way.offload == "layers"]
@@ -106,7 +106,7 @@ def test_the_step_is_where_it_is_faster(host, place):
     assert {row.way.offloaded_step for row in rows} == {"host"}
 
 
-def test_inputs_rest_where_nothing_else_fits():
+def test_inputs_rest_where_nothing_else_fits(remembered):
     offloaded = next(row for row in plan(DEEP, 64).rows if row.way.offload == "layers").peak.total
     found = plan(DEEP, 64, offloaded, stage_order="end_to_end")  # of which 5 % are to spare
     assert found.chosen.way.rests_inputs
