@@ -231,7 +231,7 @@ def on_meta(model: nn.Module) -> nn.Module:
     A copy of `model` in eval mode, whose parameters and buffers are on the meta device; nothing is allocated.
 
     Raises:
-        `NotImplementedError`: for quantized weights, whose scales the copy would lack.
+        `NotImplementedError`: for quantized weights, not all of whose operations run there.
     """
     if getattr(model, "is_quantized", False):
         raise NotImplementedError(f"The weights of {type(model).__name__} are quantized.")
