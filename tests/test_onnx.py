@@ -14,7 +14,7 @@ from hf_mmst import EarlyExit
 from hf_mmst.inference.exit_rules import ExitRule
 
 for package in ("onnxscript", "onnxruntime"):
-    pytest.importorskip(package)
+    pytest.importorskip(package, reason=f"exports need {package}; the rest of the package does not")
 
 
 def trained(folder, name, num_stages, **kwargs):

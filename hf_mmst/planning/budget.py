@@ -66,7 +66,8 @@ def plan_for(
             stage_objective=args.stage_objective,
             stage_order=None if args.chooses_order else args.stage_order,
             speeds=measured_cpu(precision) if device == "cpu" else device_like(torch.cuda.get_device_name()),
-            offloading=_offloading(args),
+            # Of other optimizers it is not known yet whether they step layer by layer on the device.
+            offloading=({} if args.optim.startswith("adamw_torch") else {"offloaded_step": "host"}) | _offloading(args),
         )
     except RuntimeError as error:  # which fake tensors raise where data decides
         raise ValueError(
@@ -81,7 +82,7 @@ def plan_for(
         print(f"hf_mmst: {found.reason} {found.config()}")
     args.memory_budget = None
     for name, value in {"stage_order": "simultaneous", **found.settings}.items():
-        setattr(args, name, value)
+        setattr(args, name, {**(getattr(args, name) or {}), **value} if isinstance(value, dict) else value)
     if args.stage_order != "sequential" and args.feature_cache != "none":
         args.feature_cache = "none"
         if args.process_index == 0:

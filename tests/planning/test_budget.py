@@ -124,6 +124,16 @@ def test_a_budget_with_parts_of_a_batch(tmp_path, capsys):
     assert "so layer_batch_size has no effect" in capsys.readouterr().out
 
 
+def test_a_budget_keeps_what_was_set_of_checkpointing(tmp_path):
+    model = build("vit")
+    offloaded = simulation(model, "fp32").peak(Way(offload="layers")).total
+    settings = {"stage_order": "end_to_end", "per_device_train_batch_size": BATCH}
+    settings |= {"memory_budget": str(offloaded), "activation_checkpointing_kwargs": {"use_reentrant": False}}
+    args = arguments(tmp_path, **settings)
+    MMSTTrainer(model, args, train_dataset=Zeros(model))
+    assert args.activation_checkpointing_kwargs == {"use_reentrant": False, "offload": True}
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_loss_that_looks_at_all_tokens_is_planned_with_their_logits(smoothing, tmp_path):
     model = build("bert-masked-lm")

@@ -167,7 +167,7 @@ def test_adapters_learn_in_the_place_of_the_weights():
 
 
 def test_the_command_shows_the_chosen_way_first_with_a_legend(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib; the table of a plan does not")
     VIT.save_pretrained(tmp_path)
     out, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     flags = ["plan", str(tmp_path), "--gpu", "rtx3060", "--batch-size", "8", "--num-stages", "2"]
