@@ -89,7 +89,8 @@ def choose(
         rows ([`Rows`]): to which rows are added.
         numbers (`Sequence[int]`): numbers of stages to try, in ascending order.
         without (`Collection[str]`): settings and orders to leave out.
-        exact (`bool`): whether gradients are to be those of end-to-end training; ways with stages are compared only.
+        exact (`bool`): whether gradients are to be those of end-to-end training; if none of these is chosen, ways with
+            stages are in the rows to compare it with.
         local (`bool`): whether stages learn from losses of their own, or from the model's.
         offloaded (`Sequence[Way]`): ways in which all layers are offloaded; the first takes the least.
     """
@@ -98,13 +99,13 @@ def choose(
         rows.of(way)
     families = _families(simulation, offloaded[0]) if local else _block_families(simulation)
     able = [family for family in families if not {family.stage_order, *family.settings} & {*without}]
-    chosen, least = None, []
+    chosen, least, compared = None, [], []
     for family in able:
+        if chosen is not None or (limit is None and family.activation_checkpointing):
+            continue
         if exact and family.num_stages > 1:
             if not family.stage_clipping and not family.activation_checkpointing:
-                rows.of(replace(family, num_stages=numbers[-1]))
-            continue
-        if (chosen is not None and not exact) or (limit is None and family.activation_checkpointing):
+                compared.append(replace(family, num_stages=numbers[-1]))
             continue
         if family.num_stages == 1:
             tight = exact and limit is not None and not rows.fits(family)
@@ -118,7 +119,7 @@ def choose(
         least.append(ways[-1])  # more stages take less
         if rows.fits(ways[-1]) and limit is not None:
             chosen = ways[bisect_left(ways[:-1], True, key=rows.fits)]
-    for way in least if chosen is None else []:  # one of them says what would be needed
+    for way in [*compared, *least] if chosen is None else []:  # one of them says what would be needed
         rows.of(way)
     for way in [*rows.all]:
         in_turn = way.stage_order == "sequential"

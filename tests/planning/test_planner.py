@@ -260,3 +260,11 @@ def test_all_of_a_budget_is_used(remembered):
     # A model that was loaded, and the name of one, have exact gradients; what is cut is asked for.
     assert plan(model, BATCH, 2 * most).chosen.way.num_stages > 1
     assert plan(model, BATCH, 2 * most, num_stages=2).chosen.way.num_stages == 2
+
+
+def test_stages_of_a_pretrained_model_are_shown_where_nothing_exact_is_chosen(remembered, tmp_path):
+    SMALL.save_pretrained(tmp_path)
+    stages = {
+        budget: {row.way.num_stages for row in plan(str(tmp_path), 64, budget).rows} for budget in (None, "4GiB", "1MiB")
+    }
+    assert stages == {None: {1, 3}, "4GiB": {1}, "1MiB": {1, 3}}
