@@ -24,7 +24,7 @@ class StageCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         run, staged = self._run, self._run.staged
-        refuse_checkpointing(staged.model, staged.partition)
+        refuse_checkpointing(staged.model, staged.partition, args)
         run.features.refuse_other_loader(type(self.trainer).__name__)
         staged.share_out()
         staged.heads.apart = True

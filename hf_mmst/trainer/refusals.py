@@ -127,11 +127,20 @@ def refuse_half(model: nn.Module) -> None:
         )
 
 
-def refuse_checkpointing(model: nn.Module, partition: Partition) -> None:
+def refuse_checkpointing(model: nn.Module, partition: Partition, args: MMSTConfig) -> None:
     """
     Raises:
-        `ValueError`: if activation checkpointing recomputes a module within which a stage ends.
+        `ValueError`: if activation checkpointing recomputes a module within which a stage ends, or has the inputs of
+            layers rest where there is no accelerator.
     """
+    by_host = args.activation_checkpointing and (args.offload != "layers" or args.resident_layers > 0)
+    if by_host and args.rests_inputs and args.device.type == "cpu":
+        raise ValueError(
+            'activation_checkpointing_kwargs={"offload": True} has inputs of layers rest in pinned memory, which there '
+            "is beside an accelerator only, but training is on a CPU. Leave offload out of "
+            'activation_checkpointing_kwargs, or set offload="layers" and resident_layers=0, by which they rest in '
+            "files."
+        )
     name = checkpoints_across(model, partition)
     if name is not None and model.get_submodule(name).gradient_checkpointing:
         raise ValueError(

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from elsewhere import PLACES, play
-from runs import arguments, assert_same, losses, weights
+from runs import arguments, assert_same, losses, trainer, weights
 from runs import run_end_to_end as run
 from transformers import set_seed
 from zoo import batch, make
@@ -99,3 +99,12 @@ def test_the_plan_has_them_at_rest(place, tmp_path, monkeypatch):
 def test_layers_left_out_of_checkpointing_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"every_n_layers=2 has no effect.* resident_layers"):
         arguments(tmp_path, stage_order="end_to_end", activation_checkpointing_kwargs={"every_n_layers": 2})
+
+
+@pytest.mark.parametrize("settings", [{"num_stages": 2}, {"stage_order": "end_to_end", "resident_layers": 1}])
+def test_inputs_that_the_host_would_put_in_pinned_memory_are_refused_on_a_cpu(settings, tmp_path):
+    made = trainer(
+        tmp_path, "bert", activation_checkpointing=True, activation_checkpointing_kwargs={"offload": True}, **settings
+    )
+    with pytest.raises(ValueError, match=r"training is on a CPU\. Leave offload out"):
+        made.train()
