@@ -57,10 +57,13 @@ BLOCKS = {"stage_order": "sequential", "stage_objective": "model", "head_rate": 
 FAST_BLOCKS = {"stage_order": "sequential", "stage_objective": "model", "head_learning_rate": 0.01}
 WHOLE = {"num_stages": 1}
 HEAD_RATE, FAST_HEADS = {**WHOLE, "head_rate": 10}, {**WHOLE, "head_learning_rate": 0.01}
+EIGHT_BIT = {"optim": "adamw_bnb_8bit"}  # states of 8 bits, by bitsandbytes
 METHODS = {
     "end-to-end": None,
     "end-to-end, head rate": HEAD_RATE,
     "end-to-end, heads at 0.01": FAST_HEADS,
+    "end-to-end, head rate, 8-bit": {**HEAD_RATE, **EIGHT_BIT},
+    "end-to-end, heads at 0.01, 8-bit": {**FAST_HEADS, **EIGHT_BIT},
     "lora": None,
     "lora, head rate": HEAD_RATE,
     "lora, heads at 0.01": FAST_HEADS,
@@ -87,6 +90,7 @@ METHODS = {
     "default": {},
     "default, heads at 0.01": {"head_learning_rate": 0.01},
     "default, w = 0": {"transport_weight": 0.0},
+    "default, w = 0, heads at 0.01": {"transport_weight": 0.0, "head_learning_rate": 0.01},
     "default, w = 1": {"transport_weight": 1.0},
     "default, constant": {"transport_schedule": "constant"},
     "default, constant, one rate": ONE_RATE,

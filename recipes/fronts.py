@@ -6,6 +6,7 @@ from statistics import mean
 
 import ways
 
+WHOLE = "end to end (plain `Trainer`)"
 HALF = "offloaded+half resident"
 
 
@@ -41,37 +42,55 @@ class Task:
         model (`str`): the folder that the memory benchmark was given.
         heads (`str`): what the accuracy benchmark calls the rate of the heads that all rows have.
         stages (`tuple[int, ...]`): numbers of stages, the last one a layer each.
-        has_blocks (`bool`): whether blocks by the model's loss were trained, too.
+        lora (`str`), freeze (`str`, *optional*): what it calls these two; the latter as it calls the others by default.
+        from_scratch (`bool`): whether the model is a ViT from scratch, in the place of a pretrained one.
     """
 
     data: tuple[str, int]
     model: str
     heads: str
     stages: tuple[int, ...]
-    has_blocks: bool = False
+    lora: str = "lora, head rate"
+    freeze: str | None = None
+    from_scratch: bool = False
 
     def standings(self) -> list[Standing]:
         """All ways that were measured in both benchmarks."""
-        return [Standing(name, *self._accuracy(*how[:2]), *self._ratios(*how[1:])) for name, *how in self._ways()]
+        rows = {
+            (row["method"], row["num_stages"]): row
+            for data, model, row in ways.accuracy_rows()
+            if data == self.data and (model == "ViT from scratch") == self.from_scratch
+        }
+        return [
+            Standing(name, row["accuracy"], row["standard_error"], *self._ratios(number, method))
+            for name, trained, number, method in (self._scratch() if self.from_scratch else self._pretrained())
+            if (row := rows.get((trained, number))) is not None
+        ]
 
-    def _ways(self) -> Iterator[tuple[str, str, int, str]]:
+    def _scratch(self) -> Iterator[tuple[str, str, int, str]]:
         """Name, method of the accuracy benchmark, number of stages, method of the memory benchmark."""
+        yield WHOLE, "end-to-end", 1, "end-to-end"
+        yield "the same, checkpointing", "end-to-end", 1, "end-to-end+checkpointing"
+        yield "the same, layers offloaded", "end-to-end", 1, "offloaded"
+        for number in self.stages:
+            ours = "**the defaults**: " if number == 4 else ""
+            yield f"{ours}stages, K = {number}", "transport", number, "simultaneous"
+
+    def _pretrained(self) -> Iterator[tuple[str, str, int, str]]:
+        """The same."""
         rate, deep = f", {self.heads}", self.stages[-1]
-        yield "end to end (plain `Trainer`)", f"end-to-end{rate}", 1, "end-to-end"
-        yield "the same, checkpointing", f"end-to-end{rate}", 1, "end-to-end+checkpointing"
-        yield "LoRA, rank 16", "lora, head rate", 1, "lora"
-        yield "only the last layer", f"freeze{rate}", deep, "freeze"
-        yield "**the defaults**: end to end, layers offloaded", f"offloaded{rate}", 1, "offloaded"
-        yield "the same, half of the layers resident", f"offloaded{rate}", 1, HALF
+        exact = f"end-to-end{rate}", 1  # of all whose numbers are the same, bit for bit
+        yield WHOLE, *exact, "end-to-end"
+        yield "the same, checkpointing", *exact, "end-to-end+checkpointing"
+        yield "the same, states of 8 bits", f"end-to-end{rate}, 8-bit", 1, "end-to-end+8-bit"
+        yield "LoRA, rank 16", self.lora, 1, "lora"
+        yield "only the last layer", self.freeze or f"freeze{rate}", deep, "freeze"
+        yield "**the defaults**: end to end, layers offloaded", *exact, "offloaded"
+        yield "the same, half of the layers resident", *exact, HALF
         tuned = rate if self.heads == "heads at 0.01" else ""
-        if self.has_blocks:
-            yield "blocks: a layer at a time, by the model's loss", f"blocks, w = 0{tuned}", deep, "blocks"
+        yield "blocks: a layer at a time, by the model's loss", f"blocks, w = 0{tuned}", deep, "blocks"
         for number in self.stages:
             yield f"stages, K = {number}", f"default{tuned}", number, "simultaneous+head_layers"
-
-    def _accuracy(self, method: str, num_stages: int) -> tuple[float, float]:
-        row = ways.accuracy_row(self.data, method, num_stages)
-        return row["accuracy"], row["standard_error"]
 
     def _ratios(self, num_stages: int, method: str) -> tuple[float, float]:
         found: list[tuple[float, float]] = []
@@ -87,9 +106,39 @@ class Task:
 
 
 TASKS = {
-    "20 Newsgroups, 1,200 texts, MiniLM-L6": Task(ways.NEWS, "minilm-l6", "head rate", (2, 3, 6), has_blocks=True),
+    "20 Newsgroups, 1,200 texts, MiniLM-L6": Task(ways.NEWS, "minilm-l6", "head rate", (2, 3, 6)),
+    "movie reviews, 1,200 texts, MiniLM-L6": Task(
+        ("movie-reviews", 1200), "minilm-l6", "head rate", (6,), "lora", "freeze"
+    ),
     "CIFAR-10, 1,000 images, ViT-S": Task(ways.VIT, "vit-small-56", "heads at 0.01", (2, 4, 12)),
+    "CIFAR-10, 5,000 images, ViT-S": Task(ways.SCRATCH, "vit-small-56", "heads at 0.01", (4, 12)),
+    "CIFAR-10, 5,000 images, from scratch": Task(ways.SCRATCH, "vit-scratch-12", "", (2, 4, 8, 12), from_scratch=True),
+    "Fashion-MNIST, 5,000 images, from scratch": Task(
+        ("fashion-mnist", 5000), "vit-scratch-12", "", (2, 4, 8, 12), from_scratch=True
+    ),
 }
+
+
+EQUAL_TIME = {  # names of files of the accuracy benchmark
+    "newsgroups_checkpointing": "end to end, checkpointing",
+    "newsgroups_lora": "LoRA, rank 16",
+    "newsgroups_freeze": "only the last layer",
+    "newsgroups_offloaded": "**the defaults**: end to end, layers offloaded",
+    "newsgroups_k2": "stages, K = 2, w = 0",
+}
+
+
+def equal_time_table() -> str:
+    """Ways for 20 Newsgroups with as many epochs as take the time of end-to-end training."""
+    lines = ["| 20 Newsgroups, in equal time | epochs | accuracy, % |", "|---|---|---|"]
+    whole = ways.accuracy_row(ways.NEWS, "end-to-end, head rate")
+    found = [(WHOLE, 3.0, whole)]
+    for name, way in EQUAL_TIME.items():
+        run = ways.results(ways.CARDS / "accuracy" / "equal_time" / f"{name}.json")
+        found += [(way, run["epochs"], row) for row in run["rows"]]
+    for way, epochs, row in found:
+        lines.append(f"| {way} | {epochs:g} | {100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f} |")
+    return "\n".join(lines)
 
 
 def front_tables() -> str:

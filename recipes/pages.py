@@ -187,7 +187,7 @@ def times_table() -> str:
     rows = []
     for stem, found in read("memory"):
         first = found["rows"][0]
-        for row in found["rows"] if "predicted_seconds" in first else []:
+        for row in [row for row in found["rows"] if "predicted_seconds" in first and "predicted_seconds" in row]:
             seconds = [f"{row[key]:.2f}" for key in keys]
             ratios = [f"{row[key] / first[key]:.2f}" for key in keys]
             rows.append((stem, row["method"], *seconds, *ratios))
@@ -250,6 +250,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "recipes": ("model_cards/accuracy.md", recipes_table),
     "accuracy": ("model_cards/accuracy.md", accuracy_table),
     "fronts": ("model_cards/accuracy.md", fronts.front_tables),
+    "equal-time": ("model_cards/accuracy.md", fronts.equal_time_table),
     "scratch": ("model_cards/accuracy.md", scratch_table),
     "memory": ("model_cards/memory.md", memory_table),
     "billions": ("model_cards/memory.md", billions_table),
