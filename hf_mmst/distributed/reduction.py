@@ -34,9 +34,7 @@ class Reduction:
     finished = False
 
     def __init__(self, model: nn.Module, stages: Sequence[Sequence[nn.Parameter]]):
-        self._stages = [[p for p in stage if p.requires_grad] for stage in stages]
-        self._parameters = [p for stage in self._stages for p in stage]
-        self._sent: dict[int, list[_Message]] = {}
+        self._set_stages(stages)
         least = min(self._parameters, key=torch.Tensor.numel)  # it does not wrap a model with nothing to learn
         taken = {id(p) for p in self._parameters if p is not least}
         names = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in taken]
@@ -46,6 +44,11 @@ class Reduction:
             dist.broadcast(flat, src=0)
             for parameter, values in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 parameter.data.copy_(values.view_as(parameter))
+
+    def _set_stages(self, stages: Sequence[Sequence[nn.Parameter]]) -> None:
+        self._stages = [[p for p in stage if p.requires_grad] for stage in stages]
+        self._parameters = [p for stage in self._stages for p in stage]
+        self._sent: dict[int, list[_Message]] = {}
 
     @staticmethod
     def forget(model: nn.Module) -> None:
@@ -75,14 +78,17 @@ class Reduction:
 
     def finish(self) -> None:
         """Average all gradients that have not been sent, and give back the means of all."""
-        device = self._parameters[0].device
-        learned = torch.tensor([p.grad is not None for p in self._parameters], dtype=torch.int32, device=device)
-        dist.all_reduce(learned, dist.ReduceOp.MAX)
-        left = [p for p, has in zip(self._parameters, learned.tolist(), strict=True) if has]
-        last = [_Message(parameters) for parameters in _by_type(left)]
+        last = [_Message(parameters) for parameters in _by_type(self._learned())]
         for message in itertools.chain(*self._sent.values(), last):
             message.give_back()
         self._sent.clear()
+
+    def _learned(self) -> list[nn.Parameter]:
+        """The parameters that have gradients in any process."""
+        device = self._parameters[0].device
+        learned = torch.tensor([p.grad is not None for p in self._parameters], dtype=torch.int32, device=device)
+        dist.all_reduce(learned, dist.ReduceOp.MAX)
+        return [p for p, has in zip(self._parameters, learned.tolist(), strict=True) if has]
 
 
 class _Message:

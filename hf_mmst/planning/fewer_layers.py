@@ -17,6 +17,7 @@ from .steps import Steps
 from .traces import Recorder, composed
 from .ways import Way
 
+IN_SHARDS = 2  # layers after one whose backward pass has begun that are being gathered or let go
 WORTH = 0.7  # of the layers, at most, so that it pays to simulate fewer
 
 
@@ -103,7 +104,9 @@ def _roles(simulation: Steps, way: Way) -> list[Hashable]:
         return [(min(k, near), min(len(stages) - 1 - k, near), len(stage)) for k, stage in enumerate(stages)]
     layers = simulation.layers
     resident = {*resident_layers(layers, way.resident_layers)} if way.offload == "layers" else {*()}
-    near = BUFFERS + 1 if simulation.has_ring and way.offload == "layers" else 1
+    near = 1
+    if way.offload == "layers" and (simulation.has_ring or simulation.num_processes > 1):
+        near = BUFFERS + 1 if simulation.num_processes == 1 else IN_SHARDS
     away = [name not in resident for name in layers]
     roles: list[Hashable] = []
     since = 0  # resident layers, whose weights in low precision are freed with the layer after them

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._tools.mem_tracker import _MemRefType, _UpdateType
 from torch.utils.flop_counter import flop_registry
 
 from ..memory.tensor_peaks import FlatMemTracker
@@ -105,6 +106,13 @@ class CountingTracker(FlatMemTracker):
         self.operations.count(func, args, kwargs or {}, found)
         self.note(func)
         return found
+
+    def leave_out(self, *tensors: torch.Tensor) -> None:
+        """These are in other memory."""
+        for tensor in tensors:
+            for found in self._update_and_maybe_create_winfos(tensor, _MemRefType.OTH):
+                self._update_snap(_UpdateType.DEL, found)
+                found.mem_consumed = 0
 
     def note(self, func: Any) -> None:
         """An operator has run. See `Recorder`, as for what follows."""

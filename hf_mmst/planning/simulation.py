@@ -42,6 +42,8 @@ class Simulation(Steps):
         head_layers (`int`, *optional*), head_pooling (`str`): see [`MMSTConfig`].
         for_gpu (`bool`): whether layers come through a [`Ring`] and step in host memory, as on a GPU, wherever tensors
             are counted.
+        num_processes (`int`): that share the samples out, of which this is one: `inputs` is its batch. Offloaded layers
+            are in shards then, as by FSDP2, and gradients are sent.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Simulation(Steps):
         head_layers: int | None = None,
         head_pooling: str = "auto",
         for_gpu: bool = False,
+        num_processes: int = 1,
     ):
+        self.num_processes = num_processes
         self.device, self.dtype = device, PRECISIONS[precision]
         self.has_ring = for_gpu or has_streams(torch.device(device))
         self.config: Any = getattr(model, "config", None)

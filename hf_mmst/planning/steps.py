@@ -1,62 +1,29 @@
 """`Steps`: training steps of a model of fake tensors, each way of training as it runs."""
 
 import contextlib
-import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..cut.chosen_tokens import ChosenTokens
-from ..cut.copies import copied, tensors_of
-from ..cut.hidden_states import hidden_states_of
 from ..cut.layers import resting_parameters, tied_parameters
-from ..cut.objectives import CLASSES
 from ..cut.partition import Partition
-from ..cut.probe import LayerProfile
 from ..memory.layer_offload import resident_layers
+from ..memory.recomputing import recomputing
 from ..method.engine import Stagewise
 from ..method.heads import StageHeads
 from ..method.stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
 from .fake_memory import FakeLayerOffload, FakeRingStageOffload, FakeStageOffload, fake_layer_offload
-from .layer_memory import LayerMemory
+from .fake_model import FakeModel
+from .fake_processes import FakeReduction, one_of_processes, put_in_shards
 from .model_and_batch import with_adapters
-from .operations import CountingTracker, Peak
-from .traces import Recorder
+from .operations import Peak
 from .ways import LORA_RANK, Way
 
 
-class Steps:
-    """
-    Steps of the model of a [`Simulation`], which makes what is declared here.
-
-    Attributes:
-        records (`bool`): whether trackers are [`Recorder`]s.
-        tracker ([`CountingTracker`]): of the last step.
-    """
-
-    model: nn.Module
-    inputs: Mapping[str, Any]
-    device: str
-    dtype: torch.dtype | None
-    has_ring: bool
-    config: Any
-    objective: Any = CLASSES
-    layers: list[str]
-    ends: list[str]
-    by_layer: list[LayerMemory]
-    profile: list[LayerProfile]
-    head_layers: int
-    heads_like: tuple[str, str | None]
-    tokens: ChosenTokens | None = None
-    records = False
-    tracker: CountingTracker
-    _mode: FakeTensorMode
-    _ready: list[torch.Tensor]
-    _states: WeakTensorKeyDictionary
+class Steps(FakeModel):
+    """Steps of the model of a [`Simulation`], each way of training as it runs."""
 
     def partition(self, num_stages: int) -> Partition:
         """The cut into stages."""
@@ -67,17 +34,21 @@ class Steps:
         if way.lora:
             return self._end_to_end(self._without_data(with_adapters(self.model, LORA_RANK)), way)
         if way.offload == "layers":
-            return self._layers_offloaded(way)
+            return self._layers_offloaded(way) if self.num_processes == 1 else self._layers_in_shards()
         if way.num_stages == 1:
             return self._end_to_end(self.model, way)
         run = self._block if way.stage_objective == "model" else self._stagewise
-        return run(self.partition(way.num_stages), stages, way)
+        with one_of_processes(self.num_processes):
+            return run(self.partition(way.num_stages), stages, way)
 
     def _end_to_end(self, model: nn.Module, way: Way) -> Peak:
         with self._mode, self._checkpointing(model, way):
             parameters = list(model.parameters())
-            optimizer = self._with_states([p for p in parameters if p.requires_grad])
-            tracker = self._tracker(model, parameters, optimizer)
+            learned = [p for p in parameters if p.requires_grad]
+            optimizer = self._with_states(learned)
+            # DistributedDataParallel has a copy of all gradients, of which it sends parts.
+            sent = {p: torch.empty_like(p) for p in learned} if self.num_processes > 1 else {}
+            tracker = self._tracker(model, parameters, optimizer, sent.values(), beside=sent)
             with tracker, self._marked(tracker, model):
                 with self._autocast():
                     loss = self._loss(model)
@@ -135,6 +106,21 @@ class Steps:
             others = [*buffers, *([] if given is None else given[1:])]
             tracker = self._tracker(self.model, everything, optimizer, others, partition, heads)
             early = way.stage_clipping and len(stages) > 1
+            reduction = FakeReduction(shared) if self.num_processes > 1 else None
+
+            def learned_by(k: int, sides: bool) -> None:
+                if sides:  # what comes late is averaged at the end
+                    if self.records and reduction is not None:
+                        raise NotImplementedError("gradients of all stages at once")
+                    return
+                if reduction is not None:  # the means of a stage are back when the next one has learned
+                    reduction.start(k)
+                    k -= 1
+                if early and k >= 0:
+                    if reduction is not None:
+                        reduction.wait(k)
+                    step_stage(optimizer, shared, k, 1.0)
+
             with tracker, self._marked(tracker, self.model, partition):
                 with (
                     self._autocast(),
@@ -143,7 +129,7 @@ class Steps:
                         weights=[0.3] * partition.num_stages,
                         stages=stages,
                         mask=self.inputs.get("attention_mask"),
-                        learned=lambda k, sides: step_stage(optimizer, shared, k, 1.0) if early and not sides else None,
+                        learned=learned_by,
                         given=given,
                         tokens=self.tokens,
                     ) as step,
@@ -151,6 +137,8 @@ class Steps:
                     loss = self._loss(self.model)
                 (loss + 0.3 * step.transport).backward()
                 del loss, step
+                if reduction is not None:
+                    reduction.finish()
                 for _ in tracker.tails(shared[0] if len(stages) > 1 and not early else ()):
                     clip_by_stage(tracker.marking(shared), 1.0)
                     optimizer.step()
@@ -175,6 +163,8 @@ class Steps:
                 (loss + 0.3 * found.transport).backward()
                 del loss, found, step
                 tracker.mark(None)
+                if self.num_processes > 1:
+                    FakeReduction([parameters]).finish()
                 optimizer.step()
             return self._read(tracker, parameters, optimizer)
 
@@ -200,6 +190,33 @@ class Steps:
                     optimizer.step()
             return self._read(tracker, parameters, optimizer)
 
+    def _layers_in_shards(self) -> Peak:
+        with one_of_processes(self.num_processes), self._mode:
+            model = self._without_data(self.model)
+            shards = put_in_shards(model, self.layers, self.device, self.dtype)
+            optimizer = self._with_states([shard for shard in shards.values() if shard.requires_grad])
+            in_host = self.has_ring  # shards and their gradients are in other memory, where they are stepped
+            weights = [] if in_host else [*shards.values()]
+            tracker = self._tracker(model, weights, optimizer, beside=shards, in_host=in_host)
+            for parameter in shards if in_host else ():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(lambda p: tracker.leave_out(p.grad._local_tensor))
+            with tracker, recomputing(model, self.layers), self._marked(tracker, model):
+                with self._autocast():
+                    loss = self._loss(model)
+                loss.backward()
+                del loss
+                tracker.mark(None)
+                for parameter, shard in shards.items() if not in_host else ():
+                    shard.grad = None if parameter.grad is None else parameter.grad._local_tensor
+                one = [shards[p] for p in model.get_submodule(self.layers[0]).parameters()]
+                for _ in tracker.tails(one) if not in_host else ():
+                    torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
+                    optimizer.step()
+            if in_host:
+                optimizer.state.clear()
+            return self._read(tracker, weights, optimizer)
+
     @contextlib.contextmanager
     def _offload(
         self, kind: Any, partition: Partition, optimizer: torch.optim.Optimizer, resident: Sequence[str] = ()
@@ -215,115 +232,6 @@ class Steps:
         finally:
             for parameter, data in before.items():
                 parameter.data = data
-
-    def _tracker(
-        self,
-        model: nn.Module,
-        weights: list[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        others: Iterable[torch.Tensor] = (),
-        partition: Partition | None = None,
-        heads: Iterable[nn.Module] = (),
-    ) -> CountingTracker:
-        """A tracker that knows what is in memory when a step begins."""
-        inputs = [value for value in self.inputs.values() if torch.is_tensor(value)]
-        tracker = self.tracker = Recorder(self.device) if self.records else CountingTracker()
-        stages = [[name] for name in self.layers] if partition is None else partition.stages
-        modules = [[model.get_submodule(name) for name in names] for names in stages]
-        for own, head in zip(modules, heads, strict=False):
-            own.append(head)
-        tracker.track_units([[t for m in own for t in tensors_of(m)] for own in modules], optimizer)
-        states = [value for state in optimizer.state.values() for value in state.values()]
-        tracker.track_external(*weights, *tensors_of(model), *states, *inputs, *self._ready, *others)
-        return tracker
-
-    @contextlib.contextmanager
-    def _marked(self, tracker: CountingTracker, model: nn.Module, partition: Partition | None = None) -> Iterator[None]:
-        """Within this context a recorder learns whose forward or backward pass begins: that of a layer, or a stage."""
-        if not isinstance(tracker, Recorder):
-            yield
-            return
-        units = {name: i for i, name in enumerate(self.layers)} if partition is None else partition.stage_of
-
-        def before(unit: int, *_: Any) -> None:
-            tracker.mark(unit)
-
-        def after(unit: int, _module: nn.Module, _args: Any, output: Any) -> None:
-            hidden = hidden_states_of(output)
-            if hidden.requires_grad:
-                hidden.register_hook(functools.partial(before, unit))
-
-        with contextlib.ExitStack() as stack:
-            for name, unit in units.items():
-                layer = model.get_submodule(name)
-                stack.callback(layer.register_forward_pre_hook(functools.partial(before, unit), prepend=True).remove)
-                stack.callback(layer.register_forward_hook(functools.partial(after, unit)).remove)
-            yield
-
-    def _input_of(self, engine: Stagewise, stage: int, end: bool = False) -> tuple[int, torch.Tensor]:
-        """The input of a stage, after a step that shows the engine what the layers before it return."""
-        with self._autocast(), engine.step(self._criterion, [0.0] * (stage + 1), [stage], to_the_end=end) as step:
-            self.model(**self.inputs)
-        assert step.features is not None
-        return stage, step.features
-
-    def _loss(self, model: nn.Module) -> torch.Tensor:
-        try:
-            outputs = model(**self.inputs)
-        except RuntimeError as error:
-            raise ValueError(
-                f"The forward pass of {type(model).__name__} depends on data, so that it cannot be followed on tensors "
-                f"without data ({error}). It can be trained in stages, but not planned."
-            ) from error
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
-        if not torch.is_tensor(loss) or loss.dim() > 0:
-            raise ValueError(
-                f"{type(model).__name__} makes no loss of {', '.join(self.inputs)}, so that it cannot be planned. "
-                "Pass a batch with labels, or choose num_stages and stage_order yourself."
-            )
-        return loss
-
-    def _criterion(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.tokens is not None:
-            return self.objective.loss_of(self.tokens, logits, self.inputs["labels"])
-        return self.objective.loss(logits, self.inputs["labels"], self.config)
-
-    def _read(self, tracker: CountingTracker, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Peak:
-        total = tracker.get_tracker_snapshot("peak")[torch.device(self.device)]["Total"]
-        for parameter in weights:
-            parameter.grad = None
-        held = tracker.count_held(weights, optimizer)
-        return Peak(held[0], held[1], total, tracker.operations)
-
-    def _with_states(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        optimizer = torch.optim.AdamW(parameters, fused=True)
-        for parameter in parameters:
-            if parameter not in self._states:  # those of the model serve all ways: no step changes them
-                first, second = torch.empty_like(parameter), torch.empty_like(parameter)
-                self._states[parameter] = {"step": first.new_zeros(()), "exp_avg": first, "exp_avg_sq": second}
-            optimizer.state[parameter] = {**self._states[parameter]}
-        return optimizer
-
-    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-        return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-    def _without_data(self, model: nn.Module) -> nn.Module:
-        with self._mode:
-            return copied(model, training=True, like=self._fake)
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device, dtype=self.dtype)
-
-    @contextlib.contextmanager
-    def _checkpointing(self, model: Any, way: Way) -> Iterator[None]:
-        if way.activation_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        try:
-            yield
-        finally:
-            if way.activation_checkpointing:
-                model.activation_checkpointing_disable()
 
 
 @contextlib.contextmanager
