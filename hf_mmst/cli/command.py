@@ -78,7 +78,16 @@ def _parser() -> OneLineParser:
         choices=ORDERS,
         help="the only order to choose; end_to_end by default, or with --num-stages any",
     )
+    plan.add_argument(
+        "--num-processes",
+        type=int,
+        default=1,
+        help="GPUs that share the samples, --batch-size on each; the plan is that of one of them (default: 1)",
+    )
     plan.add_argument("--host-bandwidth", type=float, metavar="GB/s", help="of host memory beside the GPU")
+    plan.add_argument(
+        "--device-link", type=float, metavar="GB/s", help="from GPU to GPU, without which several have no times"
+    )
     plan.add_argument("--layers", action="store_true", help="show what each layer takes, too")
     plan.add_argument("--plot", metavar="PLAN.png", help="draw the memory of each way by kind, and its time")
     plan.add_argument("--json", help="write the whole plan to this file; - for stdout, in the place of the table")
@@ -114,7 +123,7 @@ def _plan(given: argparse.Namespace) -> int:
 
     gc.disable()  # looking for cycles would take a tenth of the time
     try:
-        from ..planning.devices import device_named, measured_cpu, with_host_bandwidth
+        from ..planning.devices import device_named, in_machine, measured_cpu
         from ..planning.planner import plan
 
         device = measured_cpu(given.precision) if given.gpu is None else device_named(given.gpu)
@@ -126,10 +135,11 @@ def _plan(given: argparse.Namespace) -> int:
             num_stages=given.num_stages,
             seq_len=given.seq_len,
             image_size=given.image_size,
-            speeds=with_host_bandwidth(device, given.host_bandwidth),
+            speeds=in_machine(device, given.host_bandwidth, given.device_link),
             task=given.task,
             lora=given.lora,
             stage_order=given.stage_order,
+            num_processes=given.num_processes,
         )
     finally:
         gc.enable()

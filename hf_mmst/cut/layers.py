@@ -5,6 +5,7 @@ from typing import TypeGuard
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_utils import unwrap_peft_model
 
 from .partition import Partition
 
@@ -127,6 +128,17 @@ def refuse_shared(model: nn.Module, layers: Sequence[str]) -> None:
                     f"{name} of {type(model).__name__} shares weights with {layer_of[parameter]}, so that the two "
                     'cannot rest one by one. Set offload="none".'
                 )
+
+
+def refuse_layerdrop(model: nn.Module, why: str) -> None:
+    """
+    Raises:
+        `ValueError`: if layers are skipped at random; `why` that cannot be.
+    """
+    config = getattr(unwrap_peft_model(model), "config", None)
+    for name, value in vars(config).items() if config is not None else ():
+        if "layerdrop" in name and value:
+            raise ValueError(f"config.{name}={value} skips layers at random, {why}. Set it to 0.")
 
 
 def _open(name: str, group: nn.Module) -> Iterable[str]:

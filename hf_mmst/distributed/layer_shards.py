@@ -1,7 +1,7 @@
 """`offload="layers"` in several processes: accelerate's FSDP2 with offloading to host memory, as our field sets it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -10,7 +10,9 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, pa
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.optim import SGD, Optimizer
+from transformers.trainer_utils import unwrap_peft_model
 
+from ..cut.layers import refuse_layerdrop, refuse_shared
 from ..cut.temporary_attributes import replaced
 
 PLUGIN = {  # which layers these are is filled in when the model is cut; accelerate's checkpointing would draw new masks
@@ -84,3 +86,41 @@ def shard_untrained(accelerator: Any, model: nn.Module) -> None:
     """Shard a model that is evaluated before it is trained; accelerate does so only together with an optimizer."""
     if not accelerator._models:
         accelerator.prepare(model, SGD(model.parameters()))
+
+
+def refuse_in_shards(model: nn.Module, layers: Sequence[str]) -> None:
+    """
+    Args:
+        model (`nn.Module`): what is trained.
+        layers (`Sequence[str]`): qualified names of its layers.
+
+    Raises:
+        `ValueError`: if the layers of the model cannot be offloaded in several processes.
+    """
+    refuse_shared(model, layers)
+    refuse_layerdrop(model, "which the other processes would wait for")
+    try:
+        _refuse_shared_head(model)
+    except NotImplementedError:
+        raise ValueError(
+            f"FSDP2 as accelerate sets it up asks for the input embeddings, of which {type(model).__name__} says "
+            'nothing. Set offload="none", or start one process.'
+        ) from None
+    if getattr(unwrap_peft_model(model), "is_quantized", False):
+        raise ValueError(
+            f'The weights of {type(model).__name__} are quantized, and with offload="layers" in several processes each '
+            'would get a part of them without their scales. Set offload="none", or start one process.'
+        )
+
+
+def _refuse_shared_head(model: nn.Module) -> None:
+    """Refuse a head with weights that other modules than the input embeddings have, too (BERT's bias)."""
+    ends = [getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("input", "output")]
+    weights = {weight for end in ends if end is not None for weight in end.parameters()}
+    for name, module in model.named_modules():
+        for own, weight in module._parameters.items():
+            if weight in weights and not any(module in end.modules() for end in ends if end is not None):
+                raise ValueError(
+                    f"{own} of {name} of {type(model).__name__} is a weight of its embeddings or head, too, which "
+                    'FSDP2 puts in shards apart. Set offload="none", or start one process.'
+                )

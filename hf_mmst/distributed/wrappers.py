@@ -275,7 +275,7 @@ def _refuse_for_shards(kind: str, args: MMSTConfig) -> None:
             f'offload="{args.offload}" moves layers in and out of device memory, but {kind} does so, too, in its own '
             f'way. Set offload="none", or leave {kind} out.'
         )
-    if args.memory_budget is not None:
+    if args.memory_budget is not None and not args.shards_layers:
         raise ValueError(
             f'memory_budget="{args.memory_budget}" plans for a model that is whole in each process, but {kind} shards '
             f"it. Leave memory_budget unset and choose num_stages yourself, or leave {kind} out."

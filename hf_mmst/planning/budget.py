@@ -1,6 +1,7 @@
 """Plans for the arguments of a run: its peak memory, and with `memory_budget` the settings that fit."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,11 +9,13 @@ from torch import nn
 from transformers.utils import logging
 
 from ..config import MMSTConfig
+from ..cut.layers import find_layers
+from ..distributed.layer_shards import refuse_in_shards
 from ..field_conflicts import OF_OFFLOADED_LAYERS
 from .devices import device_like, measured_cpu
 from .operations import Peak
 from .planner import LOCAL_ORDERS, plan
-from .plans import Row
+from .plans import Plan, Row, reason_for
 from .simulation import Simulation
 from .ways import Way
 
@@ -29,7 +32,8 @@ def plan_for(
     """
     Plan for `args.memory_budget` and write the chosen settings into `args`; the budget is then unset.
 
-    A `num_stages` that the user has set is kept: end-to-end training, which has no stages, is not chosen then.
+    A `num_stages` that the user has set is kept: end-to-end training, which has no stages, is not chosen then. In
+    several processes layers are in shards if the accelerator is: where `stage_order="end_to_end"` was set.
 
     Args:
         args ([`MMSTConfig`]), model (`nn.Module`): what is trained.
@@ -46,9 +50,12 @@ def plan_for(
             "are none, or none that could be read again. Pass a dataset with samples, or leave memory_budget unset."
         )
     precision, device = _precision_and_device(args)
-    steps_at_once = args.gradient_accumulation_steps == 1 and args.world_size == 1 and not args.fp16
+    steps_at_once = args.gradient_accumulation_steps == 1 and not args.fp16
     num_stages = None if args.chooses_stages or not has_local_losses else args.num_stages
-    offloads = args.world_size == 1 and not args.fp16 and args.feature_cache == "none" and num_stages in (None, 1)
+    several = args.world_size > 1
+    offloads = not args.fp16 and args.feature_cache == "none" and num_stages in (None, 1)
+    if args.shards_layers:
+        refuse_in_shards(model, find_layers(model))
     try:
         found = plan(
             model,
@@ -59,7 +66,7 @@ def plan_for(
             num_stages=num_stages,
             without=([*LOCAL_ORDERS] if not has_local_losses else [])
             + (["stage_clipping"] if not steps_at_once else [])
-            + (["offload"] if args.world_size > 1 or not can_offload else [])
+            + (["offload"] if not can_offload or (several and not args.shards_layers) else [])
             + (["end_to_end"] if not offloads else []),
             head_layers=args.head_layers,
             head_pooling=args.head_pooling,
@@ -67,16 +74,23 @@ def plan_for(
             stage_order=None if args.chooses_order else args.stage_order,
             speeds=measured_cpu(precision) if device == "cpu" else device_like(torch.cuda.get_device_name()),
             # Of other optimizers it is not known yet whether they step layer by layer on the device.
-            offloading=({} if args.optim.startswith("adamw_torch") else {"offloaded_step": "host"}) | _offloading(args),
+            offloading={}
+            if several
+            else ({} if args.optim.startswith("adamw_torch") else {"offloaded_step": "host"}) | _offloading(args),
+            num_processes=args.world_size,
         )
     except RuntimeError as error:  # which fake tensors raise where data decides
         raise ValueError(
             f'memory_budget="{args.memory_budget}", but a {type(model).__name__} cannot be followed on tensors without '
             f"data ({error}). Choose num_stages and stage_order yourself, and leave memory_budget unset."
         ) from error
+    if args.shards_layers:  # as it was set up with the accelerator
+        found = _in_shards(found)
     if found.chosen is None:
         given = "" if num_stages is None else f", num_stages={num_stages}"
         hint = " Or leave num_stages unset, so that it is planned, too." if given else ""
+        if several and not args.shards_layers and args.chooses_order and not given:
+            hint += ' Or set stage_order="end_to_end", with which layers are offloaded in several processes, too.'
         raise ValueError(f'memory_budget="{args.memory_budget}"{given}: {found.reason}{hint}')
     if args.process_index == 0:
         print(f"hf_mmst: {found.reason} {found.config()}")
@@ -93,6 +107,13 @@ def plan_for(
         setattr(args, name, None)
     args.check_stages()
     return found.chosen
+
+
+def _in_shards(found: Plan) -> Plan:
+    """The plan with the way in which layers are offloaded as the only one to choose."""
+    row = next(row for row in found.rows if row.way.offload == "layers")
+    chosen = row if row.fits(found.budget) else None
+    return replace(found, chosen=chosen, reason=reason_for(found.rows, found.budget, chosen))
 
 
 def _offloading(args: MMSTConfig) -> dict[str, Any]:
@@ -115,7 +136,8 @@ def planned_peak(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -
 
 def simulation_of(args: MMSTConfig, model: nn.Module, batch: Mapping[str, Any]) -> Simulation:
     """The simulation of a run with these arguments and batches like this one."""
-    return Simulation(model, _inputs_of(batch), *_precision_and_device(args), args.head_layers, args.head_pooling)
+    given = *_precision_and_device(args), args.head_layers, args.head_pooling
+    return Simulation(model, _inputs_of(batch), *given, num_processes=args.world_size)
 
 
 def _inputs_of(batch: Mapping[str, Any]) -> Mapping[str, Any]:

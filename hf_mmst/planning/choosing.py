@@ -9,7 +9,7 @@ from torch import nn
 
 from ..cut.layers import checkpoints_across
 from ..cut.objectives import objective_of
-from .costs import cache_bytes, moved_bytes, relative_compute, resting_bytes, step_of
+from .costs import cache_bytes, moved_bytes, relative_compute, resting_bytes, sent_bytes, step_of
 from .devices import Device
 from .operations import Peak
 from .plans import HEADROOM, Row
@@ -70,6 +70,7 @@ class Rows:
             resting_bytes=resting_bytes(simulation, way),
             moved_bytes=moved_bytes(simulation, way).total,
             cache_bytes=cache_bytes(simulation, way),
+            sent_bytes=sent_bytes(simulation, way, peak).total,
             prediction=None if speeds is None else predict(step, speeds, self._precision, tokens),
         )
 
@@ -100,6 +101,8 @@ def choose(
     families = _families(simulation, offloaded[0]) if local else _block_families(simulation)
     able = [family for family in families if not {family.stage_order, *family.settings} & {*without}]
     chosen, least, compared = None, [], []
+    if exact and simulation.num_processes > 1 and "offload" in without and "end_to_end" not in without:
+        chosen = _offloading(rows, (), without, exact)  # all of the model on each device
     for family in able:
         if chosen is not None or (limit is None and family.activation_checkpointing):
             continue
@@ -108,7 +111,7 @@ def choose(
                 compared.append(replace(family, num_stages=numbers[-1]))
             continue
         if family.num_stages == 1:
-            tight = exact and limit is not None and not rows.fits(family)
+            tight = simulation.num_processes == 1 and exact and limit is not None and not rows.fits(family)
             ways = [replace(family, rests_inputs=True)] if tight else [*offloaded]
             least.append(ways[0])
             chosen = _offloading(rows, ways, without, exact)
@@ -143,6 +146,8 @@ def _offloading(rows: Rows, families: Sequence[Way], without: Collection[str], p
     if limit is None or not fitting:
         return None
     recomputes = _checkpoints_layers(simulation) and "activation_checkpointing" not in without
+    if simulation.num_processes > 1:  # every layer is in shards
+        return min(fitting, key=rows.cost)
     recomputes &= not families[0].rests_inputs  # the host's recomputation would have inputs of resident layers rest
     for recomputed in (False, True) if recomputes else (False,):
         most = _most_resident(rows, replace(min(families, key=rows.cost), activation_checkpointing=recomputed))
@@ -201,6 +206,8 @@ def _families(simulation: Simulation, offloaded: Way) -> Iterator[Way]:
     yield Way(num_stages=2, stage_clipping=True)
     if len(simulation.ends) == len(simulation.layers):  # single modules are not recomputed one by one
         yield offloaded
+    if simulation.num_processes > 1:  # stages are not offloaded then
+        return
     yield resident
     if _checkpoints_layers(simulation):
         yield replace(resident, activation_checkpointing=True)
@@ -212,7 +219,7 @@ def _block_families(simulation: Simulation) -> Iterator[Way]:
     yield in_turn
     if _checkpoints_layers(simulation):
         yield replace(in_turn, activation_checkpointing=True)
-    if len(simulation.ends) == len(simulation.layers):
+    if len(simulation.ends) == len(simulation.layers) and simulation.num_processes == 1:
         yield replace(in_turn, offload="stages")
 
 

@@ -67,11 +67,58 @@ class Moved:
         return sum(vars(self).values())
 
 
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that one of several processes receives from the others in the passes of a step; it sends as many."""
+
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes in one direction."""
+        return self.forward + self.backward
+
+
+def sent_bytes(simulation: Simulation, way: Way, peak: Peak) -> Sent:
+    """
+    What goes between the processes, in rings: gradients to be averaged; layers in shards and input embeddings are
+    gathered twice, what else is around them once.
+    """
+    number = simulation.num_processes
+    if way.offload != "layers" or number == 1:
+        gradients = peak.states // 2 if way.num_stages == 1 or way.stage_order == "simultaneous" else 0
+        if not gradients and number > 1:
+            gradients = sum(layer.gradients for layer in simulation.by_layer) // way.num_stages
+        return Sent(0, 2 * gradients * (number - 1) // number)
+    halves = 2 if simulation.dtype is not None else 1
+    weights, again, gradients = _in_shards(simulation)
+    share = (number - 1) / number / halves
+    return Sent(int(share * weights), int(share * (again + gradients)))
+
+
+def _in_shards(simulation: Simulation) -> tuple[int, int, int]:
+    """Bytes of all weights, of those that are gathered again in the backward pass, and of gradients."""
+    model, layers = simulation.model, {*simulation.layers}
+    parameters = [*model.parameters()]
+    embeddings, head = (getattr(model, f"get_{which}_embeddings")() for which in ("input", "output"))
+    again = {p for name in layers for p in model.get_submodule(name).parameters()}
+    if embeddings is not None and (head is None or head.weight is not embeddings.weight):
+        again |= {*embeddings.parameters()}
+    return (
+        sum(p.nbytes for p in parameters),
+        sum(p.nbytes for p in again),
+        sum(p.nbytes for p in parameters if p.requires_grad),
+    )
+
+
 def moved_bytes(simulation: Simulation, way: Way) -> Moved:
     """What a way of training moves."""
     if way.offload == "none":
         return Moved()
     layers = {layer.name: layer for layer in simulation.by_layer}
+    if way.offload == "layers" and simulation.num_processes > 1:
+        return Moved(*(size // simulation.num_processes for size in _in_shards(simulation)))
     if way.offload == "layers":
         moving = _offloaded(simulation, way)
         sent = [_sent(simulation, layer.name) for layer in moving]
@@ -94,7 +141,10 @@ def moved_bytes(simulation: Simulation, way: Way) -> Moved:
 
 
 def resting_bytes(simulation: Simulation, way: Way) -> int:
-    """Bytes at rest outside the device."""
+    """Bytes at rest outside the device; shards beside a CPU are in the memory that is planned."""
+    if way.offload == "layers" and simulation.num_processes > 1:
+        weights, _, gradients = _in_shards(simulation)
+        return (weights + 3 * gradients) // simulation.num_processes if simulation.has_ring else 0
     if way.offload == "layers":
         held = sum(layer.weights + layer.gradients + layer.states for layer in _offloaded(simulation, way))
         return held + _inputs_at_rest(simulation, way)
@@ -136,7 +186,7 @@ def step_of(simulation: Simulation, way: Way, peak: Peak, whole: Peak) -> Step:
 
     Arguments are those of [`relative_compute`].
     """
-    moved, times = moved_bytes(simulation, way), 1
+    moved, sent, times = moved_bytes(simulation, way), sent_bytes(simulation, way, peak), 1
     counted = peak.operations
     flops: list[float] = [*counted.flops.values()]
     nbytes: list[float] = [*counted.nbytes.values()]
@@ -150,10 +200,12 @@ def step_of(simulation: Simulation, way: Way, peak: Peak, whole: Peak) -> Step:
     on_device = sum(layer.states for layer in simulation.by_layer if layer.name in resident) // 2
     if way.offload != "layers" or way.offloaded_step == "device":
         on_device = learned
+    into, out = times * moved.forward_in, times * moved.forward_out
+    into_again, out_again = times * moved.backward_in, times * moved.backward_out
     return Step(
         (
-            Phase(flops[0], nbytes[0], times * moved.forward_in, times * moved.forward_out),
-            Phase(flops[1], nbytes[1], times * moved.backward_in, times * moved.backward_out),
+            Phase(flops[0], nbytes[0], into, out, sent=times * sent.forward),
+            Phase(flops[1], nbytes[1], into_again, out_again, sent=times * sent.backward),
             Phase(0, 0, moved.step_in, moved.step_out, (UPDATE + CLIPPING) * on_device, overlaps=False),
             Phase(stepped=(UPDATE + CLIPPING) * (learned - on_device), on_host=True),
         )

@@ -29,6 +29,8 @@ class Device:
         memory_bandwidth (`float`): bytes per second of what operators read and write.
         link (`float`): bytes per second to and from pinned host memory, in each direction; on a CPU, to and from files.
         host_bandwidth (`float`): bytes per second of host memory, for steps that are taken there.
+        between (`float`, *optional*): bytes per second from one device to the next of several processes, in each
+            direction; it depends on the machine, so that it is unknown unless it is given.
         memory (`int`, *optional*): bytes for tensors; unknown for a CPU.
         is_host (`bool`): whether the device is the host's own CPU.
     """
@@ -40,6 +42,7 @@ class Device:
     host_bandwidth: float
     memory: int | None = None
     is_host: bool = False
+    between: float | None = None
 
 
 def _gpu(name: str, fp32: float, bf16: float, fp16: float, memory: float, bandwidth: float, link: float, host: float):
@@ -98,9 +101,16 @@ def device_like(name: str) -> Device | None:
     return known.get("".join(words))
 
 
-def with_host_bandwidth(device: Device, gigabytes: float | None) -> Device:
-    """The device beside a host whose memory moves that many GB per second; as it is without a number."""
-    return device if gigabytes is None else replace(device, host_bandwidth=1e9 * gigabytes)
+def in_machine(device: Device, host: float | None = None, between: float | None = None) -> Device:
+    """
+    The device in a machine whose host memory moves so many GB per second, and in which so many go from one device to
+    the next; as it is without a number.
+    """
+    return replace(
+        device,
+        host_bandwidth=device.host_bandwidth if host is None else 1e9 * host,
+        between=device.between if between is None else 1e9 * between,
+    )
 
 
 def measured_cpu(precision: str = "fp32") -> Device:

@@ -62,7 +62,7 @@ class FakeModel:
         others: Iterable[torch.Tensor] = (),
         partition: Partition | None = None,
         heads: Iterable[nn.Module] = (),
-        beside: Mapping[nn.Parameter, torch.Tensor] = MappingProxyType({}),
+        beside: Mapping[Any, torch.Tensor] = MappingProxyType({}),
         in_host: bool = False,
     ) -> CountingTracker:
         """

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.distributed.tensor import DTensor
 
 from ..distributed.layer_shards import PLUGIN
 from ..distributed.reduction import Reduction
@@ -68,7 +67,7 @@ def put_in_shards(
         plugin.set_mixed_precision(dtype)
     with unset_fake_temporarily():  # its ranks are data
         mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("shards",))
-    accelerator = SimpleNamespace(
+    accelerator: Any = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin),
         mixed_precision="no" if dtype is None else "bf16",
         is_main_process=False,
@@ -78,9 +77,13 @@ def put_in_shards(
     fsdp2_prepare_model(accelerator, model)
     shards = {}
     for parameter in model.parameters():
-        local = cast(DTensor, parameter)._local_tensor.detach()
-        shards[parameter] = nn.Parameter(local, requires_grad=parameter.requires_grad)
+        shards[parameter] = nn.Parameter(shard_of(parameter).detach(), requires_grad=parameter.requires_grad)
     return shards
+
+
+def shard_of(tensor: Any) -> torch.Tensor:
+    """What this process has of a tensor in shards: that very tensor, not a view."""
+    return tensor._local_tensor
 
 
 class FakeReduction(Reduction):

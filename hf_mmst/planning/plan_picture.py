@@ -27,7 +27,7 @@ def draw_plan(plan: Plan) -> "Figure":
     except ImportError as error:
         raise ImportError("A picture of a plan needs matplotlib: pip install 'hf-mmst[recipes]'.") from error
     rows = plan.in_order[::-1]
-    timed = plan.device is not None
+    timed = all(row.prediction is not None for row in rows)
     figure = Figure(figsize=(9, 1.6 + 0.36 * len(rows)), layout="constrained", facecolor="white")
     memory, time = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     at = range(len(rows))

@@ -19,6 +19,8 @@ def plan_table(plan: Plan) -> "Table":
     from rich.table import Table
 
     size = f"{plan.batch_size} samples at once in {plan.precision}"
+    if plan.num_processes > 1:
+        size += f", in each of {plan.num_processes} processes"
     budget = "" if plan.budget is None else f", in {plan.budget / 2**20:,.0f} MiB"
     table = Table(title=f"Ways of training {size}{budget}", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("")
@@ -72,6 +74,7 @@ def _columns(plan: Plan) -> list[Column]:
         ),
         ("at rest\nMiB", lambda row: _mib(row.resting_bytes), "in host memory, or beside a CPU in files"),
         ("moved\nMiB", lambda row: _mib(row.moved_bytes), "in a step, from there to the device and back"),
+        ("sent\nMiB", lambda row: _mib(row.sent_bytes), "in a step, from other processes, and as much to them"),
         (
             "cache\nMiB",
             lambda row: f"{row.cache_bytes / 2**20:.2f}" if row.cache_bytes else EMPTY,
@@ -98,16 +101,15 @@ def _mib(value: int) -> str:
 
 
 def _seconds(row: Row) -> str:
-    assert row.prediction is not None
+    if row.prediction is None:
+        return EMPTY
     return f"{row.prediction.seconds:.3g}" if row.prediction.seconds < 100 else f"{row.prediction.seconds:,.0f}"
 
 
 def _speed(row: Row) -> str:
-    assert row.prediction is not None
-    return EMPTY if row.prediction.tokens is None else f"{100 * row.prediction.speed:.0f}"
+    return EMPTY if row.prediction is None or row.prediction.tokens is None else f"{100 * row.prediction.speed:.0f}"
 
 
 def _tokens(row: Row) -> str:
-    assert row.prediction is not None
-    tokens = row.prediction.tokens
+    tokens = None if row.prediction is None else row.prediction.tokens
     return EMPTY if tokens is None else f"{float(f'{tokens:.2g}'):,.0f}"

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..cut.token_flow import attends_causally
+from ..distributed.layer_shards import refuse_in_shards
 from ..field_checks import one_of, parse_bytes, whole
 from ..method.heads import is_pretrained
 from .choosing import Rows, choose, stage_numbers
@@ -42,6 +43,7 @@ def plan(
     lora: int | None = None,
     stage_order: str | None = None,
     offloading: Mapping[str, Any] | None = None,
+    num_processes: int = 1,
 ) -> Plan:
     """
     Estimate the memory of ways of training a model, without allocating it, and choose one that fits.
@@ -80,6 +82,9 @@ def plan(
         offloading (`Mapping[str, Any]`, *optional*): how layers are offloaded where they are: `layer_batch_size`,
             `offloaded_step` (by default the faster one, on a GPU with `speeds`, else `"host"`) and `rests_inputs`
             (inputs of layers rest, too; by default only if nothing else fits), see [`Way`].
+        num_processes (`int`): that share the samples out, each with a device and a batch like this one. All bytes are
+            those of one of them, with the whole model on each device beside the gradients that are sent, or end to end
+            with the layers in shards (FSDP2, offloaded). Times are predicted only if `speeds` has `between`.
 
     Raises:
         `ValueError`: for an argument that cannot be, or a model that cannot be cut.
@@ -99,6 +104,14 @@ def plan(
         whole(1, "1 trains end to end")("num_stages", num_stages)
     if head_layers is not None:
         whole(0, "0 is a head without layers")("head_layers", head_layers)
+    whole(1, "more share the samples out")("num_processes", num_processes)
+    offloading = offloading or {}
+    if num_processes > 1 and any(offloading.values()):
+        names = ", ".join(name for name, value in offloading.items() if value)
+        raise ValueError(
+            f"{names} in offloading is for layers that one process offloads, but num_processes={num_processes}. Leave "
+            "offloading unset, or set num_processes=1."
+        )
     if isinstance(speeds, str):
         speeds = device_named(speeds)
     if budget is None and speeds is not None:
@@ -117,14 +130,20 @@ def plan(
         plans = [
             plan(
                 *(model, batch, budget, one, device, num_stages, without, head_layers, seq_len, image_size),
-                *(head_pooling, stage_objective, speeds, None, None, stage_order, offloading),
+                *(head_pooling, stage_objective, speeds, None, None, stage_order, offloading, num_processes),
             )
             for one in ("fp32", "bf16")
         ]
         return min(plans, key=lambda found: math.inf if found.chosen is None else found.chosen.compute)
     inputs = batch_of(model, batch, seq_len, image_size)
     for_gpu = speeds is not None and not speeds.is_host
-    simulation = Simulation(model, inputs, precision, device, head_layers, head_pooling, for_gpu)
+    simulation = Simulation(model, inputs, precision, device, head_layers, head_pooling, for_gpu, num_processes)
+    if num_processes > 1:
+        try:
+            refuse_in_shards(model, simulation.layers)
+            without |= {"offload"} if precision == "fp16" else {*()}  # whose gradients a scaler has to see
+        except ValueError:
+            without |= {"offload"}
     without_data = any(torch.is_tensor(value) and value.is_meta for value in inputs.values())
     example = None if without_data else simulation.example  # it is run, for which it needs data
     local = stage_objective == "local"
@@ -134,11 +153,13 @@ def plan(
         raise ValueError(f"num_stages={num_stages} is more than the {len(simulation.ends)} layers. Set it to fewer.")
     rows = Rows(simulation, limit, precision, speeds)
     numbers = [num_stages] if num_stages is not None else stage_numbers(len(simulation.ends))
-    offloaded = [Way(offload="layers", **(offloading or {}))]
-    if for_gpu and "offloaded_step" not in (offloading or {}):
+    offloaded = [Way(offload="layers", **offloading)]
+    if for_gpu and num_processes == 1 and "offloaded_step" not in offloading:
         offloaded.append(replace(offloaded[0], offloaded_step="device"))
     chosen = choose(rows, numbers, without, exact, local, offloaded)
     found = sorted(rows.all.values(), key=lambda row: (row.way.num_stages > 1, -row.peak.total))
     best = None if chosen is None else rows.all[chosen]
     reason = reason_for(found, limit, best)
-    return Plan(found, simulation.by_layer, limit, best, reason, precision, simulation.num_samples, speeds)
+    return Plan(
+        found, simulation.by_layer, limit, best, reason, precision, simulation.num_samples, speeds, num_processes
+    )

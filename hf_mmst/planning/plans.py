@@ -25,8 +25,10 @@ class Row:
         compute (`float`): floating-point operations per epoch of every stage, as a ratio to end-to-end training.
         resting_bytes (`int`): bytes of weights and optimizer states that rest in host memory (CUDA) or on disk (CPU).
         moved_bytes (`int`): bytes that come from there or go there in a step, on average over the stages.
+        sent_bytes (`int`): bytes that come from other processes in a step, on average over the stages; as many go.
         cache_bytes (`int`): bytes of the feature cache on disk, for each sample.
-        prediction ([`Prediction`], *optional*): its time on the plan's device.
+        prediction ([`Prediction`], *optional*): its time on the plan's device; `None` without one, or if bytes are sent
+            at an unknown speed.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Row:
     moved_bytes: int = 0
     cache_bytes: int = 0
     prediction: Prediction | None = None
+    sent_bytes: int = 0
 
     def fits(self, limit: int | None) -> bool:
         """Whether the peak is within `limit` bytes, with 5 % for what is not in tensors; always without a limit."""
@@ -57,6 +60,7 @@ class Plan:
         precision (`str`): `"fp32"`, `"bf16"` or `"fp16"`: that of all rows.
         batch_size (`int`): samples on one device, in all rows.
         device ([`Device`], *optional*): what times are predicted for.
+        num_processes (`int`): that share the samples out; all bytes are those of one of them.
     """
 
     rows: list[Row]
@@ -67,6 +71,7 @@ class Plan:
     precision: str
     batch_size: int
     device: Device | None = None
+    num_processes: int = 1
 
     @property
     def in_order(self) -> list[Row]:
@@ -82,6 +87,7 @@ class Plan:
         """The whole plan as plain data, as for JSON; bytes are numbers, times are predicted seconds."""
         return {
             "batch_size": self.batch_size,
+            "num_processes": self.num_processes,
             "precision": self.precision,
             "budget_bytes": self.budget,
             "device": None if self.device is None else asdict(self.device),
@@ -99,6 +105,7 @@ class Plan:
                     "compute": row.compute,
                     "resting_bytes": row.resting_bytes,
                     "moved_bytes": row.moved_bytes,
+                    "sent_bytes": row.sent_bytes,
                     "cache_bytes_per_sample": row.cache_bytes,
                     "predicted": None if row.prediction is None else asdict(row.prediction),
                 }
@@ -124,7 +131,7 @@ def reason_for(rows: list[Row], limit: int | None, chosen: Row | None) -> str:
     fitting = [row.name for row in plain if row.fits(limit)]
     if chosen is None and fitting:
         return f"No way of this package fits in {limit / 2**20:,.0f} MiB. These do: {'; '.join(fitting)}."
-    ours = [row for row in rows if row not in plain]
+    ours = [row for row in rows if row not in plain] or [row for row in plain if row.sent_bytes and not row.way.lora]
     if chosen is None and not ours:
         return (
             "No way of this package is for this run: stages cannot learn, for the layers attend causally or the task "

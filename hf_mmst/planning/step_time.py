@@ -19,6 +19,7 @@ class Phase:
         moved_in (`float`), moved_out (`float`): bytes to the device and from it, whatever the batch.
         stepped (`float`): bytes that clipping and the optimizer read and write.
         on_host (`bool`): whether they do so in host memory.
+        sent (`float`): bytes that come from other processes, and go to them.
         overlaps (`bool`): whether a GPU does all of that at the same time.
     """
 
@@ -29,6 +30,7 @@ class Phase:
     stepped: float = 0
     on_host: bool = False
     overlaps: bool = True
+    sent: float = 0
 
     def seconds(self, device: Device, precision: str, batches: float = 1) -> float:
         """The longest of its parts where they overlap on a GPU, else their sum; a link has two directions."""
@@ -37,7 +39,8 @@ class Phase:
         stepping = self.stepped / (device.host_bandwidth if in_host else device.memory_bandwidth)
         if not in_host:
             computing, stepping = computing + stepping, 0.0
-        parts = computing, self.moved_in / device.link, self.moved_out / device.link, stepping
+        sending = self.sent / device.between if self.sent and device.between is not None else 0.0
+        parts = computing, self.moved_in / device.link, self.moved_out / device.link, stepping, sending
         return max(parts) if self.overlaps and not device.is_host else sum(parts)
 
     def in_memory(self) -> "Phase":
@@ -62,7 +65,7 @@ class Step:
 
     def batches_for(self, speed: float, device: Device, precision: str) -> float | None:
         """How many times as large a batch has to be to reach that share; `None` if nothing is moved."""
-        if not any(phase.moved_in or phase.moved_out for phase in self.phases):
+        if not any(phase.moved_in or phase.moved_out or phase.sent for phase in self.phases):
             return None
         least, most = 1e-6, 1e9  # the larger the batch, the smaller the part of what is moved
         while most / least > 1.001:
@@ -82,7 +85,7 @@ class Prediction:
     Attributes:
         seconds (`float`): of one batch, in all stages.
         speed (`float`): the share of the speed of the same computation with all of it in device memory.
-        tokens (`int`, *optional*): in a batch with which that share is 90 %; `None` if nothing is moved.
+        tokens (`int`, *optional*): in a batch with which that share is 90 %; `None` if nothing is moved or sent.
     """
 
     seconds: float
@@ -90,8 +93,10 @@ class Prediction:
     tokens: int | None
 
 
-def predict(step: Step, device: Device, precision: str, num_tokens: int) -> Prediction:
-    """The time of a step on a batch of `num_tokens`."""
+def predict(step: Step, device: Device, precision: str, num_tokens: int) -> Prediction | None:
+    """The time of a step on a batch of `num_tokens`; `None` if it sends bytes over a link of unknown speed."""
+    if device.between is None and any(phase.sent for phase in step.phases):
+        return None
     batches = step.batches_for(ENOUGH, device, precision)
     tokens = None if batches is None else round(batches * num_tokens)
     return Prediction(step.seconds(device, precision), step.speed(device, precision), tokens)

@@ -16,7 +16,7 @@ from ..method.heads import StageHeads
 from ..method.stepping import clip_by_stage, parameters_by_stage, shared_parameters, step_stage
 from .fake_memory import FakeLayerOffload, FakeRingStageOffload, FakeStageOffload, fake_layer_offload
 from .fake_model import FakeModel
-from .fake_processes import FakeReduction, one_of_processes, put_in_shards
+from .fake_processes import FakeReduction, one_of_processes, put_in_shards, shard_of
 from .model_and_batch import with_adapters
 from .operations import Peak
 from .ways import LORA_RANK, Way
@@ -200,7 +200,7 @@ class Steps(FakeModel):
             tracker = self._tracker(model, weights, optimizer, beside=shards, in_host=in_host)
             for parameter in shards if in_host else ():
                 if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(lambda p: tracker.leave_out(p.grad._local_tensor))
+                    parameter.register_post_accumulate_grad_hook(lambda p: tracker.leave_out(shard_of(p.grad)))
             with tracker, recomputing(model, self.layers), self._marked(tracker, model):
                 with self._autocast():
                     loss = self._loss(model)
@@ -208,7 +208,7 @@ class Steps(FakeModel):
                 del loss
                 tracker.mark(None)
                 for parameter, shard in shards.items() if not in_host else ():
-                    shard.grad = None if parameter.grad is None else parameter.grad._local_tensor
+                    shard.grad = None if parameter.grad is None else shard_of(parameter.grad)
                 one = [shards[p] for p in model.get_submodule(self.layers[0]).parameters()]
                 for _ in tracker.tails(one) if not in_host else ():
                     torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)

@@ -80,7 +80,7 @@ def results_of(trainer: Any, run: StageRun, metrics: Mapping[str, Any], **found:
 def _planned_bytes(run: StageRun, args: MMSTConfig, batch: Mapping[str, Any]) -> int | None:
     """The most bytes of tensors that the run holds by its plan, made once; `None` where there is no plan."""
     staged = run.staged
-    in_parts = args.stage_parallel or args.shards_layers  # one process's part has no plan yet
+    in_parts = args.stage_parallel or args.shards_layers  # this process has a part of the model
     if "labels" not in batch or not staged.partition.layers or in_parts:
         return None
     with run.not_streaming():

@@ -9,7 +9,7 @@ from transformers import Trainer
 from transformers.trainer_utils import unwrap_peft_model
 
 from ..config import MMSTConfig
-from ..cut.layers import checkpoints_across, refuse_shared
+from ..cut.layers import checkpoints_across
 from ..cut.objectives import objective_of
 from ..cut.partition import Partition
 
@@ -62,38 +62,6 @@ def refuse_task(model: nn.Module, args: MMSTConfig, label_names: Sequence[str], 
         raise ValueError(
             "config.output_router_logits=True adds a loss of all routers at once, from which the stages of "
             f"{type(base).__name__} before the last would not learn. Set it to False."
-        )
-
-
-def refuse_layerdrop(model: nn.Module, why: str) -> None:
-    """
-    Raises:
-        `ValueError`: if layers are skipped at random; `why` that cannot be.
-    """
-    config = getattr(unwrap_peft_model(model), "config", None)
-    for name, value in vars(config).items() if config is not None else ():
-        if "layerdrop" in name and value:
-            raise ValueError(f"config.{name}={value} skips layers at random, {why}. Set it to 0.")
-
-
-def refuse_in_shards(model: nn.Module, partition: Partition) -> None:
-    """
-    Raises:
-        `ValueError`: if the layers of the model cannot be offloaded in several processes.
-    """
-    refuse_shared(model, partition.layers)
-    refuse_layerdrop(model, "which the other processes would wait for")
-    try:
-        getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:
-        raise ValueError(
-            f"FSDP2 as accelerate sets it up asks for the input embeddings, of which {type(model).__name__} says "
-            'nothing. Set offload="none", or start one process.'
-        ) from None
-    if getattr(unwrap_peft_model(model), "is_quantized", False):
-        raise ValueError(
-            f'The weights of {type(model).__name__} are quantized, and with offload="layers" in several processes each '
-            'would get a part of them without their scales. Set offload="none", or start one process.'
         )
 
 

@@ -9,11 +9,12 @@ from torch import nn
 
 from ..config import MMSTConfig
 from ..cut.example_inputs import SAMPLES, ExampleInputs
-from ..cut.layers import find_layers, last_norm, resting_parameters, run_ends, tied_parameters
+from ..cut.layers import find_layers, last_norm, refuse_layerdrop, resting_parameters, run_ends, tied_parameters
 from ..cut.objectives import CLASSES, Objective, objective_of
 from ..cut.partition import Partition
 from ..cut.probe import LayerProfile, check_cut, logits_of, profile_layers, run_example, trace_stages
 from ..cut.token_flow import attends_causally, ignores_padding
+from ..distributed.layer_shards import refuse_in_shards
 from ..distributed.wrappers import Wrapper, numel
 from ..memory.layer_offload import LayerOffload, resident_layers
 from ..memory.stage_offload import StageOffload
@@ -22,7 +23,7 @@ from ..method.heads import StageHeads, head_pooling, is_pretrained, num_head_lay
 from ..method.own_head import is_of_single_tokens
 from ..method.stepping import parameters_by_stage
 from ..method.transport import TransportWeights
-from .refusals import refuse_in_shards, refuse_layerdrop, refuse_task
+from .refusals import refuse_task
 
 
 @dataclass
@@ -190,7 +191,7 @@ class Staging:
         engine = Stagewise(model, partition, heads, args.transport_norm, self.wrapper.hooks_first)
         offload = None
         if args.shards_layers:
-            refuse_in_shards(model, partition)
+            refuse_in_shards(model, partition.layers)
         elif args.offload != "none":
             layerwise = args.rests_inputs, args.layer_batch_size, args.offloaded_step == "device"
             half = torch.bfloat16 if args.bf16 else None

@@ -19,10 +19,8 @@ from zoo import make
 
 from hf_mmst import MMSTConfig
 from hf_mmst.cut.layers import find_layers
-from hf_mmst.cut.partition import Partition
-from hf_mmst.distributed.layer_shards import sharding_layers
+from hf_mmst.distributed.layer_shards import refuse_in_shards, sharding_layers
 from hf_mmst.distributed.wrappers import FullyShardedWrapper
-from hf_mmst.trainer.refusals import refuse_in_shards
 
 
 @pytest.fixture(scope="module")
@@ -147,21 +145,26 @@ def test_a_process_group_without_host_memory_is_refused(monkeypatch):
 
 def test_models_whose_layers_cannot_be_in_shards_are_refused():
     model = make("vit")
-    partition = Partition((tuple(find_layers(model)),))
-    refuse_in_shards(model, partition)
+    layers = find_layers(model)
+    refuse_in_shards(model, layers)
     model.is_quantized = True
     with pytest.raises(ValueError, match='quantized.*Set offload="none", or start one process'):
-        refuse_in_shards(model, partition)
+        refuse_in_shards(model, layers)
     model.is_quantized, model.config.layerdrop = False, 0.1
     with pytest.raises(ValueError, match="layerdrop=0.1 skips layers at random, which the other processes would wait"):
-        refuse_in_shards(model, partition)
+        refuse_in_shards(model, layers)
     model.config.layerdrop = 0.0
     model.get_input_embeddings = lambda: (_ for _ in ()).throw(NotImplementedError)
     with pytest.raises(ValueError, match="asks for the input embeddings, of which ViTForImageClassification says"):
-        refuse_in_shards(model, partition)
+        refuse_in_shards(model, layers)
+    masked = make("bert-mlm")
+    with pytest.raises(ValueError, match='bias of cls.predictions of BertForMaskedLM is .*Set offload="none"'):
+        refuse_in_shards(masked, find_layers(masked))
+    tied = make("gpt2")
+    refuse_in_shards(tied, find_layers(tied))
     model.vit.layers[1] = model.vit.layers[0]
     with pytest.raises(ValueError, match="shares weights with vit.layers.0"):
-        refuse_in_shards(model, partition)
+        refuse_in_shards(model, layers)
 
 
 def test_checkpoints_of_shards_and_of_one_process_are_told_apart(folder, tmp_path):

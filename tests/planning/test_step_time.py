@@ -9,7 +9,7 @@ from transformers import BertConfig, LlamaConfig, ViTConfig
 
 from hf_mmst import plan
 from hf_mmst.cli.command import PLANNED_TASKS, main
-from hf_mmst.planning.devices import GPUS, Device, device_like, device_named, measured_cpu, with_host_bandwidth
+from hf_mmst.planning.devices import GPUS, Device, device_like, device_named, in_machine, measured_cpu
 from hf_mmst.planning.model_and_batch import TASKS, batch_of, model_of
 from hf_mmst.planning.simulation import Simulation
 from hf_mmst.planning.step_time import Phase, Step, predict
@@ -73,7 +73,7 @@ def test_the_table_of_gpus_is_plausible():
         assert 8 * 2**30 < device.memory < 256 * 2**30
     with pytest.raises(ValueError, match=r"gpu='rtx1' is not known. Set gpu to one of .*h100.*rtx4090"):
         device_named("rtx1")
-    assert with_host_bandwidth(GPUS["t4"], 12.5).host_bandwidth == 12.5e9
+    assert in_machine(GPUS["t4"], 12.5).host_bandwidth == 12.5e9
 
 
 def test_the_cpu_at_hand_is_measured():
