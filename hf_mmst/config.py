@@ -116,11 +116,9 @@ class MMSTConfig(HostArguments):
             scaler (fp16), or side inputs that layers share, all stages step at the end of the batch, to the same
             effect.
         memory_budget (`str`, *optional*):
-            Device memory in bytes, as in `"4GiB"`, to plan for when the trainer is made (see [`plan`]). The fastest
-            way of training that fits sets `num_stages` (if unset), `stage_order` (if unset), `stage_clipping`,
-            `offload`, `resident_layers` and `activation_checkpointing`. It is an error if none fits. In several processes
-            that is what each takes: with `stage_order="end_to_end"` layers are offloaded, in shards, and the plan says
-            whether that fits; with the order unset they are not. Unset: no plan.
+            Device memory in bytes, as in `"4GiB"`, for which the trainer plans (see [`plan`]). The fastest way that fits
+            sets `num_stages` and `stage_order` (if unset), `stage_clipping`, `resident_layers`, `offload` (in several
+            processes only beside a set order), `activation_checkpointing`. An error if none fits. Unset: no plan.
         offload (`str`, *optional*):
             What is not in device memory, but rests in pinned host memory (CUDA, XPU) or in memory-mapped files in
             `output_dir` (CPU), until it is used. In several processes only `"layers"`, where `stage_order="end_to_end"`

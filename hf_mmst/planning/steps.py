@@ -1,6 +1,7 @@
 """`Steps`: training steps of a model of fake tensors, each way of training as it runs."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -191,7 +192,8 @@ class Steps(FakeModel):
             return self._read(tracker, parameters, optimizer)
 
     def _layers_in_shards(self) -> Peak:
-        with one_of_processes(self.num_processes), self._mode:
+        with one_of_processes(self.num_processes), self._mode, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of the run are not the plan's
             model = self._without_data(self.model)
             shards = put_in_shards(model, self.layers, self.device, self.dtype)
             optimizer = self._with_states([shard for shard in shards.values() if shard.requires_grad])
