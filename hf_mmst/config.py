@@ -116,7 +116,7 @@ class MMSTConfig(HostArguments):
             scaler (fp16), or side inputs that layers share, all stages step at the end of the batch, to the same
             effect.
         memory_budget (`str`, *optional*):
-            Device memory in bytes, as in `"4GiB"`, for which the trainer plans (see [`plan`]). The fastest way that fits
+            Device memory in bytes, as in `"4GiB"`, that the trainer plans for (see [`plan`]). The fastest way that fits
             sets `num_stages` and `stage_order` (if unset), `stage_clipping`, `resident_layers`, `offload` (in several
             processes only beside a set order), `activation_checkpointing`. An error if none fits. Unset: no plan.
         offload (`str`, *optional*):
