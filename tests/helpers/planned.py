@@ -21,9 +21,7 @@ MEASURED = {
     "vit shards bf16": ("vit", "bf16", OFFLOADED),
     "vit whole": ("vit", "fp32", Way()),
     "vit stages": ("vit", "fp32", Way(num_stages=3)),
-    "bert stages": ("bert", "fp32", Way(num_stages=3, activation_checkpointing=True)),
     "vit stages stepping": ("vit", "fp32", Way(num_stages=6, stage_clipping=True)),
-    "vit in turn": ("vit", "fp32", Way(num_stages=3, stage_order="sequential")),
     "vit blocks": ("vit", "fp32", Way(num_stages=3, stage_order="sequential", stage_objective="model")),
 }
 
