@@ -17,12 +17,9 @@ from hf_mmst.planning.ways import Way
 OFFLOADED = Way(stage_order="end_to_end", offload="layers")
 MEASURED = {
     "vit shards": ("vit", "fp32", OFFLOADED),
-    "bert shards": ("bert", "fp32", OFFLOADED),
-    "vit shards bf16": ("vit", "bf16", OFFLOADED),
-    "vit whole": ("vit", "fp32", Way()),
+    "bert shards": ("bert", "bf16", OFFLOADED),
     "vit stages": ("vit", "fp32", Way(num_stages=3)),
     "vit stages stepping": ("vit", "fp32", Way(num_stages=6, stage_clipping=True)),
-    "vit blocks": ("vit", "fp32", Way(num_stages=3, stage_order="sequential", stage_objective="model")),
 }
 
 
@@ -52,10 +49,8 @@ def trainer(folder: Path, name: str, **settings) -> MMSTTrainer:
 
 
 def measured(folder: Path, name: str, precision: str, way: Way) -> int:
-    steps = 2 * (way.num_stages if way.stage_order == "sequential" else 1)
-    settings = {**way.settings, "head_layers": None if way.stage_objective == "model" or way.num_stages == 1 else 0}
-    settings |= {"offload": "none"} if way == Way() else {}
-    run = trainer(folder, name, bf16=precision == "bf16", max_steps=steps, **settings)
+    settings = {**way.settings, "head_layers": None if way.num_stages == 1 else 0}
+    run = trainer(folder, name, bf16=precision == "bf16", **settings)
     tracked = Tracked()
     run.add_callback(tracked)
     run.train()
