@@ -73,6 +73,21 @@ def over_checkpointing():
     return sorted(ratio("offloaded", "end-to-end+checkpointing", name) for name in names)
 
 
+def predictions():
+    """Seconds of each step, and their ratio to end to end, as predicted over as measured."""
+    seconds, ratios = [], []
+    for path in (ROOT / "model_cards" / "memory").glob("*.json"):
+        rows = [row for row in read(f"memory/{path.stem}")["rows"] if "predicted_seconds" in row]
+        found = [row["predicted_seconds"] / row["step_seconds"] for row in rows]
+        seconds += found
+        ratios += [one / found[0] for one, row in zip(found, rows, strict=True) if row["method"] != "end-to-end"]
+    return seconds, ratios
+
+
+def close(found):
+    return [sum(abs(one - 1) <= 0.15 for one in found), len(found)]
+
+
 def from_scratch(task):
     whole = accuracy(task, "end-to-end", 1, True)
     return [accuracy(task, "transport", k, True) - whole for k in (2, 4, 8, 12)]
@@ -134,6 +149,7 @@ FINE_TUNED = [
 ]
 TEXT, DIGITS = of_recipe("text"), of_recipe("digits")
 README, ACCURACY, MEMORY = "README.md", "model_cards/accuracy.md", "model_cards/memory.md"
+PLANNER = "model_cards/planner.md"
 WITH_LAYERS, MASKED = "simultaneous+head_layers", "bert_base_masked_lm_cpu"
 OFFLOADED, CHECKPOINTING, LORA = (memory(name) for name in ("offloaded", "end-to-end+checkpointing", "lora"))
 STAGES = sorted(memory(WITH_LAYERS, 4) + memory(WITH_LAYERS))
@@ -142,6 +158,7 @@ OFFLOADED_TIME, CHECKPOINTING_TIME = times("offloaded"), times("end-to-end+check
 FEW_TOKENS = max(
     one.time for task in fronts.TASKS.values() for one in task.standings() if "layers offloaded" in one.name
 )
+SECONDS, RATIOS = predictions()
 SAID = [  # page, sentence, figures
     (README, "with {:.2f} billion parameters in {:.0f} GiB", billions("vit_g")),
     (README, "one with {:.2f} billion in {:.0f} GiB", billions("decoder_3b")),
@@ -254,6 +271,10 @@ SAID = [  # page, sentence, figures
     (MEMORY, "the former alone {:.0f} %", [100 * of_file("end-to-end+8-bit")]),
     (MEMORY, "take {:.0f} to {:.0f} % of the memory", [STAGES[0], STAGES[-1]]),
     (MEMORY, "{:.1f} to {:.1f} times the time: more memory", [STAGES_TIME[0], STAGES_TIME[-1]]),
+    (PLANNER, "between {:.1f} and {:.1f} times", [min(SECONDS), max(SECONDS)]),
+    (PLANNER, "{} of {} within 15 %:", close(SECONDS)),
+    (PLANNER, "training {} of {} are within 15 %", close(RATIOS)),
+    (PLANNER, "took up to {:.1f} times as long", [1 / min(RATIOS)]),
     (
         "recipes/vit_cifar.py",
         "wins {:.1f} points on CIFAR-10 and {:.1f} on",
