@@ -1,7 +1,7 @@
 """`plan`: estimates the memory of ways of training a model, and chooses the one of least compute in a budget."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -138,12 +138,10 @@ def plan(
     inputs = batch_of(model, batch, seq_len, image_size)
     for_gpu = speeds is not None and not speeds.is_host
     simulation = Simulation(model, inputs, precision, device, head_layers, head_pooling, for_gpu, num_processes)
-    if num_processes > 1:
-        try:
-            refuse_in_shards(model, simulation.layers)
-            without |= {"offload"} if precision == "fp16" else {*()}  # whose gradients a scaler has to see
-        except ValueError:
-            without |= {"offload"}
+    whole_layers = None  # why layers cannot be in shards
+    if num_processes > 1 and "offload" not in without:
+        whole_layers = _why_not_in_shards(model, simulation.layers, precision)
+        without |= {*()} if whole_layers is None else {"offload"}
     without_data = any(torch.is_tensor(value) and value.is_meta for value in inputs.values())
     example = None if without_data else simulation.example  # it is run, for which it needs data
     local = stage_objective == "local"
@@ -159,7 +157,20 @@ def plan(
     chosen = choose(rows, numbers, without, exact, local, offloaded)
     found = sorted(rows.all.values(), key=lambda row: (row.way.num_stages > 1, -row.peak.total))
     best = None if chosen is None else rows.all[chosen]
-    reason = reason_for(found, limit, best)
+    reason = reason_for(found, limit, best) + (
+        "" if whole_layers is None else f" Layers are not offloaded: {whole_layers}"
+    )
     return Plan(
         found, simulation.by_layer, limit, best, reason, precision, simulation.num_samples, speeds, num_processes
     )
+
+
+def _why_not_in_shards(model: nn.Module, layers: Sequence[str], precision: str) -> str | None:
+    """Why several processes cannot offload the layers of a model; `None` if they can."""
+    if precision == "fp16":
+        return "a gradient scaler has to see all gradients on the device. Set precision to bf16."
+    try:
+        refuse_in_shards(model, layers)
+    except ValueError as error:
+        return str(error)
+    return None

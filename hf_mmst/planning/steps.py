@@ -112,7 +112,7 @@ class Steps(FakeModel):
             def learned_by(k: int, sides: bool) -> None:
                 if sides:  # what comes late is averaged at the end
                     if self.records and reduction is not None:
-                        raise NotImplementedError("gradients of all stages at once")
+                        raise NotImplementedError("gradients of all stages at once")  # all layers are simulated then
                     return
                 if reduction is not None:  # the means of a stage are back when the next one has learned
                     reduction.start(k)

@@ -102,8 +102,9 @@ def test_ways_that_several_processes_refuse_are_not_planned():
         assert not any(way.offload == "stages" or way.resident_layers or way.rests_inputs for way in ways)
         assert not any(way.layer_batch_size or way.offloaded_step == "device" for way in ways)
     model.config.layerdrop = 0.1  # the other processes would wait for layers that are skipped
-    ways = [row.way for row in plan(model, BATCH, "1GiB", num_processes=2, stage_order="end_to_end").rows]
-    assert not any(way.offload == "layers" for way in ways)
+    found = plan(model, BATCH, "1GiB", num_processes=2, stage_order="end_to_end")
+    assert not any(row.way.offload == "layers" for row in found.rows)
+    assert "Layers are not offloaded: config.layerdrop=0.1 skips layers at random" in found.reason
 
 
 def test_times_are_predicted_if_the_link_between_devices_is_known():
