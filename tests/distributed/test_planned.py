@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from benchmark_planner import BATCH, SIZE, batch_of, make
-from planned import MEASURED, OFFLOADED, main
+from benchmark_planner import BATCH, batch_of
+from planned import MEASURED, OFFLOADED, main, make
 from processes import ranks
-from transformers import ViTConfig, ViTForImageClassification
 
 from hf_mmst import plan
 from hf_mmst.planning.devices import Device
@@ -66,7 +65,7 @@ def test_a_budget_after_the_accelerator_keeps_layers_on_the_device(found):
 
 @pytest.mark.parametrize("for_gpu", [False, True])
 def test_many_layers_in_shards_are_planned_with_a_few(for_gpu):
-    model = ViTForImageClassification(ViTConfig(**{**SIZE, "num_hidden_layers": 10}, image_size=96))
+    model = make("vit", 10)
     many = Simulation(model, batch_of(model, 2), for_gpu=for_gpu, num_processes=2)
     few = many._fewer.peak(OFFLOADED, [0])
     assert few == many.simulated_peak(OFFLOADED)
@@ -74,7 +73,7 @@ def test_many_layers_in_shards_are_planned_with_a_few(for_gpu):
 
 def test_on_a_gpu_shards_rest_in_host_memory():
     """What is on the device is about the same with more processes."""
-    model = make("vit")
+    model = make("vit", 4)
     peaks = []
     for number in (2, 8):
         found = plan(
@@ -92,7 +91,7 @@ def test_on_a_gpu_shards_rest_in_host_memory():
         peaks.append(row.peak.total)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.1)
     whole = next(row for row in found.rows if row.way == Way())
-    assert peaks[1] < whole.peak.total / 3
+    assert peaks[1] < whole.peak.total / 2
 
 
 def test_ways_that_several_processes_refuse_are_not_planned():

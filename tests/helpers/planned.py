@@ -6,8 +6,15 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmark_planner import BATCH, Zeros, make
-from transformers import TrainerCallback
+from benchmark_planner import BATCH, SIZE, Zeros
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
 
 from hf_mmst import MMSTConfig, MMSTTrainer
 from hf_mmst.cut.copies import tensors_of
@@ -18,9 +25,18 @@ OFFLOADED = Way(stage_order="end_to_end", offload="layers")
 MEASURED = {
     "vit shards": ("vit", "fp32", OFFLOADED),
     "bert shards": ("bert", "bf16", OFFLOADED),
-    "vit stages": ("vit", "fp32", Way(num_stages=3)),
-    "vit stages stepping": ("vit", "fp32", Way(num_stages=6, stage_clipping=True)),
+    "vit stages": ("vit", "fp32", Way(num_stages=2)),
+    "vit stages stepping": ("vit", "fp32", Way(num_stages=3, stage_clipping=True)),
 }
+
+
+def make(name: str, num_layers: int = 3):
+    """A model whose weights depend on its arguments alone."""
+    set_seed(0)
+    size = {**SIZE, "num_hidden_layers": num_layers, "num_labels": 5}
+    if name == "vit":
+        return ViTForImageClassification(ViTConfig(**size, image_size=96))
+    return BertForSequenceClassification(BertConfig(**size, vocab_size=2000))
 
 
 class Tracked(TrainerCallback):

@@ -108,18 +108,18 @@ def test_a_budget_and_an_order_are_refused(tmp_path):
 
 def test_a_budget_with_parts_of_a_batch(tmp_path, capsys):
     """How layers are offloaded is kept, and planned with; where none are, nothing of it is left."""
-    model = build("bert")
+    model = build("vit")
     whole = simulation(model, "fp32")
-    parts = Way(offload="layers", layer_batch_size=2)
+    parts = Way(offload="layers", layer_batch_size=BATCH // 2)
     least = whole.peak(parts).total
     assert least < whole.peak(Way(offload="layers")).total
-    settings = {"per_device_train_batch_size": BATCH, "layer_batch_size": 2, "stage_order": "end_to_end"}
+    settings = {"per_device_train_batch_size": BATCH, "layer_batch_size": BATCH // 2, "stage_order": "end_to_end"}
     args = arguments(tmp_path, memory_budget=str(int(1.06 * least)), max_steps=1, **settings)
     trained = MMSTTrainer(model, args, train_dataset=Zeros(model))
-    assert (args.offload, args.layer_batch_size) == ("layers", 2)
+    assert (args.offload, args.layer_batch_size) == ("layers", BATCH // 2)
     trained.train()
     ample = arguments(tmp_path, memory_budget="8GiB", **settings)
-    MMSTTrainer(build("bert"), ample, train_dataset=Zeros(model))
+    MMSTTrainer(build("vit"), ample, train_dataset=Zeros(model))
     assert (ample.offload, ample.layer_batch_size) == ("none", None)
     assert "so layer_batch_size has no effect" in capsys.readouterr().out
 
