@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class LayerOffload(StageOffload):
         self._arriving = contextlib.ExitStack()  # holds the hooks on the gradients of that layer
         self._inputs = RestingInputs(device, folder, self.slab, self.link, self._streams) if rests_inputs else None
         self._in_step: list[Slab] = []  # weights and gradients of the layer at its step
+        self._stepped: dict[nn.Parameter, torch.Tensor] = {}  # gradients in host memory of layers that have stepped
         self._samples, self._steps_on_device = samples, steps_on_device
         self._away: list[tuple[nn.Parameter, torch.Tensor]] = []  # parameters at their step, and where they belong
 
@@ -152,6 +153,7 @@ class LayerOffload(StageOffload):
         self._in_backward = self._limit = None
         self._arriving.close()
         self._norms.clear()
+        self._stepped.clear()
         if self._half is not None:
             self._half.forget()
         if self._inputs is not None:
@@ -196,7 +198,7 @@ class LayerOffload(StageOffload):
         slab = self._gradient_slab(name, learning)
         places = dict(zip(learning, slab.tensors, strict=True))
         gradients = {p: p.grad for p in parameters if p.grad is not None}
-        norms = {p: torch.linalg.vector_norm(gradient.float()) for p, gradient in gradients.items()}
+        norms = {p: torch.linalg.vector_norm(gradient.to(places[p].dtype)) for p, gradient in gradients.items()}
         for parameter in gradients:
             parameter.grad = None  # it is on the device, where the weights will no longer be
         to = slab if self._half is None else self._half.gradients(name, learning)
@@ -231,11 +233,14 @@ class LayerOffload(StageOffload):
             self._gradients[name] = learning, slab
         return slab
 
-    def clip(self, max_norm: float) -> torch.Tensor:
-        """The norm of all gradients; the step will scale them so that it is at most `max_norm`."""
+    def clip(self, max_norm: float, at_once: bool = False) -> torch.Tensor:
+        """The norm of all gradients; they are scaled so that it is at most `max_norm`, in the step or `at_once`."""
         learning = [p for p in self._model.parameters() if p.grad is not None]
         norm = get_total_norm([self._norm(p) for p in learning])  # of norms, in the order of the parameters
         self._limit = max_norm, norm
+        if at_once:
+            self._clip(learning)
+            self._limit = None
         return norm
 
     def _norm(self, parameter: nn.Parameter) -> torch.Tensor:
@@ -261,6 +266,7 @@ class LayerOffload(StageOffload):
             for name in self._layers:
                 if not gradients.keys().isdisjoint(self._parameters[name]):
                     self._step(name, optimizer, gradients)
+            self._in_step.clear()
         inside = {p for parameters in self._parameters.values() for p in parameters}
         for parameter, gradient in gradients.items():
             if parameter in self._resident or (by_layer and self._steps_on_device and parameter not in inside):
@@ -272,17 +278,21 @@ class LayerOffload(StageOffload):
                 parameter.grad = gradient.to(HOST)
         self._clip(gradients)
 
-    def _step(self, name: str, optimizer: Any, having: Iterable[nn.Parameter]) -> None:
+    def _step(self, name: str, optimizer: Any, gradients: Mapping[nn.Parameter, torch.Tensor]) -> None:
         place = self._device if self._steps_on_device else HOST
+        self._keep(name)
         self._set(name, self._slabs[name].take(place))
         learning, slab = self._gradients[name]
+        slab.put([gradients.get(p, resting) for p, resting in zip(learning, slab.tensors, strict=True)])
         for parameter, gradient in zip(learning, slab.take(place), strict=True):
-            if parameter in having:
+            if parameter in gradients:
                 parameter.grad = gradient
         self._clip(learning)
         self._in_step = [self._slabs[name], slab]
         optimizer.step()
         for parameter in learning:
+            if not self._steps_on_device and parameter.grad is not None:
+                self._stepped[parameter] = parameter.grad
             parameter.grad = None
         self._put(name)
         if self._steps_on_device and self.states is not None:
@@ -301,6 +311,10 @@ class LayerOffload(StageOffload):
         for slab in self._in_step:  # before states that were made in this step come to rest
             slab.let_go()
         states.rest()
+        if not self._in_step:  # the last one: callbacks may look at gradients until they are set to zero
+            for parameter, gradient in self._stepped.items():
+                parameter.grad = gradient
+            self._stepped.clear()
 
     def _put_back(self) -> None:
         """Bring back what is around the layers."""

@@ -43,6 +43,7 @@ class StageOffload:
         self._layers = [name for name in partition.layers if name not in resident]
         self.states: RestingStates | None = None
         self._active: frozenset[str] = frozenset()
+        self._away_from_rest: set[str] = set()  # layers whose weights have been taken
         self.is_streaming = False
         self._parameters = {name: list(model.get_submodule(name).parameters()) for name in self._layers}
         self._eight_bits = {name: modules_of_eight_bits(model.get_submodule(name)) for name in self._layers}
@@ -98,6 +99,7 @@ class StageOffload:
                 self.link.bytes_out += self._slabs[name].nbytes
                 self._put(name)
             else:
+                self._keep(name)
                 self._rest(name)
         self._active = frozenset()
         if self.states is not None:
@@ -123,6 +125,8 @@ class StageOffload:
     def _before_layer(self, name: str):
         def hook(_module, _args):
             if name == self._layers[0]:
+                for resting in self._layers:
+                    self._keep(resting)
                 self.link.begin()
                 self._refresh(name, 1)
             if name not in self._active:
@@ -155,6 +159,11 @@ class StageOffload:
     def _refresh(self, name: str, step: int) -> None:
         """Make it ready for a forward pass; it stays as it is for the backward pass."""
 
+    def _keep(self, name: str) -> None:
+        """Put to rest what others have put in the place of a layer's weights at rest: `parameter.data = ...`."""
+        if name not in self._away_from_rest:
+            self._slabs[name].put([p.data for p in self._parameters[name]])
+
     def _rest(self, name: str) -> None:
         """Leave a layer's weights where they rest, as they were before they were taken."""
         self._set(name, self._slabs[name].tensors)
@@ -166,6 +175,7 @@ class StageOffload:
         self._rest(name)
 
     def _set(self, name: str, tensors: list[torch.Tensor]) -> None:
+        (self._away_from_rest.discard if tensors is self._slabs[name].tensors else self._away_from_rest.add)(name)
         for parameter, tensor in zip(self._parameters[name], tensors, strict=True):
             parameter.data = tensor
         for module in self._eight_bits[name]:

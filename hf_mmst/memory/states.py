@@ -41,6 +41,7 @@ class RestingStates:
 
     def take(self) -> None:
         """Bring the states of parameters that have gradients."""
+        self._forget_replaced()
         self._take_numbers()
         for keys, slab in self._slabs.items():
             if keys not in self._taken and any(parameter.grad is not None for parameter, _ in keys):

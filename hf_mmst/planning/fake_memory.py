@@ -1,7 +1,7 @@
 """Stand-ins for memory in a simulation: layers at rest that take no memory."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,9 +86,9 @@ class FakeLayerOffload(LayerOffload):
     streams_of: Any = staticmethod(lambda _: None)
     on_step: Callable[[str], None] = staticmethod(lambda _: None)  # is told which layer steps
 
-    def _step(self, name: str, optimizer: Any, having: Iterable[torch.nn.Parameter]) -> None:
+    def _step(self, name: str, optimizer: Any, gradients: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
         self.on_step(name)
-        super()._step(name, optimizer, having)
+        super()._step(name, optimizer, gradients)
 
 
 class FakeRingLayerOffload(FakeLayerOffload):

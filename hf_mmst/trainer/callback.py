@@ -1,5 +1,6 @@
 """What training in stages does at the events that the host's Trainer tells its callbacks of."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import TrainerCallback
@@ -8,6 +9,12 @@ from .optimization import renew_rates
 from .refusals import refuse_checkpointing
 from .stage_run import StageRun
 from .turns import STOPPED, turn_name
+
+
+def sees_gradients(callbacks: Iterable[TrainerCallback]) -> bool:
+    """Whether one of the user's callbacks may look at gradients after clipping."""
+    mute = TrainerCallback.on_pre_optimizer_step, StageCallback.on_pre_optimizer_step
+    return any(type(callback).on_pre_optimizer_step not in mute for callback in callbacks)
 
 
 class StageCallback(TrainerCallback):

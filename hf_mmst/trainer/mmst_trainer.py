@@ -14,9 +14,10 @@ from ..method.heads import HEADS
 from ..records.pictures import PictureCallback
 from ..records.reading import refuse_others
 from . import checkpoints, optimization, publishing
-from .callback import StageCallback
+from .callback import StageCallback, sees_gradients
 from .evaluation import StageEvaluation, evaluated, objective_of_model
 from .learning import weighed
+from .mean_losses import MeanLosses
 from .refusals import refuse_other_arguments, refuse_placement, refuse_rates
 from .stage_parallel import AllStages, StageParallel, whole_batches
 from .stage_run import StageRun, first_batch_of, settle
@@ -25,7 +26,7 @@ from .task_loss import TaskLoss
 from .whole_checkpoints import WholeCheckpoints
 
 
-class MMSTTrainer(publishing.Reports, WholeCheckpoints):
+class MMSTTrainer(publishing.Reports, MeanLosses, WholeCheckpoints):
     """
     A [`~transformers.Trainer`] that trains an encoder stage by stage by the minimizing movement scheme.
 
@@ -48,10 +49,8 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
     args: MMSTConfig
     accelerator: Any
     lr_scheduler: Any
-    model_accepts_loss_kwargs: bool
     metrics_of_stages: frozenset[str] = frozenset()
     _evaluation: StageEvaluation | None = None  # the one that is under way
-    _learned = False  # whether this micro-batch has come to compute_loss
     _sets_rates = False  # of stages and heads, which is for who makes the optimizer to do
 
     @functools.wraps(Trainer.__init__)  # type: ignore[misc]
@@ -61,7 +60,6 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
         self._run = StageRun(args, type(self).__name__)
         super().__init__(model, args, *others, **kwargs)
         refuse_rates(self.args, self.optimizer)
-        self._host_accepts_loss_kwargs = self.model_accepts_loss_kwargs
         self._run.refuse_wrapper()
         refuse_placement(self)
         self.peaks, self.planned_bytes = self._run.peaks, settle(self)
@@ -81,10 +79,6 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
         loss_func, batches = self.compute_loss_func, functools.partial(first_batch_of, self)
         self._run.cut(model, Staging(args, self._run.wrapper, batches, self.label_names, loss_func, smooths))
         self.partition, self.heads = self._run.staged.partition, self._run.staged.heads
-        # Whether a model divides by num_items_in_batch or ignores it differs between models: means are taken here.
-        end_to_end = args.stage_order == "end_to_end" or args.end_to_end_laps > 0
-        plain = self.partition.num_stages == 1 and not end_to_end
-        self.model_accepts_loss_kwargs = self._host_accepts_loss_kwargs and plain
 
     # ---- A training run ----
 
@@ -127,6 +121,7 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
         self._cut()
         self._run.prepare(keeps_half=self.is_deepspeed_enabled)
         self._run.staged.weights.reset()
+        self.callback_handler.callbacks.sort(key=lambda callback: isinstance(callback, StageCallback))  # the last one
         if checkpoint is not None:
             checkpoints.go_on(checkpoint, self._run.staged, self.args, self._run.turns.order)
         with keeping_parameters(self.accelerator, self._core()):
@@ -200,13 +195,16 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
         if run.staged.num_stages > 1 and self.compute_loss_func is not None:
             inputs = {**inputs, "labels": task.labels_of(inputs)}  # the host passes on no others
         learns = self.is_in_train and torch.is_grad_enabled()  # also a model that stays in eval mode
-        if run.is_plain or not (model.training or learns):
+        if run.is_plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._learned = True
+        if self.compute_loss_func is None:
+            num_items_in_batch = None  # models divide by it, or ignore it: means are taken here
+        if not (model.training or learns):
+            return self._mean_loss(model, inputs, return_outputs, num_items_in_batch)
         run.features.take_keys(inputs, run.staged.ignores_padding)
         labels = task.labels_of(inputs)
         share = task.share_of_step(labels, run.learning, self.current_gradient_accumulation_steps)
-        forward = functools.partial(super().compute_loss, model, inputs, True, num_items_in_batch)
+        forward = functools.partial(self._mean_loss, model, inputs, True, num_items_in_batch)
         if run.turns.now.end_to_end:
             loss, outputs = forward()
             loss = weighed(loss, share)
@@ -216,16 +214,12 @@ class MMSTTrainer(publishing.Reports, WholeCheckpoints):
             criterion = functools.partial(task.of, labels=labels, num_items=num_items_in_batch, tokens=tokens)
             given = forward, run.turns.now, labels, inputs.get(run.staged.mask_name), share, criterion, tokens
             loss, outputs = run.learning.loss(*given, self.optimizer, run.wrapper)
+        loss = self._as_the_host_divides(loss)
         return (loss, outputs) if return_outputs else loss
-
-    @property
-    def loss_is_scaled_for_ga(self):
-        """[`compute_loss`] weighs each micro-batch by its share; that of a custom trainer is left to the host."""
-        return self._learned or None
 
     def _clip_grad_norm(self, model):
         """Gradients at rest, and those of stages that are clipped by themselves, are not the host's to clip."""
-        found = self._run.clip(self.args.max_grad_norm)
+        found = self._run.clip(self.args.max_grad_norm, sees_gradients(self.callback_handler.callbacks))
         return super()._clip_grad_norm(model) if found is None else found
 
     def _get_grad_norm(self, model, grad_norm=None):

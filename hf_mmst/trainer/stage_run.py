@@ -227,11 +227,17 @@ class StageRun:
         if isinstance(self.staged.offload, LayerOffload):
             self.staged.offload.settle()
 
-    def clip(self, max_norm: float) -> torch.Tensor | None:
-        """The norm of the gradients before clipping, where they are not the host's to clip; `None` where they are."""
+    def clip(self, max_norm: float, are_seen: bool) -> torch.Tensor | None:
+        """
+        The norm of the gradients before clipping, where they are not the host's to clip; `None` where they are.
+
+        Args:
+            max_norm (`float`): to which they are clipped.
+            are_seen (`bool`): whether something looks at them between clipping and the step.
+        """
         as_a_whole = self.turns.now.end_to_end or self.is_plain or self.staged.uses_model_loss
         if as_a_whole or not self._args.stage_clipping:
-            return None if self.layer_offload is None else self.layer_offload.clip(max_norm)
+            return None if self.layer_offload is None else self.layer_offload.clip(max_norm, at_once=are_seen)
         self.accelerator.unscale_gradients()
         return clip_by_stage(self.staged.parameters, max_norm)
 

@@ -145,6 +145,15 @@ def test_the_numbers_are_those_of_plain_trainer(name, settings, tmp_path):
         assert ours.get("grad_norm", 0) == pytest.approx(theirs.get("grad_norm", 0), rel=1e-4)
 
 
+def test_weights_in_half_precision_are_clipped_as_by_plain_trainer(tmp_path):
+    runs = []
+    for cls in (MMSTTrainer, Trainer):
+        model = make("bert", dropout=True).to(torch.bfloat16)
+        runs.append(run(tmp_path / cls.__name__, cls=cls, model=model, max_grad_norm=0.3, max_steps=5))
+        runs[-1].train()
+    assert min(assert_same_steps(*runs)) > 0.3
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_resume_is_bitwise_the_uninterrupted_run(settings, tmp_path):
     settings = {**settings, "save_strategy": "steps", "save_steps": 5, "eval_strategy": "epoch"}

@@ -1,11 +1,14 @@
 """What users bring along: models with a `train` of their own, trainers that run the model again, callbacks."""
 
+import copy
+
 import peft
 import pytest
 import torch
-from runs import ORDERS, arguments, assert_same, trainer, weights
+from runs import ORDERS, arguments, assert_same, losses, own_loss, run_end_to_end, trainer, weights
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from torch import nn
+from transformers import Trainer, TrainerCallback
 from zoo import Samples, make
 
 from hf_mmst import MMSTTrainer
@@ -182,3 +185,104 @@ def test_end_to_end_the_model_may_run_twice(settings, tmp_path):
         runs[-1].train()
     for name, tensor in runs[1].model.state_dict().items():
         torch.testing.assert_close(runs[0].model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def counting(cls):
+    """The class with a loss of its own, a sum that is divided by the labels of the step, as the host gives them."""
+
+    class Counting(cls):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+            return (loss, outputs) if return_outputs else loss
+
+    return Counting
+
+
+def not_scaled(cls):
+    """The class as it is told that the loss of its model is a mean over a micro-batch."""
+    return type("NotScaled", (cls,), {"loss_is_scaled_for_ga": False})
+
+
+def not_scaled_later(cls):
+    class NotScaled(cls):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.loss_is_scaled_for_ga = False
+
+    return NotScaled
+
+
+@pytest.mark.parametrize("own", [counting, own_loss, not_scaled, not_scaled_later])
+def test_end_to_end_a_loss_is_scaled_for_accumulation_as_by_plain_trainer(own, tmp_path):
+    settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    runs = []
+    for cls in (MMSTTrainer, Trainer):
+        runs.append(run_end_to_end(tmp_path / cls.__name__, "bert", own(cls), **settings))
+        runs[-1].train()
+    assert losses(runs[0]) == losses(runs[1])
+    assert_same(weights(runs[0].model), weights(runs[1].model))
+    evaluated = [[entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry] for run in runs]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-6)
+
+
+class Interferes(TrainerCallback):
+    """Looks at gradients wherever it may, and changes what a step begins with."""
+
+    def __init__(self, how):
+        self.how, self.seen, self.kept = how, [], None
+
+    def _see(self, model):
+        self.seen.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self._see(model)
+        for parameter in model.parameters():
+            if self.how == "adds to gradients":
+                parameter.grad.add_(1e-3)
+            elif self.how == "replaces gradients":
+                parameter.grad = 2 * parameter.grad
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self._see(model)
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self._see(model)
+        if self.how == "replaces weights":
+            for parameter in model.parameters():
+                parameter.data = 0.9 * parameter.data
+        elif self.how == "goes back" and state.global_step == 2:
+            self.kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        elif self.how == "goes back" and state.global_step == 4:
+            model.load_state_dict(self.kept[0])
+            optimizer.load_state_dict(self.kept[1])
+        elif self.how == "forgets moments" and state.global_step == 2:
+            optimizer.state.clear()
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.how == "replaces weights":
+            for parameter in model.parameters():
+                parameter.data = 0.9 * parameter.data
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    ["looks", "adds to gradients", "replaces gradients", "replaces weights", "goes back", "forgets moments"],
+)
+def test_end_to_end_a_callback_finds_and_changes_what_it_does_in_plain_trainer(how, later, tmp_path):
+    runs, found = [], []
+    for cls in (MMSTTrainer, Trainer):
+        callback = Interferes(how)
+        given = None if later else [callback]
+        runs.append(run_end_to_end(tmp_path / cls.__name__, cls=cls, callbacks=given, max_steps=6, max_grad_norm=0.1))
+        if later:
+            runs[-1].add_callback(callback)
+        runs[-1].train()
+        found.append(callback.seen)
+    assert_same(weights(runs[0].model), weights(runs[1].model))
+    assert [seen.keys() for seen in found[0]] == [seen.keys() for seen in found[1]]
+    for ours, expected in zip(*found, strict=True):
+        assert_same(ours, expected)
+    assert losses(runs[0]) == losses(runs[1])
