@@ -1,5 +1,6 @@
 """The table of messages on the page on troubleshooting: each is raised, as it stands there."""
 
+import copy
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from encoders import REFUSED
 from pages import block
 from runs import arguments, own_loss, run_end_to_end, trainer
-from transformers import BertConfig, BertForQuestionAnswering, TrainingArguments
+from transformers import BertConfig, BertForQuestionAnswering, TrainerCallback, TrainingArguments
 from zoo import TEXT, Samples, make
 
 from hf_mmst import MMSTConfig, MMSTTrainer, find_layers, load_stages
@@ -32,6 +33,17 @@ def layerdrop(folder):
     model = make("bert")
     model.config.layerdrop = 0.1
     MMSTTrainer(model, arguments(folder))
+
+
+class Copies(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        copy.deepcopy(model)
+
+
+def converted(folder):
+    run = run_end_to_end(folder)
+    run.model.to(torch.bfloat16)
+    run.evaluate()
 
 
 def damaged(folder):
@@ -152,6 +164,16 @@ MESSAGES = {
         lambda folder: trainer(folder, model=make("vit").half()).train(),
         "the model was loaded in the precision of its checkpoint, in which AdamW cannot learn",
         "`bf16=True` or `fp16=True` for mixed precision, and the dtype torch.float32 in `from_pretrained`",
+    ),
+    "it cannot be copied or pickled as a whole in training": (
+        lambda folder: run_end_to_end(folder, callbacks=[Copies()]).train(),
+        "a callback copies the model with the hooks by which its layers come and go",
+        'a copy of its `state_dict()`, or one that is made in `on_train_begin`; else `offload="none"`',
+    ),
+    "was given to the trainer, but are": (
+        converted,
+        "the model was converted while the trainer holds its layers at rest",
+        'another dtype before the trainer is made; else `offload="none"`',
     ),
     "cannot take all stages' outputs": (
         lambda folder: trainer(folder, "swin", head_layers=1),

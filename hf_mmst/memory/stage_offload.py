@@ -1,7 +1,9 @@
 """Which layers are in device memory: those of the stages that learn, and of the others one at a time."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -116,31 +118,36 @@ class StageOffload:
         with contextlib.ExitStack() as stack:
             for name in self._layers:
                 layer = self._model.get_submodule(name)
-                stack.callback(layer.register_forward_pre_hook(self._before_layer(name)).remove)
-                stack.callback(layer.register_forward_hook(self._after_layer(name)).remove)
+                stack.callback(layer.register_forward_pre_hook(functools.partial(self._before_layer, name)).remove)
+                stack.callback(layer.register_forward_hook(functools.partial(self._after_layer, name)).remove)
             stack.callback(setattr, self, "is_streaming", False)
             self.is_streaming = True
             yield
 
-    def _before_layer(self, name: str):
-        def hook(_module, _args):
-            if name == self._layers[0]:
-                for resting in self._layers:
-                    self._keep(resting)
-                self.link.begin()
-                self._refresh(name, 1)
-            if name not in self._active:
-                self._take(name, 1)
+    def __reduce_ex__(self, _protocol):
+        """
+        Raises:
+            `TypeError`: always; the hooks of a model that streams would come with a copy of it.
+        """
+        raise TypeError(
+            f"{type(self._model).__name__} has layers that are offloaded, so that it cannot be copied or pickled as a "
+            "whole in training. Copy its state_dict(), copy it before trainer.train() or in on_train_begin, or set "
+            'offload="none".'
+        )
 
-        return hook
+    def _before_layer(self, name: str, *_given: Any) -> None:
+        if name == self._layers[0]:
+            for resting in self._layers:
+                self._keep(resting)
+            self.link.begin()
+            self._refresh(name, 1)
+        if name not in self._active:
+            self._take(name, 1)
 
-    def _after_layer(self, name: str):
-        def hook(_module, _args, _output):
-            if name not in self._active:
-                self._rest(name)
-                torch.clear_autocast_cache()  # it would keep a copy of the weights in low precision
-
-        return hook
+    def _after_layer(self, name: str, *_given: Any) -> None:
+        if name not in self._active:
+            self._rest(name)
+            torch.clear_autocast_cache()  # it would keep a copy of the weights in low precision
 
     def _take(self, name: str, step: int) -> None:
         """Bring a layer's weights to the device; the next one to come is `step` layers further."""
@@ -161,8 +168,15 @@ class StageOffload:
 
     def _keep(self, name: str) -> None:
         """Put to rest what others have put in the place of a layer's weights at rest: `parameter.data = ...`."""
-        if name not in self._away_from_rest:
-            self._slabs[name].put([p.data for p in self._parameters[name]])
+        if name in self._away_from_rest:
+            return
+        for parameter, resting in zip(self._parameters[name], self._slabs[name].tensors, strict=True):
+            if parameter.dtype != resting.dtype:
+                raise ValueError(
+                    f"Weights of {name} were {resting.dtype} when {type(self._model).__name__} was given to the "
+                    f'trainer, but are {parameter.dtype} now. Convert it before, or set offload="none".'
+                )
+        self._slabs[name].put([p.data for p in self._parameters[name]])
 
     def _rest(self, name: str) -> None:
         """Leave a layer's weights where they rest, as they were before they were taken."""
