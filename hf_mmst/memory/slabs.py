@@ -77,6 +77,11 @@ class Slab:
                 resting.copy_(tensor)
                 self.let_go()  # one at a time, else all would be in memory twice
 
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the tensors at rest."""
+        pairs = zip(self.tensors, tensors, strict=True)
+        return all(resting.data_ptr() == tensor.data_ptr() for resting, tensor in pairs)
+
     def let_go(self) -> None:
         """Let the file's pages leave this process's memory; what they hold stays."""
         if self._map is not None:

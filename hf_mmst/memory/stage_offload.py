@@ -167,16 +167,22 @@ class StageOffload:
         """Make it ready for a forward pass; it stays as it is for the backward pass."""
 
     def _keep(self, name: str) -> None:
-        """Put to rest what others have put in the place of a layer's weights at rest: `parameter.data = ...`."""
-        if name in self._away_from_rest:
+        """
+        Put to rest what others have put in the place of a layer's weights at rest: `parameter.data = ...`.
+
+        In a new place, for who did so may hold the tensors at rest, to put them back.
+        """
+        found, slab = [p.data for p in self._parameters[name]], self._slabs[name]
+        if name in self._away_from_rest or slab.holds(found):
             return
-        for parameter, resting in zip(self._parameters[name], self._slabs[name].tensors, strict=True):
-            if parameter.dtype != resting.dtype:
+        for tensor, resting in zip(found, slab.tensors, strict=True):
+            if tensor.dtype != resting.dtype:
                 raise ValueError(
                     f"Weights of {name} were {resting.dtype} when {type(self._model).__name__} was given to the "
-                    f'trainer, but are {parameter.dtype} now. Convert it before, or set offload="none".'
+                    f'trainer, but are {tensor.dtype} now. Convert it before, or set offload="none".'
                 )
-        self._slabs[name].put([p.data for p in self._parameters[name]])
+        self._slabs[name] = self.slab(found, self._device, self._folder)
+        self._put(name)
 
     def _rest(self, name: str) -> None:
         """Leave a layer's weights where they rest, as they were before they were taken."""

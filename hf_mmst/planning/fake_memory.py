@@ -39,6 +39,9 @@ class _FakeSlab(Slab):
 
     def put(self, tensors: Sequence[torch.Tensor]) -> None: ...
 
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        return True
+
     def let_go(self) -> None: ...
 
 

@@ -227,6 +227,33 @@ def test_end_to_end_a_loss_is_scaled_for_accumulation_as_by_plain_trainer(own, t
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-6)
 
 
+def averaging(cls):
+    """The class as it evaluates other weights: the usual way to do so with averaged ones."""
+
+    class Averaging(cls):
+        def evaluate(self, *args, **kwargs):
+            backup = {name: parameter.data for name, parameter in self.model.named_parameters()}
+            for parameter in self.model.parameters():
+                parameter.data = 0.5 * parameter.data
+            metrics = super().evaluate(*args, **kwargs)
+            for name, parameter in self.model.named_parameters():
+                parameter.data = backup[name]
+            return metrics
+
+    return Averaging
+
+
+def test_end_to_end_other_weights_are_evaluated_and_put_back(tmp_path):
+    runs = []
+    for cls in (MMSTTrainer, Trainer):
+        settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1}
+        runs.append(run_end_to_end(tmp_path / cls.__name__, cls=averaging(cls), **settings))
+        runs[-1].train()
+    logs = [[entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry] for run in runs]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-6)
+    assert_same(weights(runs[0].model), weights(runs[1].model))
+
+
 class Interferes(TrainerCallback):
     """Looks at gradients wherever it may, and changes what a step begins with."""
 
