@@ -290,9 +290,9 @@ class LayerOffload(StageOffload):
         self._clip(learning)
         self._in_step = [self._slabs[name], slab]
         optimizer.step()
-        for parameter in learning:
+        for parameter, resting in zip(learning, slab.tensors, strict=True):
             if not self._steps_on_device and parameter.grad is not None:
-                self._stepped[parameter] = parameter.grad
+                self._stepped[parameter] = resting
             parameter.grad = None
         self._put(name)
         if self._steps_on_device and self.states is not None:
