@@ -195,7 +195,10 @@ class StageOffload:
         self._rest(name)
 
     def _set(self, name: str, tensors: list[torch.Tensor]) -> None:
-        (self._away_from_rest.discard if tensors is self._slabs[name].tensors else self._away_from_rest.add)(name)
+        if tensors is self._slabs[name].tensors:
+            self._away_from_rest.discard(name)
+        else:
+            self._away_from_rest.add(name)
         for parameter, tensor in zip(self._parameters[name], tensors, strict=True):
             parameter.data = tensor
         for module in self._eight_bits[name]:
