@@ -40,12 +40,12 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
     ViTConfig,
+    default_data_collator,
     set_seed,
 )
 from transformers.initialization import no_init_weights
 
 from hf_mmst import MMSTConfig, MMSTTrainer, find_layers
-from hf_mmst.cut.example_inputs import dummy_inputs
 from hf_mmst.memory.layer_offload import LayerOffload
 from hf_mmst.memory.peaks import PeakMemory
 from hf_mmst.planning.costs import step_of
@@ -263,11 +263,14 @@ def planned(args: argparse.Namespace, method: str, speeds: Device | None) -> dic
     """
     if "+offload" in method or "8-bit" in method or "no overlap" in method:
         return {"planned_bytes": None}
-    with torch.device("meta"), no_init_weights():
-        model, _ = make_model(argparse.Namespace(**vars(args) | {"one": method if method == "freeze" else None}))
-    batch = dummy_inputs(model, args.batch_size, "meta", seq_len=args.seq_len)
-    of_tokens = (args.seq_len,) if args.model.endswith(MASKED) else ()
-    batch["labels"] = torch.zeros((args.batch_size, *of_tokens), dtype=torch.long, device="meta")
+    of_tokens = args.model.endswith(MASKED)
+    has_data = of_tokens and "logits of all" not in method  # that of the tokens which are predicted
+    with torch.device("cpu" if has_data else "meta"), no_init_weights():
+        model, config = make_model(argparse.Namespace(**vars(args) | {"one": method if method == "freeze" else None}))
+    data = RandomSamples(config, args.seq_len, args.batch_size, of_tokens)
+    batch = default_data_collator([data[i] for i in range(len(data))])
+    if not has_data:
+        batch = {name: value.to("meta") for name, value in batch.items()}
     number = args.num_stages if method in STAGEWISE else 1
     settings = settings_of(argparse.Namespace(**vars(args) | {"one": method}))
     heads = settings.pop("head_layers", None), settings.pop("head_pooling", "auto")
@@ -282,14 +285,13 @@ def planned(args: argparse.Namespace, method: str, speeds: Device | None) -> dic
         # What takes a step in each stage is measured by the step.
         times = way.num_stages if (way.stage_order, way.stage_objective) == ("sequential", "local") else 1
         found["predicted_seconds"] = step.seconds(speeds, args.precision) / times
+        found["speeds"] = {**vars(speeds), "flops": speeds.flops[args.precision]}
     return found
 
 
 def in_a_process(args: argparse.Namespace, method: str) -> dict:
     """The row of one method, measured in a new process."""
-    # Of the C library and PyTorch, for all methods alike: what is freed goes back to the system, in pages of 2 MiB.
-    allocator = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "THP_MEM_ALLOC_ENABLE": "1"}
-    environment = {**os.environ, **allocator, "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, __file__, *sys.argv[1:], "--one", method]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
@@ -337,8 +339,8 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     rows = []
-    speeds = measured_cpu(args.precision) if args.device == "cpu" else None
     for method in args.methods:
+        speeds = measured_cpu(args.precision) if args.device == "cpu" else None  # other work may slow it down
         rows.append({**in_a_process(args, method), **planned(args, method, speeds)})
         print(
             f"{method}: {rows[-1]['peak_bytes'] / 2**20:.0f} MiB, {rows[-1]['step_seconds']:.2f} s a step", flush=True

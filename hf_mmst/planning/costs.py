@@ -190,11 +190,13 @@ def step_of(simulation: Simulation, way: Way, peak: Peak, whole: Peak) -> Step:
     counted = peak.operations
     flops: list[float] = [*counted.flops.values()]
     nbytes: list[float] = [*counted.nbytes.values()]
+    made: list[float] = [*counted.made.values()]
     if way.stage_order == "sequential":
         times = way.num_stages if way.stage_objective == "local" else 1
         scale = relative_compute(simulation, way, peak, whole)
         flops = [scale * value for value in whole.operations.flops.values()]
         nbytes = [scale * value for value in whole.operations.nbytes.values()]
+        made = [scale * value for value in whole.operations.made.values()]
     learned = (peak if way.lora else whole).states // 2  # AdamW's states are two for each weight
     resident = resident_layers(simulation.layers, way.resident_layers)
     on_device = sum(layer.states for layer in simulation.by_layer if layer.name in resident) // 2
@@ -202,11 +204,18 @@ def step_of(simulation: Simulation, way: Way, peak: Peak, whole: Peak) -> Step:
         on_device = learned
     into, out = times * moved.forward_in, times * moved.forward_out
     into_again, out_again = times * moved.backward_in, times * moved.backward_out
+    step_in, step_out = moved.step_in, moved.step_out
+    if way.offload == "none" or simulation.has_ring or simulation.num_processes > 1:
+        made = [0, 0]  # it is reused
+    elif way.offload == "layers":  # the step is in files
+        moving = _offloaded(simulation, way)
+        step_in = sum(layer.gradients for layer in moving)
+        step_out = sum(layer.weights + layer.states for layer in moving)
     return Step(
         (
-            Phase(flops[0], nbytes[0], into, out, sent=times * sent.forward),
-            Phase(flops[1], nbytes[1], into_again, out_again, sent=times * sent.backward),
-            Phase(0, 0, moved.step_in, moved.step_out, (UPDATE + CLIPPING) * on_device, overlaps=False),
+            Phase(flops[0], nbytes[0], into, out, sent=times * sent.forward, made=made[0]),
+            Phase(flops[1], nbytes[1], into_again, out_again, sent=times * sent.backward, made=made[1]),
+            Phase(0, 0, step_in, step_out, (UPDATE + CLIPPING) * on_device, overlaps=False),
             Phase(stepped=(UPDATE + CLIPPING) * (learned - on_device), on_host=True),
         )
     )

@@ -2,12 +2,14 @@
 
 import functools
 import re
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional
 
 from ..memory.slabs import Slab
 from .ways import PRECISIONS
@@ -33,6 +35,9 @@ class Device:
             direction; it depends on the machine, so that it is unknown unless it is given.
         memory (`int`, *optional*): bytes for tensors; unknown for a CPU.
         is_host (`bool`): whether the device is the host's own CPU.
+        link_out (`float`, *optional*): bytes per second in the other direction; as `link` if it is not given.
+        new_memory (`float`, *optional*): bytes per second of memory that the system gives a CPU's process anew, page by
+            page; no time is predicted for that if it is not given.
     """
 
     name: str
@@ -43,6 +48,8 @@ class Device:
     memory: int | None = None
     is_host: bool = False
     between: float | None = None
+    link_out: float | None = None
+    new_memory: float | None = None
 
 
 def _gpu(name: str, fp32: float, bf16: float, fp16: float, memory: float, bandwidth: float, link: float, host: float):
@@ -115,39 +122,45 @@ def in_machine(device: Device, host: float | None = None, between: float | None 
 
 def measured_cpu(precision: str = "fp32") -> Device:
     """
-    The CPU of this machine, measured in a fifth of a second: a matrix product, a sum into new memory, a sum in place,
-    and reading what rests in a file.
+    The CPU of this machine, measured in a third of a second: a matrix product as that of a layer, sums in place and
+    into new memory, and what rests in a file, read and written.
     """
     names = ("fp32", "bf16") if precision == "auto" else (precision,)
     flops = {}
     for name in names:
-        left, right = torch.ones(2, 768, 768, dtype=PRECISIONS[name] or torch.float32)
-        flops[name] = 2 * 768**3 / _seconds(functools.partial(torch.matmul, left, right))
-    large = torch.ones(2**24)
+        tokens, weight = (torch.ones(n, 768, dtype=PRECISIONS[name] or torch.float32) for n in (512, 3072))
+        flops[name] = 2 * 512 * 768 * 3072 / _seconds(functools.partial(functional.linear, tokens, weight))
+    large, other = torch.ones(2, 2**24)
     with tempfile.TemporaryDirectory() as folder:
         slab = Slab([large], large.device, folder)
 
-        def read() -> None:
-            slab.take(large.device)[0].sum()
+        def used(use: Callable[[torch.Tensor], object]) -> None:
+            use(slab.take(large.device)[0])
             slab.let_go()
 
-        link = large.nbytes / _seconds(read)
+        reading = _seconds(lambda: used(torch.sum))
+        writing = _seconds(lambda: used(lambda tensor: tensor.add_(1)))
+    summing = _seconds(lambda: torch.add(large, large, out=other))
+    making = _seconds(lambda: large + large)
+    stepping = _seconds(lambda: large.add_(1))
     return Device(
         f"this machine's CPU, {torch.get_num_threads()} threads",
         flops,
-        memory_bandwidth=3 * large.nbytes / _seconds(lambda: large + large),
-        link=link,
-        host_bandwidth=2 * large.nbytes / _seconds(lambda: large.add_(1)),
+        memory_bandwidth=3 * large.nbytes / making,
+        link=large.nbytes / reading,
+        host_bandwidth=2 * large.nbytes / stepping,
         is_host=True,
+        link_out=large.nbytes / max(writing - stepping, stepping),
+        new_memory=large.nbytes / max(making - summing, summing / 10),
     )
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Of one call, the fastest of those in [`SECONDS`]; the first is not among them."""
+    """Of one call, the median of those in [`SECONDS`]; the first is not among them."""
     run()
-    end, fastest = time.perf_counter() + SECONDS, float("inf")
-    while fastest == float("inf") or time.perf_counter() < end:
+    end, found = time.perf_counter() + SECONDS, []
+    while not found or time.perf_counter() < end:
         begin = time.perf_counter()
         run()
-        fastest = min(fastest, time.perf_counter() - begin)
-    return fastest
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._tools.mem_tracker import _MemRefType, _UpdateType
 from torch.utils.flop_counter import flop_registry
 
+from ..memory.heap import WHOLE_PAGES
 from ..memory.tensor_peaks import FlatMemTracker
 
 Values = TypeVar("Values")
@@ -33,38 +34,44 @@ class Operations:
         flops (`dict[str, int]`): floating-point operations of matrix products, attention and convolutions, of the
             `"forward"` and the `"backward"` pass.
         nbytes (`dict[str, int]`): bytes that all operators read and write, one after the other.
+        made (`dict[str, int]`): bytes of the new tensors among them that have [`WHOLE_PAGES`] or more.
     """
 
     def __init__(self):
         self.flops = {"forward": 0, "backward": 0}
         self.nbytes = {"forward": 0, "backward": 0}
+        self.made = {"forward": 0, "backward": 0}
 
     def count(self, func: Any, args: tuple, kwargs: dict, found: Any) -> None:
         """Count one call of an operator; clipping and the optimizer's step are neither forward nor backward."""
         in_backward = torch._C._current_graph_task_id() != -1
         if not in_backward and not torch.is_grad_enabled():
             return
-        costs, flops = _kind(func)
+        costs, makes, flops = _kind(func)
         if costs:
             phase = "backward" if in_backward else "forward"
             self.nbytes[phase] += _nbytes(args) + _nbytes((found,))
+            if makes:
+                self.made[phase] += _nbytes((found,), WHOLE_PAGES)
             if flops is not None:
                 self.flops[phase] += flops(*args, **kwargs, out_val=found)
 
 
 @functools.cache
-def _kind(func: Any) -> tuple[bool, Callable[..., int] | None]:
-    """Whether an operator reads or writes anything, and what counts its floating-point operations."""
-    return not (func.is_view or func in _WITHOUT_COST), _FLOPS.get(func._overloadpacket)
+def _kind(func: Any) -> tuple[bool, bool, Callable[..., int] | None]:
+    """Whether an operator reads or writes anything, makes what it returns, and what counts its operations."""
+    costs = not (func.is_view or func in _WITHOUT_COST)
+    return costs, not func._schema.is_mutable, _FLOPS.get(func._overloadpacket)
 
 
-def _nbytes(values: Iterable[Any]) -> int:
+def _nbytes(values: Iterable[Any], least: int = 0) -> int:
+    """Of all tensors with at least so many."""
     total = 0
     for value in values:
         if isinstance(value, torch.Tensor):
-            total += value.nbytes
+            total += value.nbytes if value.nbytes >= least else 0
         elif isinstance(value, list | tuple):
-            total += _nbytes(value)
+            total += _nbytes(value, least)
     return total
 
 

@@ -21,6 +21,7 @@ class Phase:
         on_host (`bool`): whether they do so in host memory.
         sent (`float`): bytes that come from other processes, and go to them.
         overlaps (`bool`): whether a GPU does all of that at the same time.
+        made (`float`): bytes of tensors whose memory is new, in proportion to the batch.
     """
 
     flops: float = 0
@@ -31,6 +32,7 @@ class Phase:
     on_host: bool = False
     overlaps: bool = True
     sent: float = 0
+    made: float = 0
 
     def seconds(self, device: Device, precision: str, batches: float = 1) -> float:
         """The longest of its parts where they overlap on a GPU, else their sum; a link has two directions."""
@@ -40,12 +42,14 @@ class Phase:
         if not in_host:
             computing, stepping = computing + stepping, 0.0
         sending = self.sent / device.between if self.sent and device.between is not None else 0.0
-        parts = computing, self.moved_in / device.link, self.moved_out / device.link, stepping, sending
+        computing += batches * self.made / device.new_memory if device.new_memory else 0
+        moved_out = self.moved_out / (device.link_out or device.link)
+        parts = computing, self.moved_in / device.link, moved_out, stepping, sending
         return max(parts) if self.overlaps and not device.is_host else sum(parts)
 
     def in_memory(self) -> "Phase":
         """The same, had nothing to be moved."""
-        return Phase(self.flops, self.nbytes, stepped=self.stepped)
+        return Phase(self.flops, self.nbytes, stepped=self.stepped, made=self.made)
 
 
 @dataclass(frozen=True)

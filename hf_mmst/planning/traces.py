@@ -168,7 +168,8 @@ class Recorder(CountingTracker):
         self._begin(None)
 
     def _counts(self) -> list[int]:
-        return [*self.operations.flops.values(), *self.operations.nbytes.values()]
+        of = self.operations
+        return [*of.flops.values(), *of.nbytes.values(), *of.made.values()]
 
 
 def composed(found: Recorder, roles: Sequence[Hashable], wanted: Sequence[Hashable]) -> Peak | None:
@@ -218,7 +219,8 @@ class _Composition:
         operations = Operations()
         counts = [sum(of) for of in zip(*(group.operations for group in groups), strict=True)]
         operations.flops = dict(zip(operations.flops, counts[:2], strict=True))
-        operations.nbytes = dict(zip(operations.nbytes, counts[2:], strict=True))
+        operations.nbytes = dict(zip(operations.nbytes, counts[2:4], strict=True))
+        operations.made = dict(zip(operations.made, counts[4:], strict=True))
         return Peak(self._total(self._found.weights), self._total(self._found.states), most, operations)
 
     def _total(self, by_unit: dict[Unit, int]) -> int:

@@ -139,8 +139,9 @@ class MMSTTrainer(publishing.Reports, MeanLosses, WholeCheckpoints):
         return optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """In turns, each has its own warm-up and decay over its own steps."""
-        if self.lr_scheduler is not None or not self._run.turns.are_several:
+        """In turns of local losses, each has its own warm-up and decay over its own steps."""
+        one_loss = not self._run.turns.are_several or self.args.stage_objective == "model"
+        if self.lr_scheduler is not None or one_loss:
             return super().create_scheduler(num_training_steps, optimizer)
         self.lr_scheduler = optimization.scheduler_of_turns(optimizer or self.optimizer, self.args, self._run.turns)
         self._created_lr_scheduler = True

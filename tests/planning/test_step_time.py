@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BertConfig, LlamaConfig, ViTConfig
+from transformers import BertConfig, LlamaConfig, ViTConfig, ViTForImageClassification
 
 from hf_mmst import plan
 from hf_mmst.cli.command import PLANNED_TASKS, main
+from hf_mmst.cut.example_inputs import dummy_inputs
+from hf_mmst.planning.costs import step_of
 from hf_mmst.planning.devices import GPUS, Device, device_like, device_named, in_machine, measured_cpu
 from hf_mmst.planning.model_and_batch import TASKS, batch_of, model_of
 from hf_mmst.planning.simulation import Simulation
@@ -29,6 +31,9 @@ def test_a_phase_is_the_longest_of_its_parts_on_a_gpu_and_their_sum_on_a_cpu():
     assert phase.seconds(host, "fp32") == 4 + 2 + 3 + 1 + 2
     assert phase.seconds(host, "fp32", batches=2) == 12 + 3 + 1 + 2
     assert Phase(flops=8, stepped=20).seconds(UNIT, "fp32") == 4 + 5
+    assert replace(phase, made=6).seconds(host, "fp32") == phase.seconds(host, "fp32")
+    with_pages = replace(host, link_out=1, new_memory=2)
+    assert replace(phase, made=6).seconds(with_pages, "fp32") == 4 + 2 + 3 + 3 + 5 + 2
 
 
 def test_the_batch_for_90_percent_is_the_one_that_has_it():
@@ -61,6 +66,27 @@ def test_operations_of_a_step_are_those_of_the_formula():
         assert again["backward"] - flops["backward"] == pytest.approx(layers - 2 * 2 * tokens * width * inner, rel=0.01)
 
 
+def test_layers_in_files_are_stepped_there_and_make_their_memory_anew():
+    """On a CPU; a GPU's memory is reused, and the step in pinned memory writes to no file."""
+    model = ViTForImageClassification(ViTConfig(**{**SMALL, "hidden_size": 512}, image_size=64, patch_size=8))
+    batch = {**dummy_inputs(model, 32), "labels": torch.zeros(32, dtype=torch.long)}
+    offloaded = Way(stage_order="end_to_end", offload="layers")
+    for for_gpu in (False, True):
+        simulated = Simulation(model, batch, for_gpu=for_gpu)
+        whole, peak = simulated.peak(Way()), simulated.peak(offloaded)
+        forward, backward, step, _ = step_of(simulated, offloaded, peak, whole).phases
+        assert not any(phase.made for phase in step_of(simulated, Way(), whole, whole).phases)
+        if for_gpu:
+            assert (forward.made, backward.made, step.moved_in, step.moved_out) == (0, 0, 0, 0)
+            continue
+        weights = sum(p.nbytes for p in model.vit.layers.parameters())
+        assert (step.moved_in, step.moved_out) == (weights, 3 * weights)
+        tokens, width = 32 * 65 * 4, 512
+        # At least four norms, four products of tokens' width, and attention; what is smaller than a MiB does not count.
+        assert 2 * 8 * tokens * width <= forward.made <= 2 * 16 * tokens * width
+        assert backward.made > forward.made
+
+
 @pytest.mark.parametrize("name", ["rtx4090", "RTX 4090", "A100-40GB"])
 def test_gpus_are_known_by_name(name):
     assert device_named(name) in GPUS.values()
@@ -80,6 +106,7 @@ def test_the_cpu_at_hand_is_measured():
     device = measured_cpu("auto")
     assert {*device.flops} == {"fp32", "bf16"}
     assert min(*device.flops.values(), device.memory_bandwidth, device.link, device.host_bandwidth) > 1e7
+    assert min(device.link_out, device.new_memory) > 1e7
     assert device.is_host
 
 

@@ -110,6 +110,13 @@ def test_what_is_logged_and_evaluated(tmp_path):
             use()
 
 
+def test_one_schedule_is_for_all_turns_as_they_share_a_loss(tmp_path):
+    trained = run(tmp_path, num_train_epochs=3, learning_rate=0.12, lr_scheduler_type="linear", **BLOCKS)
+    trained.train()
+    rates = [entry["learning_rate"] for entry in trained.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([0.12 - 0.01 * step for step in range(12)])  # three turns of four steps
+
+
 def test_early_stopping_ends_a_turn_by_the_models_metric(tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     settings |= {"metric_for_best_model": "accuracy", "load_best_model_at_end": True, "num_train_epochs": 3, **BLOCKS}
