@@ -69,11 +69,10 @@ class MMSTConfig(HostArguments):
             - `"local"`: a loss of its own, of its auxiliary head. Layers after the stage do not run.
             - `"model"`: the model's loss, through the layers after the stage, which are frozen in its turn: block
               coordinate descent (BAdam, HiFT), here with the transport term. There are no auxiliary heads, so that any
-              model whose layers each run once will do. Gradients and optimizer states are those of one stage, and begin
-              anew with each turn; the rates' schedule is one for all. What comes before the layers (embeddings) learns
-              with the first stage, what comes after them (last norm, classifier) with every stage. The model's own
-              metric is what an `EarlyStoppingCallback` judges, and what the best model is chosen by. For a single
-              process or DistributedDataParallel.
+              model whose layers each run once will do. Gradients and optimizer states are those of one stage, whose
+              states begin anew with its turn; the rates' schedule is one for all. What comes before the layers
+              (embeddings) learns with the first stage, what comes after them (last norm, classifier) in every turn. An
+              `EarlyStoppingCallback` and the best model go by the model's own metric. For a single process or DDP.
         head_pooling (`str`, *optional*, defaults to `"auto"`):
             How an auxiliary head pools the tokens: `"mean"`, the mean over tokens without padding, or `"cls"`, the
             first token. `"auto"`: the first token if the own head of a pretrained model reads nothing else, a

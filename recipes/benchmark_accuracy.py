@@ -55,6 +55,7 @@ ONE_RATE = {"stage_learning_rate_decay": 1.0, "transport_schedule": "constant"}
 RESIDENT = {"stage_order": "sequential", "offload": "stages", "feature_cache": "disk"}
 BLOCKS = {"stage_order": "sequential", "stage_objective": "model", "head_rate": 10}
 FAST_BLOCKS = {"stage_order": "sequential", "stage_objective": "model", "head_learning_rate": 0.01}
+THREE_LAPS = {"stage_order": "multi_lap", "num_laps": 3}
 WHOLE = {"num_stages": 1}
 HEAD_RATE, FAST_HEADS = {**WHOLE, "head_rate": 10}, {**WHOLE, "head_learning_rate": 0.01}
 EIGHT_BIT = {"optim": "adamw_bnb_8bit"}  # states of 8 bits, by bitsandbytes
@@ -104,7 +105,8 @@ METHODS = {
     "blocks": BLOCKS,
     "blocks, w = 0": {**BLOCKS, "transport_weight": 0.0},
     "blocks, w = 0, heads at 0.01": {**FAST_BLOCKS, "transport_weight": 0.0},
-    "blocks, three laps": {**BLOCKS, "stage_order": "multi_lap", "num_laps": 3},
+    "blocks, three laps, w = 0": {**BLOCKS, **THREE_LAPS, "transport_weight": 0.0},
+    "blocks, three laps, w = 0, heads at 0.01": {**FAST_BLOCKS, **THREE_LAPS, "transport_weight": 0.0},
     "offloaded": {"stage_order": "end_to_end"},
     "offloaded, head rate": {"stage_order": "end_to_end", "head_rate": 10},
     "offloaded, heads at 0.01": {"stage_order": "end_to_end", "head_learning_rate": 0.01},

@@ -11,6 +11,7 @@ from torch import nn
 from ..config import MMSTConfig
 from ..cut.copies import tensors_of
 from ..cut.example_inputs import first_batch
+from ..cut.layers import resting_parameters
 from ..cut.objectives import objective_of
 from ..distributed.compiling import compiled, refuse_compilation, take_compilation
 from ..distributed.layer_shards import shard_untrained
@@ -168,13 +169,20 @@ class StageRun:
         turn = self.turns.now = self.stages.own_part(self.turns.order.at(step))
         self.staged.rest(turn.stages)
         if self.staged.uses_model_loss and step == turn.start:
-            self._optimizer.state.clear()  # before what rests elsewhere is told of the new turn
+            self._forget_states()  # before what rests elsewhere is told of the new turn
         # A tracker does not see what is mapped in, compiled, or in another process.
         sees = self.staged.offload is None and self.compilation is None and self._args.world_size == 1
         self.peaks.begin(turn_name(turn) if self.turns.are_several else "", self._held if sees else None)
         if self.staged.offload is not None:
             self.staged.offload.activate(() if self._all_rest else turn.stages)
         self.features.begin_step(turn)
+
+    def _forget_states(self) -> None:
+        """But for those of what learns in every turn."""
+        model, partition = self.staged.model, self.staged.partition
+        for stage in range(partition.num_stages):
+            for parameter in resting_parameters(model, partition, stage):
+                self._optimizer.state.pop(parameter, None)
 
     def _held(self) -> Iterator[torch.Tensor]:
         """The model's tensors and the optimizer's states."""
