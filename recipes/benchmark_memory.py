@@ -71,6 +71,7 @@ HALF = "half"  # of the layers
 MASKED = "masked-lm"  # 15 % of the tokens have a label
 CHECKPOINTING = {"activation_checkpointing": True}
 SEQUENTIAL = {"stage_order": "sequential"}
+BLOCKS = {**SEQUENTIAL, "stage_objective": "model"}
 OFFLOADED = {"stage_order": "end_to_end", "offload": "layers"}
 EIGHT_BIT = {"optim": "adamw_8bit"}  # needs bitsandbytes
 METHODS = {
@@ -89,9 +90,10 @@ METHODS = {
     "sequential": SEQUENTIAL,
     "resident": {**SEQUENTIAL, "offload": "stages"},
     "resident+cache": {**SEQUENTIAL, "offload": "stages", "feature_cache": "disk"},
-    "blocks": {**SEQUENTIAL, "stage_objective": "model"},
-    "blocks+checkpointing": {**SEQUENTIAL, "stage_objective": "model", **CHECKPOINTING},
-    "blocks+resident": {**SEQUENTIAL, "stage_objective": "model", "offload": "stages"},
+    "blocks": BLOCKS,
+    "blocks+checkpointing": {**BLOCKS, **CHECKPOINTING},
+    "blocks+resident": {**BLOCKS, "offload": "stages"},
+    "blocks+resident+checkpointing": {**BLOCKS, "offload": "stages", **CHECKPOINTING},
     "offloaded": OFFLOADED,
     "offloaded+inputs": {**OFFLOADED, "activation_checkpointing_kwargs": {"offload": True}},
     "offloaded+half resident": {**OFFLOADED, "resident_layers": HALF},
