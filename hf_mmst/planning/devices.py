@@ -158,7 +158,8 @@ def measured_cpu(precision: str = "fp32") -> Device:
 def _seconds(run: Callable[[], object]) -> float:
     """Of one call, the median of those in [`SECONDS`]; the first is not among them."""
     run()
-    end, found = time.perf_counter() + SECONDS, []
+    found: list[float] = []
+    end = time.perf_counter() + SECONDS
     while not found or time.perf_counter() < end:
         begin = time.perf_counter()
         run()
