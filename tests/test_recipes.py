@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import benchmark_accuracy
@@ -306,8 +307,18 @@ def test_the_memory_benchmark_measures_each_method_and_draws(tmp_path, here):
     (row,) = found["rows"]
     assert row["method"] == "offloaded"
     assert row["peak_bytes"] > 0
+    assert row["reserved_bytes"] > 0
     assert row["epoch_seconds"] > row["step_seconds"] > 0
     assert Image.open(tmp_path / "out" / "peak_memory.png").size[0] == 960
+
+
+def test_a_peak_is_that_of_a_process_that_gives_memory_back_and_a_time_that_of_another(monkeypatch):
+    def found(method, *options, **environment):
+        return {"peak_bytes": 1, "step_seconds": 7} if environment else {"peak_bytes": 3, "step_seconds": 2}
+
+    monkeypatch.setattr(benchmark_memory, "in_a_process", found)
+    row = benchmark_memory.in_processes(Namespace(device="cpu"), "lora")
+    assert row == {"peak_bytes": 1, "reserved_bytes": 3, "step_seconds": 2}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the recipe says that only Linux holds a process to a budget")
