@@ -97,9 +97,10 @@ def memory_table() -> str:
     for _, found in read("memory"):
         model = f"{found['model']}, batch {found['batch_size']}, K = {found['num_stages']}"
         for row in found["rows"]:
-            shares = [f"{row[key] / found['rows'][0][key]:.2f}" for key in keys]
-            rows.append((model, row["method"], mib(row["peak_bytes"]), mib(row["planned_bytes"]), *shares))
-    return table(("model", "method", "peak MiB", "planned MiB of tensors", "peak", "step", "epoch"), rows)
+            bytes_ = [mib(row[key]) for key in ("peak_bytes", "reserved_bytes", "planned_bytes")]
+            shares = [f"{row[key] / ways.end_to_end(found, key):.2f}" for key in keys]
+            rows.append((model, row["method"], *bytes_, *shares))
+    return table(("model", "method", "peak MiB", "reserve MiB", "planned MiB", "peak", "step", "epoch"), rows)
 
 
 def accuracy_table(folder: str = "accuracy") -> str:
@@ -186,10 +187,9 @@ def times_table() -> str:
     keys = "predicted_seconds", "step_seconds"
     rows = []
     for stem, found in read("memory"):
-        first = found["rows"][0]
-        for row in [row for row in found["rows"] if "predicted_seconds" in first and "predicted_seconds" in row]:
+        for row in [row for row in found["rows"] if "predicted_seconds" in row]:
             seconds = [f"{row[key]:.2f}" for key in keys]
-            ratios = [f"{row[key] / first[key]:.2f}" for key in keys]
+            ratios = [f"{row[key] / ways.end_to_end(found, key):.2f}" for key in keys]
             rows.append((stem, row["method"], *seconds, *ratios))
     return table(("run", "method", "predicted s", "measured s", "predicted ratio", "measured ratio"), rows)
 

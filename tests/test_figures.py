@@ -26,6 +26,11 @@ def accuracy(task, method, stages=1, scratch=False, key="accuracy"):
     return 100 * ways.accuracy_row(task, method, stages, scratch)[key]
 
 
+def equal_time(name):
+    (row,) = read(f"accuracy/equal_time/{name}")["rows"]
+    return 100 * row["accuracy"]
+
+
 def behind(task, method, stages=1, key="accuracy"):
     return accuracy(task, BEST[task]) - accuracy(task, method, stages, key=key)
 
@@ -51,10 +56,9 @@ def times(method, stages=12):
     return ways.memory_ratios(method, stages, "epoch_seconds")
 
 
-def of_file(method, key="peak_bytes", name="vit_base_cpu_eight_bit"):
+def reserve(method, name="vit_base_cpu"):
     rows = read(f"memory/{name}")["rows"]
-    (found,) = [row for row in rows if row["method"] == method]
-    return found[key] / rows[0][key]
+    return max(row["reserved_bytes"] / row["peak_bytes"] for row in rows if row["method"] == method)
 
 
 def steps(method, name):
@@ -69,7 +73,7 @@ def over_checkpointing():
     files = (ROOT / "model_cards" / "memory").glob("vit_base*.json")
     rows = {path.stem: read(f"memory/{path.stem}")["rows"] for path in files}
     both = {"offloaded", "end-to-end+checkpointing"}
-    names = {name for name, found in rows.items() if both <= {row["method"] for row in found}} - {*ways.EARLIER}
+    names = {name for name, found in rows.items() if both <= {row["method"] for row in found}}
     return sorted(ratio("offloaded", "end-to-end+checkpointing", name) for name in names)
 
 
@@ -151,6 +155,8 @@ TEXT, DIGITS = of_recipe("text"), of_recipe("digits")
 README, ACCURACY, MEMORY = "README.md", "model_cards/accuracy.md", "model_cards/memory.md"
 PLANNER = "model_cards/planner.md"
 WITH_LAYERS, MASKED = "simultaneous+head_layers", "bert_base_masked_lm_cpu"
+ON_DEVICE = "blocks+resident+checkpointing"
+BLOCKS = (NEWS, "blocks, w = 0", 6), (VIT, f"blocks, w = 0, {FAST}", 12)
 OFFLOADED, CHECKPOINTING, LORA = (memory(name) for name in ("offloaded", "end-to-end+checkpointing", "lora"))
 STAGES = sorted(memory(WITH_LAYERS, 4) + memory(WITH_LAYERS))
 STAGES_TIME = sorted(times(WITH_LAYERS, 4) + times(WITH_LAYERS))
@@ -171,7 +177,8 @@ SAID = [  # page, sentence, figures
     (README, "were {:.1f} to {:.1f} points worse", [min(FINE_TUNED), max(FINE_TUNED)]),
     (README, "{:.1f} to {:.1f} points better on CIFAR-10", [min(from_scratch(MORE)), max(from_scratch(MORE))]),
     (README, "between {:.1f} better and {:.1f} worse", [max(from_scratch(FASHION)), -min(from_scratch(FASHION))]),
-    (README, "take {:.0f} % of the memory and {:.2f} times", [memory("resident+cache")[0], times("resident+cache")[0]]),
+    (README, "take {:.0f} % of the memory and {:.1f} times", [memory(ON_DEVICE)[0], times(ON_DEVICE)[0]]),
+    (README, "{:.1f} points on 20 Newsgroups in as many epochs, {:.1f} on", [behind(*one) for one in BLOCKS]),
     (README, "in memory ({:.0f} to > {:.0f} %", [STAGES[0], STAGES[-1]]),
     (README, "time ({:.1f} to {:.1f} times)", [STAGES_TIME[0], STAGES_TIME[-1]]),
     (README, "trains it in {:.0f} % of its memory", [peak(VIT, OFFLOADED_LORA, over="lora, head rate")]),
@@ -208,7 +215,8 @@ SAID = [  # page, sentence, figures
         "nothing here: {:.1f} on 20 Newsgroups and {:.1f} on ViT-S",
         [accuracy(task, f"{BEST[task]}, 8-bit") for task in (NEWS, VIT)],
     ),
-    (ACCURACY, "loss, are {:.1f} points behind on 20", [behind(NEWS, "blocks, w = 0", 6)]),
+    (ACCURACY, "loss, are {:.1f} points behind on 20 Newsgroups, {:.1f} on ViT-S", [behind(*one) for one in BLOCKS]),
+    (ACCURACY, "blocks are {:.1f} points behind it", [accuracy(NEWS, BEST[NEWS]) - equal_time("newsgroups_blocks")]),
     (ACCURACY, "One resident stage is {:.1f} behind", [behind(NEWS, "default, resident", 6)]),
     (ACCURACY, "on 20 Newsgroups in {:.0f} % of the memory", [peak(NEWS, "default, resident", 6)]),
     (
@@ -253,22 +261,16 @@ SAID = [  # page, sentence, figures
     (MEMORY, "by far: {:.0f} to {:.0f} %", [OFFLOADED[0], memory("resident+cache")[0]]),
     (MEMORY, "in {:.1f} to {:.1f} times the time of a step", [OFFLOADED_TIME[0], OFFLOADED_TIME[-1]]),
     (MEMORY, "That was {:.1f} to {:.1f} times what", [over_checkpointing()[0], over_checkpointing()[-1]]),
-    (
-        MEMORY,
-        "{:.1f} times in the latest one",
-        [ratio("offloaded", "end-to-end+checkpointing", "vit_base_cpu_large_pages")],
-    ),
-    (
-        MEMORY,
-        "it is {:.1f} times that of",
-        [ratio("offloaded+half resident", "end-to-end", "vit_base_cpu_large_pages")],
-    ),
+    (MEMORY, "resident it is {:.1f} times that of", times("offloaded+half resident")),
     (MEMORY, "training in {:.0f} % of its memory", memory("offloaded+half resident")),
     (MEMORY, "four stages take {:.1f} times", [ratio("simultaneous", "end-to-end", MASKED)]),
     (MEMORY, "they would take {:.1f} times", [ratio("simultaneous+logits of all", "end-to-end", MASKED)]),
-    (MEMORY, "takes {:.1f} times, too", [of_file("end-to-end+checkpointing+8-bit", "step_seconds")]),
-    (MEMORY, "and {:.0f} % of the memory", [100 * of_file("end-to-end+checkpointing+8-bit")]),
-    (MEMORY, "the former alone {:.0f} %", [100 * of_file("end-to-end+8-bit")]),
+    (MEMORY, "checkpointing takes {:.1f} times the time", times("end-to-end+checkpointing+8-bit")),
+    (MEMORY, "and {:.0f} % of the memory", memory("end-to-end+checkpointing+8-bit")),
+    (MEMORY, "the former alone {:.0f} %", memory("end-to-end+8-bit")),
+    (MEMORY, "model's loss, take {:.0f} % of the memory", memory(ON_DEVICE)),
+    (MEMORY, "and {:.1f} times the time, one on", times(ON_DEVICE)),
+    (MEMORY, "up to {:.1f} times as much (LoRA)", [reserve("lora")]),
     (MEMORY, "take {:.0f} to {:.0f} % of the memory", [STAGES[0], STAGES[-1]]),
     (MEMORY, "{:.1f} to {:.1f} times the time: more memory", [STAGES_TIME[0], STAGES_TIME[-1]]),
     (PLANNER, "between {:.1f} and {:.1f} times", [min(SECONDS), max(SECONDS)]),
@@ -296,7 +298,7 @@ def test_what_is_said_without_figures():
     """Which way is the better one, where the pages rank them."""
     for stages in (4, 12):
         assert memory(WITH_LAYERS, stages)[0] > CHECKPOINTING[-1]
-        assert CHECKPOINTING_TIME[0] - 0.05 < times(WITH_LAYERS, stages)[-1] < CHECKPOINTING_TIME[-1]
+        assert CHECKPOINTING_TIME[0] - 0.1 < times(WITH_LAYERS, stages)[-1] < CHECKPOINTING_TIME[-1] + 0.1
     assert times("simultaneous+stage_clipping")[0] < CHECKPOINTING_TIME[0]
     assert memory("simultaneous+stage_clipping")[0] < CHECKPOINTING[0]
     for task, method, same in (

@@ -9,6 +9,7 @@ WAYS = {
     "last layers only": "#c5b000",
     "end to end, one layer on the device": "#0072b2",
     "the same, with LoRA": "#56b4e9",
+    "blocks": "#6a3d9a",
     "stages, greedy": "#cc79a7",
     "stages": "#d55e00",
     "one stage on the device": "#009e73",
