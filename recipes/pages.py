@@ -186,8 +186,9 @@ def times_table() -> str:
     """Predicted and measured times of a step, and both as ratios to end to end, of the runs with a prediction."""
     keys = "predicted_seconds", "step_seconds"
     rows = []
-    for stem, found in read("memory"):
-        for row in [row for row in found["rows"] if "predicted_seconds" in row]:
+    for stem, _ in read("memory"):
+        found = ways.predictions(stem)
+        for row in found["rows"]:
             seconds = [f"{row[key]:.2f}" for key in keys]
             ratios = [f"{row[key] / ways.end_to_end(found, key):.2f}" for key in keys]
             rows.append((stem, row["method"], *seconds, *ratios))

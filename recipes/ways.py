@@ -25,6 +25,9 @@ SCRATCH = ("cifar10", 5000)
 RIVALS = ("end to end", "end to end, checkpointing", "LoRA", "last layers only")  # squares in the picture
 
 
+DISTURBED = ("vit_base_cpu", 0)  # the run and the row whose time was predicted while other work ran
+
+
 @dataclass(frozen=True)
 class Point:
     """One way in one panel: its share of end-to-end training's peak, a value, and its error."""
@@ -66,6 +69,13 @@ def accuracy_row(task: tuple[str, int], method: str, num_stages: int = 1, scratc
 def end_to_end(run: dict, key: str) -> float:
     """The mean over the end-to-end rows of a run of the memory benchmark."""
     return mean(row[key] for row in run["rows"] if row["method"] == "end-to-end")
+
+
+def predictions(stem: str) -> dict:
+    """A run of the memory benchmark, by the name of its file, with those of its rows that have a predicted time."""
+    found = results(CARDS / "memory" / f"{stem}.json")
+    rows = [row for i, row in enumerate(found["rows"]) if "predicted_seconds" in row and (stem, i) != DISTURBED]
+    return {**found, "rows": rows}
 
 
 def memory_ratios(method: str, num_stages: int = 12, key: str = "peak_bytes") -> list[float]:

@@ -81,10 +81,12 @@ def predictions():
     """Seconds of each step, and their ratio to end to end, as predicted over as measured."""
     seconds, ratios = [], []
     for path in (ROOT / "model_cards" / "memory").glob("*.json"):
-        rows = [row for row in read(f"memory/{path.stem}")["rows"] if "predicted_seconds" in row]
-        found = [row["predicted_seconds"] / row["step_seconds"] for row in rows]
-        seconds += found
-        ratios += [one / found[0] for one, row in zip(found, rows, strict=True) if row["method"] != "end-to-end"]
+        run = ways.predictions(path.stem)
+        for row in run["rows"]:
+            seconds.append(row["predicted_seconds"] / row["step_seconds"])
+            if row["method"] != "end-to-end":
+                whole = [ways.end_to_end(run, key) for key in ("predicted_seconds", "step_seconds")]
+                ratios.append(seconds[-1] / (whole[0] / whole[1]))
     return seconds, ratios
 
 
