@@ -97,9 +97,9 @@ def memory_table() -> str:
     for _, found in read("memory"):
         model = f"{found['model']}, batch {found['batch_size']}, K = {found['num_stages']}"
         for row in found["rows"]:
-            bytes_ = [mib(row[key]) for key in ("peak_bytes", "reserved_bytes", "planned_bytes")]
+            sizes = [mib(row[key]) for key in ("peak_bytes", "reserved_bytes", "planned_bytes")]
             shares = [f"{row[key] / ways.end_to_end(found, key):.2f}" for key in keys]
-            rows.append((model, row["method"], *bytes_, *shares))
+            rows.append((model, row["method"], *sizes, *shares))
     return table(("model", "method", "peak MiB", "reserve MiB", "planned MiB", "peak", "step", "epoch"), rows)
 
 

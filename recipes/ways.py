@@ -72,7 +72,7 @@ def end_to_end(run: dict, key: str) -> float:
 
 
 def predictions(stem: str) -> dict:
-    """A run of the memory benchmark, by the name of its file, with those of its rows that have a predicted time."""
+    """A run of the memory benchmark with its rows that have a predicted time, without [`DISTURBED`]."""
     found = results(CARDS / "memory" / f"{stem}.json")
     rows = [row for i, row in enumerate(found["rows"]) if "predicted_seconds" in row and (stem, i) != DISTURBED]
     return {**found, "rows": rows}
